@@ -1,0 +1,39 @@
+"""The torch engine: eager autograd, on any device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bhfast.model import TiedGPT, window_loss
+
+
+class TorchEngine:
+    """See :class:`bhfast.engines.Engine`. With gradient accumulation the first micro-batch's logits are returned."""
+
+    name = "torch"
+
+    def __init__(
+        self, model: TiedGPT, optimizer: torch.optim.Optimizer, corpus: Tensor, *, target_offset: int
+    ) -> None:
+        device = model.wte.weight.device
+        self.model = model
+        self.optimizer = optimizer
+        self.corpus = corpus.to(device, torch.int64)
+        self.target_offset = target_offset
+        self.window = torch.arange(model.config.context + 1, device=device)
+
+    def step(self, offsets: Tensor, lr: float) -> tuple[Tensor, Tensor]:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        losses, logits = zip(*(self._backward(batch, scale=1 / len(offsets)) for batch in offsets), strict=True)
+        self.optimizer.step()
+        return torch.stack(losses).mean(), logits[0]
+
+    def _backward(self, offsets: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        windows = self.corpus[offsets.to(self.corpus.device)[:, None] + self.window]  # [B, T + 1]
+        logits = self.model(windows[:, :-1])  # [B, T, V]
+        loss = window_loss(logits, windows, self.target_offset)
+        (loss * scale).backward()
+        return loss.detach(), logits[0, -1].detach()

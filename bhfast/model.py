@@ -1,0 +1,152 @@
+"""The network: GPT-2's architecture, small, with tied embeddings, in bfloat16; and its black-hole start."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bhfast.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Sizes of the network. The defaults make 116,480 parameters."""
+
+    vocab_size: int = 128
+    hidden_dim: int = 64
+    layers: int = 2
+    heads: int = 2
+    context: int = 128
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}")
+        if self.hidden_dim % self.heads:
+            raise ConfigError(f"hidden_dim must be divisible by heads, got {self.hidden_dim} and {self.heads}")
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.c_attn = nn.Linear(config.hidden_dim, 3 * config.hidden_dim)
+        self.c_proj = nn.Linear(config.hidden_dim, config.hidden_dim)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # x [B, T, D]; mask [T, T], 0 or -inf
+        batch, time, dim = x.shape
+        q, k, v = self.c_attn(x).view(batch, time, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each [B, H, T, D/H]
+        # Written out: at these sizes it is faster on a CPU than scaled_dot_product_attention, forward and backward.
+        scores = q @ k.transpose(-1, -2) * (1 / math.sqrt(dim // self.heads)) + mask
+        return self.c_proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, time, dim))
+
+
+class MLP(nn.Module):
+    """Two linear layers, four times as wide in between, with the tanh form of GELU."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.hidden_dim, 4 * config.hidden_dim)
+        self.c_proj = nn.Linear(4 * config.hidden_dim, config.hidden_dim)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, T, D]
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Pre-layer-norm transformer block."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.hidden_dim, eps=1e-5)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.hidden_dim, eps=1e-5)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x), mask)
+        return x + self.mlp(self.ln_2(x))
+
+
+class TiedGPT(nn.Module):
+    """GPT-2's network. The token embedding ``wte`` is also the output layer, which has no bias.
+
+    Parameters bear GPT-2's names; linear weights are ``[out, in]`` (the transpose of Hugging Face's ``Conv1D``).
+    """
+
+    mask: Tensor
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.hidden_dim)
+        self.wpe = nn.Embedding(config.context, config.hidden_dim)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.ln_f = nn.LayerNorm(config.hidden_dim, eps=1e-5)
+        mask = torch.full((config.context, config.context), -math.inf).triu(1)
+        self.register_buffer("mask", mask, persistent=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:  # [B, T] int64 -> logits [B, T, V]
+        time = tokens.size(1)
+        x = self.wte(tokens) + self.wpe.weight[:time]
+        mask = self.mask[:time, :time]
+        for block in self.h:
+            x = block(x, mask)
+        return F.linear(self.ln_f(x), self.wte.weight)
+
+
+def window_loss(logits: Tensor, window: Tensor, target_offset: int) -> Tensor:
+    """Return the mean cross-entropy in float32 of predicting byte t + ``target_offset`` at position t.
+
+    Args:
+        logits: ``[B, T, V]``, of the first T bytes of ``window``.
+        window: ``[B, T + 1]`` int64. Positions whose target lies beyond it are left out of the mean.
+        target_offset: 1 is next-byte training; 2 is the reference experiment.
+    """
+    targets = window[:, target_offset:]  # [B, P]
+    return F.cross_entropy(logits[:, : targets.size(1)].flatten(0, 1).float(), targets.flatten())
+
+
+def build_model(
+    config: GPTConfig, *, sigma: float, init_scale: float, seed: int, device: torch.device | str = "cpu"
+) -> tuple[TiedGPT, Tensor]:
+    """Return the network at its black-hole start, in bfloat16 on ``device``, and the black hole's centre.
+
+    Every token starts at ``center + noise``: ``center = bf16(init_scale * N(0, 1))``, ``noise = bf16(sigma * N(0, 1))``,
+    the sum in bfloat16. The rest starts as GPT-2's does: N(0, 0.02) for weights and positions, scaled by
+    1/sqrt(2 * layers) for the projections into the residual stream; biases 0, layer norms 1.
+
+    All random numbers come from one CPU generator, centre first, so that every device starts from the same bits. The
+    noise is drawn for ``sigma = 0`` too: runs of one seed differ in nothing but its scale.
+
+    Returns:
+        The network, and the centre: ``[D]`` bfloat16 on the CPU.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, std: float) -> Tensor:
+        return (torch.randn(*shape, generator=generator) * std).bfloat16()
+
+    center = normal(config.hidden_dim, std=init_scale)
+    noise = normal(config.vocab_size, config.hidden_dim, std=sigma)
+
+    with torch.random.fork_rng(devices=[]):  # torch's own initialisation must not move the caller's generator
+        model = TiedGPT(config).bfloat16()
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            if name == "wte.weight":
+                param.copy_(center + noise)
+            elif name.endswith("bias"):
+                param.zero_()
+            elif "ln_" in name:
+                param.fill_(1)
+            else:
+                is_residual = name.endswith("c_proj.weight")
+                param.copy_(normal(*param.shape, std=0.02 / math.sqrt(2 * config.layers) if is_residual else 0.02))
+    return model.to(device), center
