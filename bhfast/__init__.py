@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from bhfast.train import TrainConfig as TrainConfig
     from bhfast.train import TrainResult as TrainResult
     from bhfast.train import train as train
-    from bhfast.verify import verify as verify
 
 _HOME = {
     "BhfastError": "errors",
@@ -28,14 +27,13 @@ _HOME = {
     "TrainResult": "train",
     "open_trace": "trace",
 }
-_PROGRAMS = ("train", "verify")  # modules that are called like the function they are named after
 
-__all__ = [*_HOME, *_PROGRAMS, "__version__"]
+__all__ = [*_HOME, "__version__", "train"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _PROGRAMS:
-        return import_module(f"bhfast.{name}")
+    if name == "train":
+        return import_module("bhfast.train")  # a module that is called like the function it is named after
     if name in _HOME:
         return getattr(import_module(f"bhfast.{_HOME[name]}"), name)
     raise AttributeError(f"module 'bhfast' has no attribute {name!r}")

@@ -22,6 +22,7 @@ from torch import Tensor
 
 ROUNDINGS = ("per-op", "opmath")
 NORM_BLOCK = 1024
+CHUNK = 1 << 16  # elements updated at once: the temporaries stay in the cache
 
 
 def backend() -> tuple[str, str]:
@@ -197,12 +198,14 @@ def adam_(
         clip_coef: scalar of the gradients' dtype that every gradient is multiplied with on its way in; None: no clipping.
         rounding: ``"per-op"`` or ``"opmath"``.
     """
-    param, grad, exp_avg, exp_avg_sq = (_flatten(x) for x in (params, grads, exp_avgs, exp_avg_sqs))
-    if clip_coef is not None:
-        grad = grad * clip_coef
-    for destinations, result in zip(
-        (params, exp_avgs, exp_avg_sqs), adam(param, grad, exp_avg, exp_avg_sq, c, rounding), strict=True
-    ):
+    flat = [_flatten(x) for x in (params, grads, exp_avgs, exp_avg_sqs)]
+    for param, grad, exp_avg, exp_avg_sq in zip(*(x.split(CHUNK) for x in flat), strict=True):
+        if clip_coef is not None:
+            grad = grad * clip_coef
+        results = adam(param, grad, exp_avg, exp_avg_sq, c, rounding)
+        for old, new in zip((param, exp_avg, exp_avg_sq), results, strict=True):
+            old.copy_(new)
+    for destinations, result in zip((params, exp_avgs, exp_avg_sqs), (flat[0], flat[2], flat[3]), strict=True):
         pieces = result.split([x.numel() for x in destinations])
         torch._foreach_copy_(destinations, [piece.view_as(x) for piece, x in zip(pieces, destinations, strict=True)])
 

@@ -120,7 +120,7 @@ def clean_gutenberg(raw: str) -> str:
     if body is None:
         raise CorpusError("the raw file has no Project Gutenberg START and END markers; is it 64317-0.txt?")
     paragraphs = re.split(r"\n\s*\n", body[1].strip())
-    return unidecode("\n".join(" ".join(paragraph.split()) for paragraph in paragraphs))
+    return unidecode("\n".join(" ".join(line.strip() for line in paragraph.splitlines()) for paragraph in paragraphs))
 
 
 def download(url: str) -> str:

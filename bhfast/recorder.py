@@ -137,11 +137,17 @@ class Recorder:
                 self.path = self.path.with_name(f"{self.path.stem}.cut-at-{self.saved_steps}{self.path.suffix}")
             self._writer.commit({**tensors, **self.constants}, self.metadata, path=self.path)
 
+    @property
+    def description(self) -> str:
+        """Where the recording is kept and goes, for people."""
+        size = sum(tensor.nbytes for tensor in self.tensors.values())
+        return f"memory, {format_bytes(size)} for {self.records:,} records -> {self.path}"
+
     # -----------------------------------------------------------------------------------------------------------------
     # Steps
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if any(x is not None for x in (*args, *kwargs.values())):
+        if any(x is not None for x in (*args[1:], *kwargs.values())):  # args[0] is the optimizer
             raise BhfastError(
                 "the recorder cannot follow optimizer.step(closure): the closure makes new gradients after they were "
                 "recorded; call backward() first, then optimizer.step()"
@@ -198,7 +204,12 @@ class Recorder:
 class NullRecorder:
     """Stands in for a Recorder where nothing is recorded."""
 
+    path = None
     saved_steps = 0
+    description = "nothing is recorded"
+
+    def __init__(self) -> None:
+        self.constants: dict[str, Tensor] = {}
 
     def __enter__(self) -> NullRecorder:
         return self

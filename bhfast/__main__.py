@@ -1,0 +1,34 @@
+"""The console script ``bhfast``: ``bhfast PROGRAM ...`` is ``python -m bhfast.PROGRAM ...``."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+PROGRAMS = {
+    "train": "run the experiment and record it",
+    "corpus": "make a corpus to train on",
+    "verify": "prove a trace by replaying it",
+    "report": "print the figures of a trace",
+    "doctor": "say what this machine has",
+}
+
+
+def main() -> int:
+    """Run the program that the first argument names."""
+    program, *rest = sys.argv[1:] or ["--help"]
+    if program in PROGRAMS:
+        return import_module(f"bhfast.{program}").main(rest)
+    usage = "\n".join(f"  {name:<8} {text}" for name, text in PROGRAMS.items())
+    if program in ("-h", "--help"):
+        print(f"usage: bhfast PROGRAM ...\n\n{usage}\n\nbhfast PROGRAM --help tells more.")
+        return 0
+    if program == "--version":
+        print(f"bhfast {import_module('bhfast').__version__}")
+        return 0
+    print(f"bhfast: error: there is no program {program!r}; there are\n{usage}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,407 @@
+"""The reference run: a small GPT trained from a black hole, recorded at every step.
+
+    python -m bhfast.train --sigma 0
+
+:func:`train` reads from top to bottom. Called from Python, ``bhfast.train(bhfast.TrainConfig(sigma=0.0, steps=200))``
+does what the program does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from types import FrameType, ModuleType
+from typing import Any, get_type_hints
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import bhfast
+from bhfast import _ops
+from bhfast.corpus import load_corpus, window_offsets
+from bhfast.engines import ENGINES, make_engine, select_engine
+from bhfast.errors import BhfastError, ConfigError, StorageError, TraceError
+from bhfast.model import GPTConfig, TiedGPT, build_model
+from bhfast.optim import FusedAdam
+from bhfast.recorder import NullRecorder, Recorder
+from bhfast.report import figures
+from bhfast.trace import FORMAT, FORMAT_VERSION, format_bytes, open_trace
+
+SCHEDULES = ("linear", "constant")
+STORAGES = ("auto", "memory")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+KEYS = {"param": "embeddings", "grad": "grads", "exp_avg": "momentum", "exp_avg_sq": "variance"}
+# What may differ between two runs of one experiment; corpus, device and engine are compared as the run resolved them.
+NOT_SETTINGS = {"out", "overwrite", "quiet", "storage"}
+RESOLVED = ("corpus_sha256", "device", "engine")
+PROGRESS_EVERY = 100
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
+
+
+def _flag(default: Any, help: str, **options: Any) -> Any:
+    return field(default=default, metadata={"help": help, **options})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a run; each is a flag of ``python -m bhfast.train`` by the same name.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    sigma: float = _flag(0.0, "spread of the tokens around the black hole at the start")
+    steps: int = _flag(10_000, "optimizer steps")
+    seed: int = _flag(42, "seed of the start and of the order of windows")
+    lr: float = _flag(1e-3, "learning rate at step 1")
+    weight_decay: float = _flag(0.0, "decoupled; not applied to biases and layer norms")
+    beta1: float = _flag(0.9, "decay rate of the first moment")
+    beta2: float = _flag(0.999, "decay rate of the second moment")
+    eps: float = _flag(1e-8, "added to Adam's denominator")
+    batch_size: int = _flag(1, "windows per micro-batch")
+    grad_accum: int = _flag(1, "micro-batches per step")
+    record_every: int = _flag(1, "record each step that is a multiple of this; 0 records nothing")
+    init_scale: float = _flag(0.02, "spread of the black hole's centre")
+    vocab_size: int = _flag(128, "tokens: bytes below this")
+    hidden_dim: int = _flag(64, "dimensions of a token")
+    layers: int = _flag(2, "transformer blocks")
+    heads: int = _flag(2, "attention heads")
+    context: int = _flag(128, "bytes a window shows the network")
+    target_offset: int = _flag(2, "position t predicts byte t + this: 2 is the reference experiment, 1 next-byte training")
+    max_grad_norm: float = _flag(1.0, "clip the global gradient norm to this; inf for no clipping")
+    lr_schedule: str = _flag("linear", "linear falls to 0 at the end", choices=SCHEDULES)
+    adam_rounding: str = _flag("per-op", "bfloat16 after every operation, or once per output", choices=_ops.ROUNDINGS)
+    corpus: str | None = _flag(None, "text file (default: data/gatsby_clean.txt if there, else the built-in corpus)")
+    out: str | None = _flag(None, "trace file (default: tensors/Lil_Gatsby/1.12b_training_data_sigmaSIGMA.safetensors)")
+    device: str = _flag("auto", "auto takes cuda, then mps, then cpu", choices=DEVICES)
+    engine: str = _flag("auto", "how a step is run; auto takes the fastest there is", choices=ENGINES)
+    storage: str = _flag("auto", "where the recording grows; auto: memory", choices=STORAGES)
+    overwrite: bool = _flag(False, "replace a trace of another run")
+    quiet: bool = _flag(False, "print nothing but errors")
+
+    def __post_init__(self) -> None:
+        for name in ("sigma", "lr", "weight_decay", "eps", "init_scale"):
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise ConfigError(f"{name} must be finite and at least 0, got {value}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        for name in ("steps", "batch_size", "grad_accum"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.record_every <= self.steps:
+            raise ConfigError(f"record_every must be 0 to steps ({self.steps}), got {self.record_every}")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed must be 0 to 2^63 - 1, got {self.seed}")
+        if not self.max_grad_norm > 0:
+            raise ConfigError(f"max_grad_norm must be above 0, got {self.max_grad_norm}; inf means no clipping")
+        if not 1 <= self.target_offset <= self.context:
+            raise ConfigError(f"target_offset must be 1 to context ({self.context}), got {self.target_offset}")
+        for entry in fields(self):
+            choices = entry.metadata.get("choices")
+            if choices and getattr(self, entry.name) not in choices:
+                raise ConfigError(
+                    f"{entry.name} must be one of {', '.join(choices)}, got {getattr(self, entry.name)!r}"
+                )
+        self.model_config()
+
+    def model_config(self) -> GPTConfig:
+        return GPTConfig(**{entry.name: getattr(self, entry.name) for entry in fields(GPTConfig)})
+
+    @property
+    def path(self) -> Path:
+        """The trace file."""
+        return Path(self.out or f"tensors/Lil_Gatsby/1.12b_training_data_sigma{self.sigma:.0e}.safetensors")
+
+    def learning_rate(self, step: int) -> float:
+        """Return the rate of ``step``, counted from 1."""
+        return self.lr * (1 - (step - 1) / self.steps) if self.lr_schedule == "linear" else self.lr
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run leaves.
+
+    Attributes:
+        path: the trace; None if nothing was recorded.
+        steps: how many were done: fewer than asked for if the run was interrupted.
+        steps_per_second: over the training loop, recording included.
+        losses: float32 ``[steps]``.
+        model: the trained network.
+        signal: what interrupted the run, SIGINT or SIGTERM; None if it ran to its end.
+    """
+
+    path: Path | None
+    steps: int
+    steps_per_second: float
+    losses: Tensor
+    model: TiedGPT
+    signal: signal.Signals | None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def train(config: TrainConfig | None = None) -> TrainResult:
+    """Train and record one run.
+
+    Ctrl-C and SIGTERM end it after the step at hand, with a valid trace of the steps so far; the result's ``steps`` says
+    how many. Any other exception in the loop ends it likewise, and is raised.
+
+    Raises:
+        BhfastError: a setting is wrong, or something needed is missing; nothing was lost.
+    """
+    config = config or TrainConfig()
+    say = (lambda text: None) if config.quiet else print
+
+    device, device_reason = select_device(config.device)
+    engine_name, engine_reason = select_engine(config.engine, device)
+    backend, backend_reason = _ops.backend()
+    corpus = load_corpus(config.corpus, vocab_size=config.vocab_size, window=config.context + 1)
+    say(f"corpus   {corpus.name}: {len(corpus.data):,} bytes")
+    if corpus.name.endswith("(built in)"):
+        say("         for the reference run: python -m bhfast.corpus gatsby")
+    say(f"device   {device.type} ({device_reason})")
+    say(f"engine   {engine_name} ({engine_reason}); operations: {backend} ({backend_reason})")
+
+    model, center = build_model(
+        config.model_config(), sigma=config.sigma, init_scale=config.init_scale, seed=config.seed, device=device
+    )
+    optimizer = FusedAdam(
+        _param_groups(model, config.weight_decay),
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        rounding=config.adam_rounding,
+        max_grad_norm=config.max_grad_norm,
+    )
+    engine = make_engine(engine_name, model, optimizer, corpus.data, target_offset=config.target_offset)
+    offsets = window_offsets(
+        len(corpus.data), config.context + 1, config.steps * config.grad_accum * config.batch_size, config.seed
+    ).view(config.steps, config.grad_accum, config.batch_size)
+    metadata = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "records": "record k: gradient (unclipped), loss and logits of step k; embeddings and moments after step k",
+        "config": json.dumps(asdict(config)),
+        "corpus": corpus.name,
+        "corpus_sha256": corpus.sha256,
+        "seed": str(config.seed),
+        "engine": engine.name,
+        "device": device.type,
+        "threads": str(torch.get_num_threads()),
+        "adam_rounding": config.adam_rounding,
+        "bhfast_version": bhfast.__version__,
+        "torch_version": torch.__version__,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    recorder = _make_recorder(config, model, optimizer, metadata)
+    losses, grad_norms = torch.empty(2, config.steps, device=device).unbind()
+
+    with recorder:
+        say(f"storage  {recorder.description}")
+        recorder.constants.update(_constants(config, center))
+        zero = torch.zeros(())
+        recorder.log(
+            losses=torch.full((), math.nan, dtype=torch.bfloat16),
+            logits=torch.zeros(config.vocab_size, dtype=torch.bfloat16),
+            learning_rates=zero.double(),
+            clip_coefs=zero,
+            grad_norms=zero,
+        )
+        step, finite = 0, True
+        start = time.perf_counter()
+        with (
+            _deferred_signals() as signals,
+            tqdm(total=config.steps, unit="step", disable=True if config.quiet else None) as bar,
+        ):
+            for step in range(1, config.steps + 1):
+                lr = config.learning_rate(step)
+                loss, logits = engine.step(offsets[step - 1], lr)
+                recorder.log(
+                    losses=loss,
+                    logits=logits,
+                    learning_rates=torch.tensor(lr, dtype=torch.float64),
+                    clip_coefs=optimizer.clip_coef,
+                    grad_norms=optimizer.grad_norm,
+                )
+                losses[step - 1] = loss
+                grad_norms[step - 1] = optimizer.grad_norm
+                if step % PROGRESS_EVERY == 0 or step == config.steps:
+                    bar.update(step - bar.n)
+                    bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+                    if finite and not (finite := bool(grad_norms[:step].isfinite().all())):
+                        bad = int((~grad_norms[:step].isfinite()).nonzero()[0]) + 1
+                        bar.write(f"note: gradients are not finite since step {bad}; they are recorded as they are")
+                if signals:
+                    break
+        elapsed = time.perf_counter() - start
+
+    if signals:
+        say(f"interrupted by {signals[0].name} at step {step:,} of {config.steps:,}")
+    say(f"{step:,} steps in {elapsed:.1f} s: {step / elapsed:.1f} steps/s")
+    if recorder.path is not None:
+        say(f"saved steps 0 to {recorder.saved_steps:,}, {format_bytes(recorder.path.stat().st_size)}: {recorder.path}")
+        say(figures(open_trace(recorder.path)))
+    return TrainResult(
+        path=recorder.path,
+        steps=step,
+        steps_per_second=step / elapsed,
+        losses=losses[:step].cpu(),
+        model=model,
+        signal=signals[0] if signals else None,
+    )
+
+
+def select_device(name: str) -> tuple[torch.device, str]:
+    """Return the device to train on, and why.
+
+    Raises:
+        ConfigError: the device asked for is not there.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(device for device, ready in there.items() if ready)), "the best there is"
+    if not there[name]:
+        raise ConfigError(f"device {name} is not available here; use --device {' or '.join(d for d in there if there[d])}")
+    return torch.device(name), "as asked"
+
+
+def _param_groups(model: TiedGPT, weight_decay: float) -> list[dict[str, Any]]:
+    if not weight_decay:
+        return [{"params": list(model.parameters()), "weight_decay": 0.0}]
+    params = dict(model.named_parameters())
+    plain = [param for name, param in params.items() if name.endswith("bias") or "ln_" in name]
+    decayed = [param for name, param in params.items() if not (name.endswith("bias") or "ln_" in name)]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def _constants(config: TrainConfig, center: Tensor) -> dict[str, Tensor]:
+    scalars = {
+        "init_scale": config.init_scale,
+        "sigma": config.sigma,
+        "learning_rate": config.lr,
+        "weight_decay": config.weight_decay,
+        "adam_beta1": config.beta1,
+        "adam_beta2": config.beta2,
+    }
+    return {
+        "bh_center": center,
+        **{name: torch.tensor(value, dtype=torch.float32) for name, value in scalars.items()},
+        "adam_epsilon": torch.tensor(config.eps, dtype=torch.float64),
+    }
+
+
+def _make_recorder(
+    config: TrainConfig, model: TiedGPT, optimizer: FusedAdam, metadata: dict[str, str]
+) -> Recorder | NullRecorder:
+    if not config.record_every:
+        return NullRecorder()
+    if config.path.is_file() and not config.overwrite:
+        _require_same_settings(config.path, metadata)
+    return Recorder(
+        optimizer,
+        {"wte": model.wte.weight},
+        steps=config.steps,
+        path=config.path,
+        every=config.record_every,
+        keys=KEYS,
+        metadata=metadata,
+        overwrite=config.overwrite or config.path.is_file(),
+    )
+
+
+def _require_same_settings(path: Path, metadata: dict[str, str]) -> None:
+    """Raise StorageError if the trace at ``path`` is of another experiment than ``metadata`` describes."""
+    way_out = "pass --overwrite to replace it, or choose another file with --out"
+    try:
+        there = open_trace(path).metadata
+        settings = [json.loads(x["config"]) | {"corpus": None} | {k: x[k] for k in RESOLVED} for x in (there, metadata)]
+    except (TraceError, KeyError, ValueError):
+        raise StorageError(f"{path} exists and is no trace of bhfast; {way_out}") from None
+    old, new = settings
+    changed = [f"{k} {old.get(k)!r}, now {v!r}" for k, v in new.items() if old.get(k) != v and k not in NOT_SETTINGS]
+    if changed:
+        raise StorageError(f"{path} holds a run with other settings ({'; '.join(changed)}); {way_out}")
+
+
+@contextmanager
+def _deferred_signals() -> Iterator[list[signal.Signals]]:
+    """Collect SIGINT and SIGTERM instead of dying of them; the second one acts at once.
+
+    Yields:
+        The signals received. Outside the main thread, where Python takes no handlers, it stays empty.
+    """
+    received: list[signal.Signals] = []
+    previous: dict[signal.Signals, Any] = {}
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        received.append(signal.Signals(number))
+        restore()
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, receive)
+    try:
+        yield received
+    finally:
+        restore()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The program
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="bhfast train",
+        description="Train a small GPT from a black hole and record every step, bit for bit.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    kinds = get_type_hints(TrainConfig)
+    for entry in fields(TrainConfig):
+        flag, text = f"--{entry.name.replace('_', '-')}", entry.metadata["help"]
+        if kinds[entry.name] is bool:
+            parser.add_argument(flag, action="store_true", help=text)
+        else:
+            kind = kinds[entry.name] if kinds[entry.name] in (int, float) else str
+            default = entry.default if entry.default is not None else argparse.SUPPRESS
+            parser.add_argument(flag, type=kind, default=default, choices=entry.metadata.get("choices"), help=text)
+    args = parser.parse_args(argv)
+    try:
+        result = train(TrainConfig(**vars(args)))
+    except BhfastError as error:
+        print(f"bhfast train: error: {error}", file=sys.stderr)
+        return 2
+    return 128 + result.signal if result.signal else 0
+
+
+class _CallableModule(ModuleType):
+    """Lets ``bhfast.train(...)`` be both this module and the function it is named after."""
+
+    def __call__(self, config: TrainConfig | None = None) -> TrainResult:
+        return train(config)
+
+
+sys.modules[__name__].__class__ = _CallableModule
+
+if __name__ == "__main__":
+    sys.exit(main())
