@@ -22,7 +22,7 @@ from torch import Tensor
 
 ROUNDINGS = ("per-op", "opmath")
 NORM_BLOCK = 1024
-CHUNK = 1 << 16  # elements updated at once: the temporaries stay in the cache
+CHUNK = 1 << 15  # elements updated at once: in cache, and one thread each, as torch splits larger operations at a loss
 
 
 def backend() -> tuple[str, str]:
@@ -77,13 +77,12 @@ def grad_norm(grads: Sequence[Tensor]) -> Tensor:
     Args:
         grads: non-empty; any shapes; bfloat16 or float32; of one device.
     """
-    x = _flatten(grads).float()
-    x = x * x
+    x = _flatten(grads).float().square()
     while x.numel() > 1:
         x = torch.nn.functional.pad(x, (0, -x.numel() % NORM_BLOCK)).view(-1, NORM_BLOCK)
         while x.size(1) > 1:
-            half = x.size(1) // 2
-            x = x[:, :half] + x[:, half:]
+            low, high = x.chunk(2, dim=1)
+            x = low + high
         x = x.view(-1)
     return x.view(()).sqrt()
 
@@ -99,16 +98,18 @@ def clip_coefficient(norm: Tensor, max_norm: float, dtype: torch.dtype) -> Tenso
 
 
 class AdamCoefficients(NamedTuple):
-    """What one or several steps of Adam need beside the tensors: float32, shape ``[steps]`` or broadcastable."""
+    """What one or several steps of Adam need beside the tensors.
+
+    The tensors are float32, of shape ``[steps]`` or broadcastable to it; the numbers are the same at every step.
+    """
 
     decay: Tensor | None  # 1 - lr * weight_decay; None: no decay
-    weight1: Tensor  # 1 - beta1
-    beta2: Tensor
-    weight2: Tensor  # 1 - beta2
     bias2_sqrt: Tensor  # sqrt(1 - beta2^step)
     step_size: Tensor  # -lr / (1 - beta1^step)
-    eps: Tensor
-    lerp_from_start: bool  # |1 - beta1| < 0.5, which decides how lerp is evaluated
+    weight1: Tensor  # 1 - beta1
+    weight2: Tensor  # 1 - beta2
+    beta2: float
+    eps: float
 
     def unsqueeze(self, dims: int) -> AdamCoefficients:
         """Append ``dims`` axes of length 1 to every tensor, to broadcast steps against ``[steps, ...]`` tensors."""
@@ -127,19 +128,11 @@ def adam_coefficients(
     """Compute the coefficients of ``steps`` (counted from 1) in double precision, each rounded once to float32."""
     beta1, beta2 = betas
     rows = [
-        (
-            1 - lr * weight_decay,
-            1 - beta1,
-            beta2,
-            1 - beta2,
-            (1 - beta2**step) ** 0.5,
-            -(lr / (1 - beta1**step)),
-            eps,
-        )
+        (1 - lr * weight_decay, (1 - beta2**step) ** 0.5, -(lr / (1 - beta1**step)), 1 - beta1, 1 - beta2)
         for step, lr in zip(steps, lrs, strict=True)
     ]
     decay, *rest = torch.tensor(rows, dtype=torch.float32, device=device).unbind(-1)
-    return AdamCoefficients(decay if weight_decay else None, *rest, lerp_from_start=abs(1 - beta1) < 0.5)
+    return AdamCoefficients(decay if weight_decay else None, *rest, beta2=beta2, eps=eps)
 
 
 def adam(
@@ -157,27 +150,33 @@ def adam(
             ``grad`` is already clipped.
         c: coefficients that broadcast against them: shape ``[1]`` for one step, ``[steps, 1, 1]`` to advance every step
             of a recording at once from its own recorded state.
-        rounding: ``"per-op"`` or ``"opmath"``.
+        rounding: ``"per-op"`` rounds to the dtype after every operation, ``"opmath"`` once per output.
     """
     dtype = param.dtype
-    p, g, m, v = param.float(), grad.float(), exp_avg.float(), exp_avg_sq.float()
-    r = _round_to(dtype) if rounding == "per-op" else _keep
+    if rounding == "opmath":
+        param, grad, exp_avg, exp_avg_sq = (x.float() for x in (param, grad, exp_avg, exp_avg_sq))
+    return tuple(x.to(dtype) for x in _adam(param, grad, exp_avg, exp_avg_sq, c))
 
+
+def _adam(p: Tensor, g: Tensor, m: Tensor, v: Tensor, c: AdamCoefficients) -> tuple[Tensor, Tensor, Tensor]:
+    """AdamW with each operation computed in float32 and rounded to the dtype of the tensors."""
+    dtype = p.dtype
+    g32, m32 = g.float(), m.float()
     if c.decay is not None:
-        p = r(p * c.decay)
-    m = r(fma(c.weight1, g - m, m) if c.lerp_from_start else fma(1 - c.weight1, m - g, g))
-    v = r(fma(c.weight2 * g, g, r(v * c.beta2)))
-    denom = r(r(r(v.sqrt()) / c.bias2_sqrt) + r(c.eps))
-    p = p + c.step_size * m / denom
-    return p.to(dtype), m.to(dtype), v.to(dtype)
+        p = (p * c.decay).to(dtype)
+    m = _lerp(m32, g32, c.weight1).to(dtype)
+    v = fma(c.weight2 * g32, g32, (v * c.beta2).float()).to(dtype)
+    eps = torch.tensor(c.eps).to(dtype).item()  # torch's unfused AdamW adds eps in the parameter's dtype
+    denom = (v.sqrt() / c.bias2_sqrt).to(dtype) + eps
+    p = (p + c.step_size * m / denom).to(dtype)
+    return p, m, v
 
 
-def _round_to(dtype: torch.dtype):
-    return lambda x: x.to(dtype).float()
-
-
-def _keep(x: Tensor) -> Tensor:
-    return x
+def _lerp(start: Tensor, end: Tensor, weight: Tensor) -> Tensor:
+    """``torch.lerp`` to the bit: from the nearer end."""
+    if weight.reshape(-1)[0] < 0.5:
+        return fma(weight, end - start, start)
+    return fma(1 - weight, start - end, end)
 
 
 @torch.no_grad()
@@ -198,16 +197,46 @@ def adam_(
         clip_coef: scalar of the gradients' dtype that every gradient is multiplied with on its way in; None: no clipping.
         rounding: ``"per-op"`` or ``"opmath"``.
     """
-    flat = [_flatten(x) for x in (params, grads, exp_avgs, exp_avg_sqs)]
+    lists = (params, grads, exp_avgs, exp_avg_sqs)
+    flat = [_flatten(x) for x in lists]
+    is_plain = rounding == "per-op" and flat[0].device.type == "cpu" and _torch_rounds_per_op()
     for param, grad, exp_avg, exp_avg_sq in zip(*(x.split(CHUNK) for x in flat), strict=True):
         if clip_coef is not None:
             grad = grad * clip_coef
+        if is_plain:
+            _adam_torch_(param, grad, exp_avg, exp_avg_sq, c)
+            continue
         results = adam(param, grad, exp_avg, exp_avg_sq, c, rounding)
         for old, new in zip((param, exp_avg, exp_avg_sq), results, strict=True):
             old.copy_(new)
-    for destinations, result in zip((params, exp_avgs, exp_avg_sqs), (flat[0], flat[2], flat[3]), strict=True):
-        pieces = result.split([x.numel() for x in destinations])
-        torch._foreach_copy_(destinations, [piece.view_as(x) for piece, x in zip(pieces, destinations, strict=True)])
+    for i in (0, 2, 3):
+        if flat[i].data_ptr() != lists[i][0].data_ptr():
+            torch._foreach_copy_(lists[i], torch._utils._unflatten_dense_tensors(flat[i], lists[i]))
+
+
+def _adam_torch_(p: Tensor, g: Tensor, m: Tensor, v: Tensor, c: AdamCoefficients) -> None:
+    """One step of per-op :func:`adam`, in place, in the operations of torch's own unfused AdamW: a third of the time."""
+    if c.decay is not None:
+        p.mul_(c.decay.item())
+    m.lerp_(g, c.weight1.item())
+    v.mul_(c.beta2).addcmul_(g, g, value=c.weight2.item())
+    denom = v.sqrt().div_(c.bias2_sqrt.item()).add_(c.eps)
+    p.addcdiv_(m, denom, value=c.step_size.item())
+
+
+@cache
+def _torch_rounds_per_op() -> bool:
+    """Try whether torch's operations on this CPU round as :func:`adam` specifies. They do where there is FMA."""
+    generator = torch.Generator().manual_seed(0)
+    for dtype in (torch.bfloat16, torch.float32):
+        c = adam_coefficients([7], [1e-3], betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
+        p, g, m, v = (torch.randn(4099, generator=generator).to(dtype) for _ in range(4))  # a vector body and a tail
+        v = v.abs()
+        wanted = adam(p, g, m, v, c, "per-op")
+        _adam_torch_(p, g, m, v, c)
+        if not all(torch.equal(x, y) for x, y in zip((p, m, v), wanted, strict=True)):
+            return False
+    return True
 
 
 def exact_device(device: torch.device) -> torch.device:
@@ -220,5 +249,14 @@ def exact_device(device: torch.device) -> torch.device:
 
 
 def _flatten(tensors: Sequence[Tensor]) -> Tensor:
-    flat = torch.cat([x.reshape(-1) for x in tensors])
+    """Return all elements in one row, where the arithmetic runs: a view if the tensors lie side by side, else a copy."""
+    first = tensors[0]
+    storage, offset = first.untyped_storage().data_ptr(), first.storage_offset()
+    for x in tensors:
+        if x.storage_offset() != offset or x.untyped_storage().data_ptr() != storage or not x.is_contiguous():
+            flat = torch._utils._flatten_dense_tensors(tensors)
+            break
+        offset += x.numel()
+    else:
+        flat = first.as_strided((offset - first.storage_offset(),), (1,))
     return flat.to(exact_device(flat.device))

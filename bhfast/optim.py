@@ -126,14 +126,21 @@ class FusedAdam(torch.optim.Optimizer):
     def _advance(self, group: dict[str, Any]) -> dict[tuple[torch.dtype, torch.device, int], list[Tensor]]:
         """Add 1 to the step of every parameter with a gradient; return those that can be updated as one."""
         params = [p for p in group["params"] if p.grad is not None]
-        for p in params:
-            if not self.state[p]:
-                self.state[p]["step"] = torch.tensor(0.0)
-                self.state[p]["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-                self.state[p]["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        self._allocate([p for p in params if not self.state[p]])
         steps = [self.state[p]["step"] for p in params]
         torch._foreach_add_(steps, 1)
         buckets = defaultdict(list)
         for p, step in zip(params, steps, strict=True):
             buckets[p.dtype, p.device, int(step.item())].append(p)
         return buckets
+
+    def _allocate(self, params: list[Tensor]) -> None:
+        """Set up the state of new parameters, the moments side by side in memory, which saves copies at every step."""
+        kinds = defaultdict(list)
+        for p in params:
+            kinds[p.dtype, p.device].append(p)
+        for (dtype, device), alike in kinds.items():
+            moments = torch.zeros(2, sum(p.numel() for p in alike), dtype=dtype, device=device)
+            exp_avgs, exp_avg_sqs = (torch._utils._unflatten_dense_tensors(row, alike) for row in moments)
+            for p, exp_avg, exp_avg_sq in zip(alike, exp_avgs, exp_avg_sqs, strict=True):
+                self.state[p].update(step=torch.tensor(0.0), exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)

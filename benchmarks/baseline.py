@@ -1,0 +1,133 @@
+"""What people do today: the same experiment on the Hugging Face Trainer, every step cloned into Python lists.
+
+The network, data, optimizer and precision are the reference run's; the recorder appends clones to lists in memory,
+stacks them at the end, and saves with ``safetensors.torch.save_file``. Needs the ``bench`` extra.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+
+
+@dataclass(frozen=True)
+class BaselineResult:
+    steps_per_second: float
+    seconds: float  # training, stacking and saving
+    losses: Tensor  # [R] bfloat16
+
+
+class Windows(Dataset):
+    """Each window as inputs and labels one byte later; the model shifts the labels once more."""
+
+    def __init__(self, corpus: Tensor, context: int) -> None:
+        self.corpus = corpus.long()
+        self.context = context
+
+    def __len__(self) -> int:
+        return len(self.corpus) - self.context
+
+    def __getitem__(self, start: int) -> dict[str, Tensor]:
+        window = self.corpus[start : start + self.context + 1]
+        return {"input_ids": window[:-1], "labels": window[1:]}
+
+
+class ListRecorder:
+    """One Python list a quantity, one clone a step."""
+
+    KEYS = ("embeddings", "grads", "momentum", "variance", "logits", "losses")
+
+    def __init__(self, embedding: torch.nn.Parameter) -> None:
+        self.embedding = embedding
+        self.lists: dict[str, list[Tensor]] = {key: [] for key in self.KEYS}
+        self.before: dict[str, Tensor] = {}
+
+    def before_step(self, loss: Tensor, logits: Tensor) -> None:
+        self.before = {
+            "grads": self.embedding.grad.clone().cpu(),
+            "logits": logits[0, -1].detach().cpu().bfloat16(),
+            "losses": torch.tensor(loss.item(), dtype=torch.bfloat16),
+        }
+
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        state = optimizer.state[self.embedding]
+        record = {
+            **self.before,
+            "embeddings": self.embedding.detach().clone().cpu(),
+            "momentum": state["exp_avg"].clone().cpu(),
+            "variance": state["exp_avg_sq"].clone().cpu(),
+        }
+        for key, value in record.items():
+            self.lists[key].append(value)
+
+    def save(self, path: Path) -> Tensor:
+        data = {key: torch.stack(values) for key, values in self.lists.items()}
+        save_file(data, str(path))
+        return data["losses"]
+
+
+class RecordingTrainer(Trainer):
+    """Calls the recorder around each optimizer step."""
+
+    recorder: ListRecorder
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        self.logits = outputs.logits
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        self.recorder.before_step(loss, self.logits)
+        return loss
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        self.recorder.after_step(self.optimizer)
+        return super()._maybe_log_save_evaluate(*args, **kwargs)
+
+
+def run_baseline(corpus: Tensor, *, steps: int, seed: int = 42) -> BaselineResult:
+    """Train ``steps`` steps at sigma 0 on ``corpus`` (uint8) and record all of them."""
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=128, n_positions=128, n_embd=64, n_layer=2, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+    )
+    model = GPT2LMHeadModel(config).bfloat16()
+    embedding = model.transformer.wte.weight
+    with torch.no_grad():
+        embedding.copy_((torch.randn(64) * 0.02).bfloat16().expand_as(embedding))
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = RecordingTrainer(
+            model=model,
+            args=TrainingArguments(
+                output_dir=folder,
+                max_steps=steps,
+                per_device_train_batch_size=1,
+                learning_rate=1e-3,
+                weight_decay=0.0,
+                optim="adamw_torch",
+                bf16=True,
+                logging_steps=1000,
+                save_strategy="no",
+                dataloader_pin_memory=False,
+                seed=seed,
+                report_to="none",
+                disable_tqdm=True,
+                use_cpu=not torch.cuda.is_available(),
+            ),
+            train_dataset=Windows(corpus, 128),
+        )
+        trainer.recorder = ListRecorder(embedding)
+        start = time.perf_counter()
+        trainer.train()
+        trained = time.perf_counter()
+        losses = trainer.recorder.save(Path(folder) / "trace.safetensors")
+        return BaselineResult(steps / (trained - start), time.perf_counter() - start, losses)
