@@ -1,0 +1,242 @@
+"""The recorder around loops of the user's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from bhfast import recorder as module
+from bhfast.errors import BhfastError, ConfigError, StorageError
+from bhfast.optim import FusedAdam
+from bhfast.recorder import Recorder
+from bhfast.trace import open_trace
+
+OPTIMIZERS = {
+    "FusedAdam": lambda p: FusedAdam(p, max_grad_norm=0.1),
+    "AdamW": torch.optim.AdamW,
+    "Adam": torch.optim.Adam,
+}
+
+
+def linear(dtype: torch.dtype = torch.bfloat16) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(5, 3, dtype=dtype)
+
+
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> torch.Tensor:
+    dtype = next(model.parameters()).dtype
+    optimizer.zero_grad()
+    loss = (model(torch.randn(4, 5, dtype=dtype)).float() ** 2).sum()
+    loss.backward()
+    optimizer.step()
+    return loss
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_records_every_step_to_the_bit(make, dtype, tmp_path: Path) -> None:
+    model = linear(dtype)
+    optimizer = make(model.parameters())
+    path = tmp_path / "t.safetensors"
+    wanted: dict[str, list[torch.Tensor]] = {}
+    start = model.weight.detach().clone()
+    with Recorder(optimizer, {"w": model.weight}, steps=7, path=path) as recorder:
+        for _ in range(7):
+            loss = train_step(model, optimizer)
+            recorder.log(loss=loss)
+            state = optimizer.state[model.weight]
+            now = {"w": model.weight, "w.grad": model.weight.grad, "loss": loss}
+            now |= {f"w.{key}": state[key] for key in ("exp_avg", "exp_avg_sq")}
+            for key, value in now.items():
+                wanted.setdefault(key, []).append(value.detach().clone())
+            with torch.no_grad():  # poison: what changes after the step is not the step's
+                model.weight.grad.fill_(float("nan"))
+    trace = open_trace(path)
+    assert trace.steps.tolist() == list(range(8))
+    assert torch.equal(trace["w"][0], start)
+    assert all((trace[key][0] == 0).all() for key in ("w.grad", "w.exp_avg", "w.exp_avg_sq"))
+    assert trace["loss"][0].isnan()
+    for key, values in wanted.items():
+        assert trace[key].dtype == values[0].dtype
+        assert torch.equal(trace[key][1:], torch.stack(values)), key
+
+
+def test_records_nothing_of_what_happens_after_the_step(tmp_path: Path) -> None:
+    model = linear()
+    optimizer = FusedAdam(model.parameters())
+    path = tmp_path / "t.safetensors"
+    with Recorder(optimizer, {"w": model.weight}, steps=1, path=path):
+        train_step(model, optimizer)
+        wanted = model.weight.detach().clone()
+        with torch.no_grad():
+            model.weight.fill_(7)
+            optimizer.state[model.weight]["exp_avg"].fill_(7)
+    trace = open_trace(path)
+    assert torch.equal(trace["w"][1], wanted)
+    assert not (trace["w.exp_avg"][1] == 7).any()
+
+
+def test_watching_does_not_change_the_run(tmp_path: Path) -> None:
+    weights = []
+    for watch in (False, True):
+        model = linear()
+        optimizer = FusedAdam(model.parameters())
+        torch.manual_seed(1)
+        if watch:
+            with Recorder(optimizer, {"w": model.weight}, steps=5, path=tmp_path / "t"):
+                for _ in range(5):
+                    train_step(model, optimizer)
+        else:
+            for _ in range(5):
+                train_step(model, optimizer)
+        weights.append(model.weight)
+    assert torch.equal(*weights)
+
+
+def test_every_third_step(tmp_path: Path) -> None:
+    model = linear()
+    optimizer = FusedAdam(model.parameters())
+    seen = {}
+    with Recorder(optimizer, {"w": model.weight}, steps=8, every=3, path=tmp_path / "t") as recorder:
+        for step in range(1, 9):
+            recorder_loss = train_step(model, optimizer)
+            recorder.log(loss=recorder_loss)
+            seen[step] = model.weight.detach().clone(), recorder_loss.detach()
+    trace = open_trace(tmp_path / "t")
+    assert trace.steps.tolist() == [0, 3, 6]
+    for record, step in ((1, 3), (2, 6)):
+        assert torch.equal(trace["w"][record], seen[step][0])
+        assert torch.equal(trace["loss"][record], seen[step][1])
+
+
+def test_follows_storage_that_is_replaced(tmp_path: Path) -> None:
+    """A stale pointer would record the first storage for ever."""
+    model = linear()
+    optimizer = FusedAdam(model.parameters())
+    with Recorder(optimizer, {"w": model.weight}, steps=3, path=tmp_path / "t"):
+        train_step(model, optimizer)
+        model.weight.data = torch.full((3, 5), 9.0).bfloat16()
+        optimizer.zero_grad(set_to_none=True)
+        train_step(model, optimizer)
+        optimizer.load_state_dict(optimizer.state_dict())
+        train_step(model, optimizer)
+        wanted = model.weight.detach().clone()
+    trace = open_trace(tmp_path / "t")
+    assert (trace["w"][2] > 8).all()
+    assert torch.equal(trace["w"][3], wanted)
+
+
+def test_chosen_fields_and_several_parameters(tmp_path: Path) -> None:
+    model = linear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    params = {"w": model.weight, "b": model.bias}
+    with Recorder(optimizer, params, steps=2, path=tmp_path / "t", fields=["param", "grad"]):
+        train_step(model, optimizer)
+    assert set(open_trace(tmp_path / "t")) == {"w", "w.grad", "b", "b.grad", "recorded_steps"}
+
+
+def test_a_run_cut_short_is_a_shorter_file(tmp_path: Path) -> None:
+    model = linear()
+    optimizer = FusedAdam(model.parameters())
+    recorder = Recorder(optimizer, {"w": model.weight}, steps=9, path=tmp_path / "t.safetensors")
+    with pytest.raises(RuntimeError, match="the user's own"), recorder:
+        for _ in range(4):
+            recorder.log(loss=train_step(model, optimizer))
+        raise RuntimeError("the user's own")
+    trace = open_trace(tmp_path / "t.safetensors")
+    assert trace.steps.tolist() == [0, 1, 2, 3, 4]
+    assert recorder.saved_steps == 4
+    assert torch.equal(trace["w"][-1], model.weight)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_run_cut_short_replaces_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    path.write_text("longer")
+    model = linear()
+    optimizer = FusedAdam(model.parameters())
+    with Recorder(optimizer, {"w": model.weight}, steps=9, path=path, overwrite=True) as recorder:
+        train_step(model, optimizer)
+    assert path.read_text() == "longer"
+    assert recorder.path == tmp_path / "t.cut-at-1.safetensors"
+    assert open_trace(recorder.path).steps.tolist() == [0, 1]
+
+
+def test_hooks_end_with_the_block(tmp_path: Path) -> None:
+    model = linear()
+    optimizer = FusedAdam(model.parameters())
+    with Recorder(optimizer, {"w": model.weight}, steps=1, path=tmp_path / "t"):
+        train_step(model, optimizer)
+    train_step(model, optimizer)
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+
+
+def test_fifty_recorders_leak_no_file_descriptors(tmp_path: Path) -> None:
+    fds = Path("/proc/self/fd")
+    if not fds.exists():
+        pytest.skip("needs /proc")
+    model = linear()
+    optimizer = FusedAdam(model.parameters())
+    before = len(list(fds.iterdir()))
+    for i in range(50):
+        with Recorder(optimizer, {"w": model.weight}, steps=1, path=tmp_path / str(i)):
+            train_step(model, optimizer)
+    assert len(list(fds.iterdir())) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps and every must be at least 1, got steps=0"),
+        ({"every": 0}, "got steps=3, every=0"),
+        ({"fields": ["param", "velocity"]}, "fields must be among param, grad, exp_avg, exp_avg_sq, got velocity"),
+        ({"keys": {f: "same" for f in module.FIELDS}}, "keys must give every tensor a name of its own, got same twice"),
+    ],
+)
+def test_refuses_bad_arguments(options, message, tmp_path: Path) -> None:
+    model = linear()
+    arguments = {"steps": 3, "path": tmp_path / "t", **options}
+    with pytest.raises(ConfigError, match=message):
+        Recorder(FusedAdam(model.parameters()), {"w": model.weight}, **arguments)
+
+
+def test_refuses_a_recording_that_memory_cannot_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "available_memory", lambda: 100)
+    model = linear()
+    recorder = Recorder(FusedAdam(model.parameters()), {"w": model.weight}, steps=1000, path=tmp_path / "t")
+    with pytest.raises(StorageError, match=r"memory is too small for the recording: 0\.1 MB wanted, 0\.0 MB avail"), recorder:
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_says_what_it_cannot_record(tmp_path: Path) -> None:
+    model = linear()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    with (
+        pytest.raises(BhfastError, match="SGD keeps no exp_avg for parameter w; leave it out of fields="),
+        Recorder(sgd, {"w": model.weight}, steps=1, path=tmp_path / "a"),
+    ):
+        train_step(model, sgd)
+    adam = FusedAdam(model.parameters())
+    with (
+        pytest.raises(BhfastError, match="parameter w has no gradient at step 1"),
+        Recorder(adam, {"w": model.weight}, steps=1, path=tmp_path / "b"),
+    ):
+        adam.zero_grad()
+        adam.step()
+    with (
+        pytest.raises(BhfastError, match=r"cannot follow optimizer\.step\(closure\)"),
+        Recorder(adam, {"w": model.weight}, steps=1, path=tmp_path / "c"),
+    ):
+        adam.step(lambda: None)
+    with (
+        pytest.raises(BhfastError, match="opened for 1 steps; open it with a larger steps="),
+        Recorder(adam, {"w": model.weight}, steps=1, path=tmp_path / "d"),
+    ):
+        train_step(model, adam)
+        train_step(model, adam)
+    assert open_trace(tmp_path / "d").steps.tolist() == [0, 1]
