@@ -1,7 +1,7 @@
 """Corpora: text as ASCII bytes, and the windows a run reads from it.
 
-    python -m bhfast.corpus gatsby --out data/gatsby_clean.txt               downloads The Great Gatsby and cleans it
-    python -m bhfast.corpus gatsby --raw 64317-0.txt --out gatsby_clean.txt  cleans a file you have
+python -m bhfast.corpus gatsby --out data/gatsby_clean.txt               downloads The Great Gatsby and cleans it
+python -m bhfast.corpus gatsby --raw 64317-0.txt --out gatsby_clean.txt  cleans a file you have
 """
 
 from __future__ import annotations

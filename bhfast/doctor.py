@@ -1,6 +1,6 @@
 """What this machine has, and what bhfast makes of it.
 
-    python -m bhfast.doctor
+python -m bhfast.doctor
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def self_test() -> str | None:
         for optimizer in optimizers:
             optimizer.step()
         if not torch.equal(ours, theirs):
-            return f"FusedAdam and torch.optim.AdamW differ in {int((ours != theirs).sum())} of 1000 values at step {step}"
+            return (
+                f"FusedAdam and torch.optim.AdamW differ in {int((ours != theirs).sum())} of 1000 values at step {step}"
+            )
     return None
 
 

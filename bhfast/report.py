@@ -1,6 +1,6 @@
 """The answers in a trace, as text.
 
-    python -m bhfast.report FILE
+python -m bhfast.report FILE
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ def figures(trace: Trace) -> str:
         lines.append(f"step {step:,}: centroid norm {centroid:.6f}, largest pairwise distance {distance:.6f}")
     if 1 in at:
         norms = trace["grads"][at[1]].float().norm(dim=1)
-        lines.append(f"step 1: row norm of the gradient, mean {norms.mean().item():.6e}, largest {norms.max().item():.6e}")
+        lines.append(
+            f"step 1: row norm of the gradient, mean {norms.mean().item():.6e}, largest {norms.max().item():.6e}"
+        )
     if 100 in at:
         momentum, variance = (trace[name][at[100]].float().abs().mean().item() for name in ("momentum", "variance"))
         lines.append(f"step 100: mean |momentum| {momentum:.6e}, mean variance {variance:.6e}")

@@ -79,7 +79,9 @@ class TrainConfig:
     layers: int = _flag(2, "transformer blocks")
     heads: int = _flag(2, "attention heads")
     context: int = _flag(128, "bytes a window shows the network")
-    target_offset: int = _flag(2, "position t predicts byte t + this: 2 is the reference experiment, 1 next-byte training")
+    target_offset: int = _flag(
+        2, "position t predicts byte t + this: 2 is the reference experiment, 1 next-byte training"
+    )
     max_grad_norm: float = _flag(1.0, "clip the global gradient norm to this; inf for no clipping")
     lr_schedule: str = _flag("linear", "linear falls to 0 at the end", choices=SCHEDULES)
     adam_rounding: str = _flag("per-op", "bfloat16 after every operation, or once per output", choices=_ops.ROUNDINGS)
@@ -277,7 +279,9 @@ def select_device(name: str) -> tuple[torch.device, str]:
     if name == "auto":
         return torch.device(next(device for device, ready in there.items() if ready)), "the best there is"
     if not there[name]:
-        raise ConfigError(f"device {name} is not available here; use --device {' or '.join(d for d in there if there[d])}")
+        raise ConfigError(
+            f"device {name} is not available here; use --device {' or '.join(d for d in there if there[d])}"
+        )
     return torch.device(name), "as asked"
 
 

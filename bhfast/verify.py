@@ -156,7 +156,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{args.file}: DIFFERENT: {result.difference.text}")
         return 1
     if result.replayed:
-        print(f"{args.file}: {result.replayed:,} steps replayed, every bit of moments and embeddings agrees; checksums hold")
+        print(
+            f"{args.file}: {result.replayed:,} steps replayed, every bit of moments and embeddings agrees; checksums hold"
+        )
         return 0
     print(f"{args.file}: checksums hold, but a replay needs every step, and this run recorded some (--record-every)")
     return 0

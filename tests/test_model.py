@@ -102,7 +102,9 @@ def test_gradients_are_near_float64(sizes, generator) -> None:
     for network in (model, exact):
         logits = network(window[:, :-1])
         targets = window[:, 1:].flatten()
-        losses.append(F.cross_entropy(logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)), targets))
+        losses.append(
+            F.cross_entropy(logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)), targets)
+        )
         losses[-1].backward()
     assert abs(losses[0].item() - losses[1].item()) < LOSS
     for (name, p), q in zip(model.named_parameters(), exact.parameters(), strict=True):
@@ -121,9 +123,7 @@ def test_equals_hugging_face_gpt2(generator) -> None:
     )  # fmt: skip
     theirs = transformers.GPT2LMHeadModel(config).bfloat16().eval()
     conv1d = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-    weights = {
-        f"transformer.{name}": p.t() if name.endswith(conv1d) else p for name, p in model.state_dict().items()
-    }
+    weights = {f"transformer.{name}": p.t() if name.endswith(conv1d) else p for name, p in model.state_dict().items()}
     theirs.load_state_dict({**weights, "lm_head.weight": model.wte.weight})
     tokens = torch.randint(128, (4, 128), generator=generator)
     with torch.no_grad():

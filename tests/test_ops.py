@@ -141,9 +141,7 @@ def test_grad_norm_does_not_depend_on_the_number_of_threads(generator) -> None:
     assert norms.pop() == pytest.approx(grads[0].double().norm().item(), rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("norm", "wanted"), [(0.0, 1.0), (0.5, 1.0), (2.0, 0.5), (3.0, 0.333984375), (math.inf, 0.0)]
-)
+@pytest.mark.parametrize(("norm", "wanted"), [(0.0, 1.0), (0.5, 1.0), (2.0, 0.5), (3.0, 0.333984375), (math.inf, 0.0)])
 def test_clip_coefficient(norm: float, wanted: float) -> None:
     coefficient = _ops.clip_coefficient(torch.tensor(norm), 1.0, torch.bfloat16)
     assert coefficient.dtype == torch.bfloat16

@@ -133,7 +133,9 @@ def test_clips_without_touching_gradients(generator) -> None:
     before = [p.grad.clone() for p in ours]
     a.step()
     assert all(torch.equal(p.grad, g) for p, g in zip(ours, before, strict=True))
-    assert a.grad_norm.item() == pytest.approx(torch.cat([g.flatten() for g in before]).double().norm().item(), rel=1e-6)
+    assert a.grad_norm.item() == pytest.approx(
+        torch.cat([g.flatten() for g in before]).double().norm().item(), rel=1e-6
+    )
     assert a.clip_coef.item() == torch.tensor(0.5 / a.grad_norm.item()).bfloat16().item()
     for q, g in zip(theirs, before, strict=True):
         q.grad = g * a.clip_coef.bfloat16()

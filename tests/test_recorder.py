@@ -208,7 +208,10 @@ def test_refuses_a_recording_that_memory_cannot_hold(tmp_path: Path, monkeypatch
     monkeypatch.setattr(module, "available_memory", lambda: 100)
     model = linear()
     recorder = Recorder(FusedAdam(model.parameters()), {"w": model.weight}, steps=1000, path=tmp_path / "t")
-    with pytest.raises(StorageError, match=r"memory is too small for the recording: 0\.1 MB wanted, 0\.0 MB avail"), recorder:
+    with (
+        pytest.raises(StorageError, match=r"memory is too small for the recording: 0\.1 MB wanted, 0\.0 MB avail"),
+        recorder,
+    ):
         pass
     assert list(tmp_path.iterdir()) == []
 

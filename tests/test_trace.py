@@ -112,7 +112,9 @@ def test_opens_what_the_notebook_writes(tmp_path: Path) -> None:
 
 def test_opens_misaligned_tensors(tmp_path: Path) -> None:
     path = tmp_path / "odd.safetensors"
-    header = b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"b":{"dtype":"F32","shape":[1],"data_offsets":[1,5]}}'
+    header = (
+        b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"b":{"dtype":"F32","shape":[1],"data_offsets":[1,5]}}'
+    )
     path.write_bytes(len(header).to_bytes(8, "little") + header + b"\7" + struct.pack("<f", 2.5))
     assert open_trace(path)["b"].tolist() == [2.5]
 

@@ -13,9 +13,7 @@ class TorchEngine:
 
     name = "torch"
 
-    def __init__(
-        self, model: TiedGPT, optimizer: torch.optim.Optimizer, corpus: Tensor, *, target_offset: int
-    ) -> None:
+    def __init__(self, model: TiedGPT, optimizer: torch.optim.Optimizer, corpus: Tensor, *, target_offset: int) -> None:
         device = model.wte.weight.device
         self.model = model
         self.optimizer = optimizer

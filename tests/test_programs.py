@@ -1,0 +1,103 @@
+"""The package as a whole: imports, the console script, doctor, and who may import whom."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bhfast
+from bhfast import __main__ as console
+from bhfast import doctor
+
+PACKAGE = Path(bhfast.__file__).parent
+LEAVES = {"errors"}  # every room may raise these
+MAY_IMPORT = {
+    "__init__": {"errors", "optim", "recorder", "trace", "train"},
+    "__main__": set(),
+    "_ops": set(),
+    "corpus": LEAVES,
+    "doctor": {"_ops", "engines", "optim", "recorder", "trace", "train"},
+    "engines/__init__": {*LEAVES, "engines", "model"},
+    "engines/torch": {"model"},
+    "errors": set(),
+    "model": LEAVES,
+    "optim": {*LEAVES, "_ops"},
+    "recorder": {*LEAVES, "trace"},
+    "report": {*LEAVES, "trace"},
+    "trace": LEAVES,
+    "train": {*LEAVES, "_ops", "corpus", "engines", "model", "optim", "recorder", "report", "trace"},
+    "verify": {*LEAVES, "_ops", "trace"},
+}
+
+
+def test_rooms_import_only_what_they_may() -> None:
+    files = {str(p.relative_to(PACKAGE).with_suffix("")): p for p in PACKAGE.rglob("*.py")}
+    assert files.keys() == MAY_IMPORT.keys()
+    for room, path in files.items():
+        imported = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bhfast"):
+                parts = node.module.split(".")
+                imported |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+        assert imported <= MAY_IMPORT[room], room
+
+
+def test_import_is_light_and_silent() -> None:
+    code = "import sys, bhfast; print('torch' in sys.modules); bhfast.FusedAdam; print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["False", "True"]
+    assert run.stderr == ""
+
+
+def test_every_public_name_is_there() -> None:
+    for name in bhfast.__all__:
+        assert getattr(bhfast, name)
+    with pytest.raises(AttributeError, match="module 'bhfast' has no attribute 'nothing'"):
+        bhfast.nothing
+
+
+@pytest.mark.parametrize("program", console.PROGRAMS)
+def test_every_program_has_help(program: str, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["bhfast", program, "--help"])
+    with pytest.raises(SystemExit) as exit_:
+        console.main()
+    assert exit_.value.code == 0
+    assert f"usage: bhfast {program}" in capsys.readouterr().out
+
+
+def test_console_script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, code in (([], 0), (["--help"], 0), (["--version"], 0), (["fly"], 2)):
+        monkeypatch.setattr(sys, "argv", ["bhfast", *arguments])
+        assert console.main() == code
+    printed = capsys.readouterr()
+    assert bhfast.__version__ in printed.out
+    assert "there is no program 'fly'; there are\n  train" in printed.err
+
+
+def test_programs_run_as_modules() -> None:
+    environment = {**os.environ, "PYTHONWARNINGS": "error"}
+    for program in console.PROGRAMS:
+        command = [sys.executable, "-m", f"bhfast.{program}", "--help"]
+        assert subprocess.run(command, capture_output=True, env=environment).returncode == 0, program
+
+
+def test_doctor_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main([]) == 0
+    printed = capsys.readouterr().out
+    for name in ("bhfast", "torch", "device", "engine", "operations", "self-test"):
+        assert f"\n{name}" in f"\n{printed}"
+    assert "bit for bit" in printed
+
+
+def test_doctor_fails_if_the_self_test_does(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    from bhfast import _ops
+
+    real = _ops.adam_coefficients
+    monkeypatch.setattr(_ops, "adam_coefficients", lambda steps, *a, **k: real([s + 1 for s in steps], *a, **k))
+    assert doctor.main([]) == 1
+    assert "values at step 1" in capsys.readouterr().out
