@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,7 +97,7 @@ def grad_norm(grads: Sequence[Tensor]) -> Tensor:
 
 
 def clip_coefficient(norm: Tensor, max_norm: float, dtype: torch.dtype) -> Tensor:
-    """Return ``min(1, max_norm / (norm + 1e-6))``, rounded to ``dtype``, as ``torch.nn.utils.clip_grad_norm_`` has it."""
+    """Return ``min(1, max_norm / (norm + 1e-6))`` in ``dtype``, as ``torch.nn.utils.clip_grad_norm_`` has it."""
     limit = torch.full_like(norm, max_norm)
     return torch.clamp(limit / (norm + 1e-6), max=1.0).to(dtype)
 
@@ -122,7 +122,9 @@ class AdamCoefficients(NamedTuple):
 
     def unsqueeze(self, dims: int) -> AdamCoefficients:
         """Append ``dims`` axes of length 1 to every tensor, to broadcast steps against ``[steps, ...]`` tensors."""
-        return self._make(x[(...,) + (None,) * dims] if isinstance(x, Tensor) else x for x in self)
+        axes = (..., *[None] * dims)
+        tensors: dict[str, Any] = {name: x[axes] for name, x in self._asdict().items() if isinstance(x, Tensor)}
+        return self._replace(**tensors)
 
 
 def adam_coefficients(
@@ -140,8 +142,8 @@ def adam_coefficients(
         (1 - lr * weight_decay, (1 - beta2**step) ** 0.5, -(lr / (1 - beta1**step)), 1 - beta1, 1 - beta2)
         for step, lr in zip(steps, lrs, strict=True)
     ]
-    decay, *rest = torch.tensor(rows, dtype=torch.float32, device=device).unbind(-1)
-    return AdamCoefficients(decay if weight_decay else None, *rest, beta2=beta2, eps=eps)
+    decay, bias2_sqrt, step_size, weight1, weight2 = torch.tensor(rows, dtype=torch.float32, device=device).unbind(-1)
+    return AdamCoefficients(decay if weight_decay else None, bias2_sqrt, step_size, weight1, weight2, beta2, eps)
 
 
 def adam(
@@ -164,7 +166,8 @@ def adam(
     dtype = param.dtype
     if rounding == "opmath":
         param, grad, exp_avg, exp_avg_sq = (x.float() for x in (param, grad, exp_avg, exp_avg_sq))
-    return tuple(x.to(dtype) for x in _adam(param, grad, exp_avg, exp_avg_sq, c))
+    p, m, v = _adam(param, grad, exp_avg, exp_avg_sq, c)
+    return p.to(dtype), m.to(dtype), v.to(dtype)
 
 
 def _adam(p: Tensor, g: Tensor, m: Tensor, v: Tensor, c: AdamCoefficients) -> tuple[Tensor, Tensor, Tensor]:
@@ -201,9 +204,9 @@ def adam_(
     """Advance ``params``, ``exp_avgs`` and ``exp_avg_sqs`` in place by one step; ``grads`` are only read.
 
     Args:
-        params, grads, exp_avgs, exp_avg_sqs: equally long; tensors at one index have one shape; all of one dtype and device.
+        params, grads, exp_avgs, exp_avg_sqs: equally long, of equal shapes by index; one dtype, one device.
         c: coefficients of one step, shape ``[1]``.
-        clip_coef: scalar of the gradients' dtype that every gradient is multiplied with on its way in; None: no clipping.
+        clip_coef: scalar of the gradients' dtype, to multiply each gradient with on its way in; None: no clipping.
         rounding: ``"per-op"`` or ``"opmath"``.
     """
     lists = (params, grads, exp_avgs, exp_avg_sqs)
@@ -220,11 +223,11 @@ def adam_(
             old.copy_(new)
     for i in (0, 2, 3):
         if flat[i].data_ptr() != lists[i][0].data_ptr():
-            torch._foreach_copy_(lists[i], torch._utils._unflatten_dense_tensors(flat[i], lists[i]))
+            torch._foreach_copy_(list(lists[i]), torch._utils._unflatten_dense_tensors(flat[i], lists[i]))
 
 
 def _adam_torch_(p: Tensor, g: Tensor, m: Tensor, v: Tensor, c: AdamCoefficients) -> None:
-    """One step of per-op :func:`adam`, in place, in the operations of torch's own unfused AdamW: a third of the time."""
+    """One step of per-op :func:`adam`, in place, in the operations of torch's unfused AdamW: a third of the time."""
     if c.decay is not None:
         p.mul_(c.decay.item())
     m.lerp_(g, c.weight1.item())
@@ -258,7 +261,7 @@ def exact_device(device: torch.device) -> torch.device:
 
 
 def _flatten(tensors: Sequence[Tensor]) -> Tensor:
-    """Return all elements in one row, where the arithmetic runs: a view if the tensors lie side by side, else a copy."""
+    """Return all elements in a row, where the arithmetic runs: a view if the tensors lie side by side, else a copy."""
     first = tensors[0]
     storage, offset = first.untyped_storage().data_ptr(), first.storage_offset()
     for x in tensors:

@@ -141,6 +141,7 @@ def download(url: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the program; return its exit status."""
     parser = argparse.ArgumentParser(prog="bhfast corpus", description="Make a corpus to train on.")
     books = parser.add_subparsers(dest="book", required=True, metavar="BOOK")
     gatsby = books.add_parser("gatsby", help="The Great Gatsby, Project Gutenberg eBook 64317")

@@ -52,8 +52,8 @@ def main(argv: list[str] | None = None) -> int:
     rows = {
         "bhfast": bhfast.__version__,
         "python": f"{platform.python_version()} on {platform.platform()}",
-        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads, CPU capability {torch.backends.cpu.get_cpu_capability()}",
-        "cpu": f"{os.cpu_count()} cores, {format_bytes(available_memory())} of memory free",
+        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
+        "cpu": f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, {format_bytes(available_memory())} of memory free",
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "device": f"{device.type} ({device_reason})",
         "engine": f"{engine} ({engine_reason})",

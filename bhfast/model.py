@@ -120,8 +120,8 @@ def build_model(
 ) -> tuple[TiedGPT, Tensor]:
     """Return the network at its black-hole start, in bfloat16 on ``device``, and the black hole's centre.
 
-    Every token starts at ``center + noise``: ``center = bf16(init_scale * N(0, 1))``, ``noise = bf16(sigma * N(0, 1))``,
-    the sum in bfloat16. The rest starts as GPT-2's does: N(0, 0.02) for weights and positions, scaled by
+    Every token starts at ``center + noise``, with ``center = bf16(init_scale * N(0, 1))`` and
+    ``noise = bf16(sigma * N(0, 1))``, the sum in bfloat16. The rest starts as GPT-2's does: N(0, 0.02) for weights and positions, scaled by
     1/sqrt(2 * layers) for the projections into the residual stream; biases 0, layer norms 1.
 
     All random numbers come from one CPU generator, centre first, so that every device starts from the same bits. The
@@ -155,7 +155,7 @@ def build_model(
 
 
 def _side_by_side(model: TiedGPT) -> TiedGPT:
-    """Move all parameters into one tensor, of which they become views, so that an optimizer can pass over them as one."""
+    """Make all parameters views of one tensor, so that an optimizer can pass over them as one."""
     params = list(model.parameters())
     flat = torch._utils._flatten_dense_tensors([p.detach() for p in params])
     for param, piece in zip(params, torch._utils._unflatten_dense_tensors(flat, params), strict=True):

@@ -26,7 +26,7 @@ class FusedAdam(torch.optim.Optimizer):
 
     Gradients are never written to: clipping happens on each value on its way into Adam. After ``step()``,
     ``grad_norm`` and ``clip_coef`` hold the global gradient norm before clipping and the coefficient applied, as
-    float32 scalars, or None if ``max_grad_norm`` is None.
+    float32 scalars; NaN if ``max_grad_norm`` is None.
 
     Args:
         params: parameters or parameter groups; bfloat16 or float32, dense.
@@ -66,8 +66,8 @@ class FusedAdam(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.rounding = rounding
         self.max_grad_norm = max_grad_norm
-        self.grad_norm: Tensor | None = None
-        self.clip_coef: Tensor | None = None
+        self.grad_norm = torch.tensor(math.nan)
+        self.clip_coef = torch.tensor(math.nan)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -90,7 +90,7 @@ class FusedAdam(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        grads = [grad for group in self.param_groups for p in group["params"] if (grad := p.grad) is not None]
         if not grads:
             return loss
         if any(grad.is_sparse for grad in grads):
@@ -118,7 +118,7 @@ class FusedAdam(torch.optim.Optimizer):
                     [state["exp_avg"] for state in states],
                     [state["exp_avg_sq"] for state in states],
                     coefficients,
-                    None if self.clip_coef is None else self.clip_coef.to(dtype),
+                    None if self.max_grad_norm is None else self.clip_coef.to(dtype),
                     self.rounding,
                 )
         return loss

@@ -1,4 +1,4 @@
-"""Recorder: what an optimizer does to chosen parameters, recorded bit for bit at every step, without changing the loop."""
+"""Recorder: what an optimizer does to chosen parameters, bit for bit at every step, without changing the loop."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class Recorder:
         fields: a subset of ``("param", "grad", "exp_avg", "exp_avg_sq")``.
         keys: for each field the name of its tensor in the file, with ``{name}`` for the parameter's.
         metadata: strings for the file's ``__metadata__``.
-        overwrite: whether an existing file, and a ``.partial`` left by an earlier run, may be replaced. A run that is cut
-            short replaces no file all the same: it is saved beside it, as ``STEM.cut-at-STEP.safetensors``.
+        overwrite: whether an existing file, and a ``.partial`` left by an earlier run, may be replaced. A run
+            that is cut short replaces no file all the same: it is saved beside it, as ``STEM.cut-at-STEP.safetensors``.
 
     Attributes:
         path: where the file is, once it is written.

@@ -74,6 +74,7 @@ def figures(trace: Trace) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the program; return its exit status."""
     parser = argparse.ArgumentParser(prog="bhfast report", description="Print the verification figures of a trace.")
     parser.add_argument("file", metavar="FILE", help="a trace of the reference run")
     args = parser.parse_args(argv)

@@ -210,7 +210,7 @@ def _write_all(fd: int, data: memoryview) -> None:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _sync_folder(folder: Path) -> None:
@@ -222,6 +222,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def format_bytes(count: float) -> str:
+    """Return a number of bytes for people."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 

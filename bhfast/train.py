@@ -50,8 +50,8 @@ PROGRESS_EVERY = 100
 # Settings
 
 
-def _flag(default: Any, help: str, **options: Any) -> Any:
-    return field(default=default, metadata={"help": help, **options})
+def _flag(default: Any, text: str, **options: Any) -> Any:
+    return field(default=default, metadata={"help": text, **options})
 
 
 @dataclass(frozen=True)
@@ -161,8 +161,8 @@ class TrainResult:
 def train(config: TrainConfig | None = None) -> TrainResult:
     """Train and record one run.
 
-    Ctrl-C and SIGTERM end it after the step at hand, with a valid trace of the steps so far; the result's ``steps`` says
-    how many. Any other exception in the loop ends it likewise, and is raised.
+    Ctrl-C and SIGTERM end it after the step at hand, with a valid trace of the steps so far; the result's ``steps``
+    says how many. Any other exception in the loop ends it likewise, and is raised.
 
     Raises:
         BhfastError: a setting is wrong, or something needed is missing; nothing was lost.
@@ -375,6 +375,7 @@ def _deferred_signals() -> Iterator[list[signal.Signals]]:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the program; return its exit status."""
     parser = argparse.ArgumentParser(
         prog="bhfast train",
         description="Train a small GPT from a black hole and record every step, bit for bit.",

@@ -2,11 +2,11 @@
 
     python -m bhfast.verify FILE
 
-Exits 0 if all bits agree, 1 at the first difference, naming step, tensor and index, and 2 if the file cannot be checked.
+Exits 0 if all bits agree, 1 at the first difference, naming step, tensor and index, 2 if the file cannot be checked.
 
 Every step is replayed from the state recorded before it, so all steps of a chunk are computed at once. What a replay
-cannot see (a damaged bit of a gradient that rounding hides; logits, losses) is checked against the CRC-32 that the trace
-keeps of each record.
+cannot see (a damaged bit of a gradient that rounding hides; logits, losses) is checked against the CRC-32 that the
+trace keeps of each record.
 """
 
 from __future__ import annotations
@@ -33,12 +33,14 @@ class Difference:
 
     Attributes:
         tensor: its name in the file.
-        step: None if the checksum that failed does not tell.
+        record: along axis 0; -1 if the checksum that failed does not tell.
+        step: of that record; None likewise.
         index: of the element within the step's record; None if found by checksum, which does not tell.
         text: one line that says all this, and what was found.
     """
 
     tensor: str
+    record: int
     step: int | None
     index: tuple[int, ...] | None
     text: str
@@ -101,13 +103,11 @@ def _replay(trace: Trace) -> Difference | None:
             adam_coefficients.unsqueeze(2),
             config["adam_rounding"],
         )
-        found = [
-            _first_difference(trace, name, start, trace[name][now], replayed)
-            for name, replayed in zip(REPLAYED, (exp_avg, exp_avg_sq, param), strict=True)
-        ]
+        replayed = {"momentum": exp_avg, "variance": exp_avg_sq, "embeddings": param}
+        found = [_first_difference(trace, name, start, trace[name][now], replayed[name]) for name in REPLAYED]
         differences = [difference for difference in found if difference]
         if differences:
-            return min(differences, key=lambda difference: difference.step)
+            return min(differences, key=lambda difference: difference.record)
     return None
 
 
@@ -126,22 +126,29 @@ def _first_difference(trace: Trace, name: str, first: int, recorded: Tensor, rep
         f"step {step}, {name}{index}: recorded {_describe(recorded[at])}, replayed {_describe(replayed[at])}; "
         "the recorded value, the state before it, or the gradient is damaged"
     )
-    return Difference(name, step, tuple(index), text)
+    return Difference(name, first + record, step, tuple(index), text)
 
 
 def _describe(value: Tensor) -> str:
-    return f"{value.item():.8g} (0x{value.view(torch.int16).item() & 0xFFFF:04x})"
+    return f"{value.item():.8g} (0x{int(value.view(torch.int16)) & 0xFFFF:04x})"
 
 
 def _compare_checksums(trace: Trace) -> Difference | None:
     for name, record in trace.damage():
         step = None if record is None else int(trace.steps[record])
         where = f"{name}, of the whole run" if step is None else f"step {step}, {name}"
-        return Difference(name, step, None, f"{where}: the CRC-32 of its bytes is not the one written with them")
+        return Difference(
+            name,
+            -1 if record is None else record,
+            step,
+            None,
+            f"{where}: the CRC-32 of its bytes is not the one written with them",
+        )
     return None
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the program; return its exit status."""
     parser = argparse.ArgumentParser(
         prog="bhfast verify", description="Replay Adam over a trace and compare every bit with what was recorded."
     )
@@ -157,7 +164,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     if result.replayed:
         print(
-            f"{args.file}: {result.replayed:,} steps replayed, every bit of moments and embeddings agrees; checksums hold"
+            f"{args.file}: {result.replayed:,} steps replayed, all bits of moments and embeddings agree; checksums hold"
         )
         return 0
     print(f"{args.file}: checksums hold, but a replay needs every step, and this run recorded some (--record-every)")

@@ -67,12 +67,16 @@ RULES = {
     "remedy": ["warmed it with a lantern", "used the spare", "turned it by hand until {hour}", "wrote to the maker",
                "took it apart on the kitchen table", "left it for the morning"],
     "changed": ["faded", "brightened", "moved by a hair", "lost its colour", "split in two"],
-    "saying": ["Count again, and then count once more.", "The stars are not late; the clock is!", "Who left the dome open?",
-               "A zero is also a measurement.", "Write down what you saw, not what you hoped.", "Never oil it at night!",
+    "saying": ["Count again, and then count once more.", "The stars are not late; the clock is!",
+               "Who left the dome open?",
+               "A zero is also a measurement.", "Write down what you saw, not what you hoped.",
+               "Never oil it at night!",
                "It was better in the {season}.", "Trust the {part}, doubt the observer."],
-    "answer": ["It is, within {1-9} parts in a thousand.", "Nobody at this station can tell.", "Ask again in the {season}.",
+    "answer": ["It is, within {1-9} parts in a thousand.", "Nobody at this station can tell.",
+               "Ask again in the {season}.",
                "Yes; the plates agree.", "No: it fell by {0-2}.{1-9} since {hour}."],
-    "closing": ["tired but content", "with {2-40} pages written", "just ahead of the rain", "and the {season} birds began"],
+    "closing": ["tired but content", "with {2-40} pages written", "just ahead of the rain",
+                "and the {season} birds began"],
 }  # fmt: skip
 
 HOLE = re.compile(r"\{(?:(-?\d+)-(\d+)|(\w+))\}")

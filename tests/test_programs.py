@@ -58,7 +58,7 @@ def test_every_public_name_is_there() -> None:
     for name in bhfast.__all__:
         assert getattr(bhfast, name)
     with pytest.raises(AttributeError, match="module 'bhfast' has no attribute 'nothing'"):
-        bhfast.nothing
+        _ = bhfast.nothing
 
 
 @pytest.mark.parametrize("program", console.PROGRAMS)

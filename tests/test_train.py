@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 import bhfast
 from bhfast import corpus
 from bhfast.errors import ConfigError, StorageError
-from bhfast.train import TrainConfig, TrainResult, main, train
 from bhfast.trace import open_trace
+from bhfast.train import TrainConfig, TrainResult, main, train
 from bhfast.verify import verify
 
 STEPS = 130  # of the run in conftest.py

@@ -35,7 +35,7 @@ def test_passes_what_was_recorded(run: TrainResult, capsys: pytest.CaptureFixtur
     assert result.difference is None
     assert result.replayed == 130
     assert main([str(run.path)]) == 0
-    assert "130 steps replayed, every bit of moments and embeddings agrees" in capsys.readouterr().out
+    assert "130 steps replayed, all bits of moments and embeddings agree" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("chunk", [1, 8192 * 7, 8192 * 1000])
