@@ -86,14 +86,16 @@ def grad_norm(grads: Sequence[Tensor]) -> Tensor:
     Args:
         grads: non-empty; any shapes; bfloat16 or float32; of one device.
     """
-    x = _flatten(grads).float().square()
+    x = _flatten([*grads, grads[0].new_zeros(-sum(grad.numel() for grad in grads) % NORM_BLOCK)]).float()
+    x.mul_(x)
     while x.numel() > 1:
-        x = torch.nn.functional.pad(x, (0, -x.numel() % NORM_BLOCK)).view(-1, NORM_BLOCK)
-        while x.size(1) > 1:
-            low, high = x.chunk(2, dim=1)
-            x = low + high
-        x = x.view(-1)
-    return sqrt(x.view(()))
+        width = min(NORM_BLOCK, 1 << (x.numel() - 1).bit_length())  # the zeros beyond it would change no sum
+        x = torch.nn.functional.pad(x, (0, -x.numel() % width)).view(-1, width)
+        while width > 1:
+            width //= 2
+            x[:, :width].add_(x[:, width : 2 * width])
+        x = x[:, 0]
+    return sqrt(x.reshape(()))
 
 
 def clip_coefficient(norm: Tensor, max_norm: float, dtype: torch.dtype) -> Tensor:

@@ -121,8 +121,8 @@ def build_model(
     """Return the network at its black-hole start, in bfloat16 on ``device``, and the black hole's centre.
 
     Every token starts at ``center + noise``, with ``center = bf16(init_scale * N(0, 1))`` and
-    ``noise = bf16(sigma * N(0, 1))``, the sum in bfloat16. The rest starts as GPT-2's does: N(0, 0.02) for weights and positions, scaled by
-    1/sqrt(2 * layers) for the projections into the residual stream; biases 0, layer norms 1.
+    ``noise = bf16(sigma * N(0, 1))``, the sum in bfloat16. The rest starts as GPT-2's does: N(0, 0.02) for weights and
+    positions, scaled by 1/sqrt(2 * layers) for the projections into the residual stream; biases 0, layer norms 1.
 
     All random numbers come from one CPU generator, centre first, so that every device starts from the same bits. The
     noise is drawn for ``sigma = 0`` too: runs of one seed differ in nothing but its scale.

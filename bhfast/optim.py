@@ -90,7 +90,8 @@ class FusedAdam(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        grads = [grad for group in self.param_groups for p in group["params"] if (grad := p.grad) is not None]
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        grads: list[Any] = [p.grad for p in params]
         if not grads:
             return loss
         if any(grad.is_sparse for grad in grads):

@@ -16,6 +16,7 @@ class TorchEngine:
     def __init__(self, model: TiedGPT, optimizer: torch.optim.Optimizer, corpus: Tensor, *, target_offset: int) -> None:
         device = model.wte.weight.device
         self.model = model
+        self.params = list(model.parameters())
         self.optimizer = optimizer
         self.corpus = corpus.to(device, torch.int64)
         self.target_offset = target_offset
@@ -24,7 +25,8 @@ class TorchEngine:
     def step(self, offsets: Tensor, lr: float) -> tuple[Tensor, Tensor]:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.zero_grad(set_to_none=True)
+        for param in self.params:
+            param.grad = None
         losses, logits = zip(*(self._backward(batch, scale=1 / len(offsets)) for batch in offsets), strict=True)
         self.optimizer.step()
         return torch.stack(losses).mean(), logits[0]
