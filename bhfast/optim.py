@@ -90,8 +90,7 @@ class FusedAdam(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        grads: list[Any] = [p.grad for p in params]
+        grads = _gradients(p for group in self.param_groups for p in group["params"])
         if not grads:
             return loss
         if any(grad.is_sparse for grad in grads):
@@ -115,7 +114,7 @@ class FusedAdam(torch.optim.Optimizer):
                 states = [self.state[p] for p in params]
                 _ops.adam_(
                     params,
-                    [p.grad for p in params],
+                    _gradients(params),
                     [state["exp_avg"] for state in states],
                     [state["exp_avg_sq"] for state in states],
                     coefficients,
@@ -145,3 +144,8 @@ class FusedAdam(torch.optim.Optimizer):
             exp_avgs, exp_avg_sqs = (torch._utils._unflatten_dense_tensors(row, alike) for row in moments)
             for p, exp_avg, exp_avg_sq in zip(alike, exp_avgs, exp_avg_sqs, strict=True):
                 self.state[p].update(step=torch.tensor(0.0), exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+
+
+def _gradients(params: Iterable[Tensor]) -> list[Tensor]:
+    """Return the gradients of those parameters that have one."""
+    return [grad for grad in (p.grad for p in params) if grad is not None]
