@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from bhfast.errors import ConfigError
 
 
+NO_TARGET = -100
+
+
 @dataclass(frozen=True)
 class GPTConfig:
     """Sizes of the network. The defaults make 116,480 parameters."""
@@ -39,14 +42,14 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.hidden_dim, 3 * config.hidden_dim)
         self.c_proj = nn.Linear(config.hidden_dim, config.hidden_dim)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # x [B, T, D]; mask [T, T], 0 or -inf
-        batch, time, dim = x.shape
-        heads = self.c_attn(x).view(batch, time, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        q, k, v = heads.reshape(3, batch * self.heads, time, -1)  # each [B * H, T, D / H]
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # x [B * T, D]; mask [T, T], 0 or -inf
+        time, dim = len(mask), x.size(1)
+        heads = self.c_attn(x).view(-1, time, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
+        q, k, v = heads.reshape(3, -1, time, dim // self.heads)  # each [B * H, T, D / H]
         # Written out: at these sizes it is faster on a CPU than scaled_dot_product_attention, forward and backward.
         scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=1 / math.sqrt(dim // self.heads))
         mixed = scores.softmax(-1) @ v
-        return self.c_proj(mixed.view(batch, self.heads, time, -1).transpose(1, 2).reshape(batch, time, dim))
+        return self.c_proj(mixed.view(-1, self.heads, time, dim // self.heads).transpose(1, 2).reshape(-1, dim))
 
 
 class MLP(nn.Module):
@@ -57,7 +60,7 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.hidden_dim, 4 * config.hidden_dim)
         self.c_proj = nn.Linear(4 * config.hidden_dim, config.hidden_dim)
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, T, D]
+    def forward(self, x: Tensor) -> Tensor:  # [B * T, D]
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
 
 
@@ -95,12 +98,12 @@ class TiedGPT(nn.Module):
         self.register_buffer("mask", mask, persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:  # [B, T] int64 -> logits [B, T, V]
-        time = tokens.size(1)
-        x = self.wte(tokens) + self.wpe.weight[:time]
+        batch, time = tokens.shape
+        x = (self.wte(tokens) + self.wpe.weight[:time]).flatten(0, 1)  # [B * T, D]: fewer views to differentiate
         mask = self.mask[:time, :time]
         for block in self.h:
             x = block(x, mask)
-        return F.linear(self.ln_f(x), self.wte.weight)
+        return F.linear(self.ln_f(x), self.wte.weight).view(batch, time, -1)
 
 
 def window_loss(logits: Tensor, window: Tensor, target_offset: int) -> Tensor:
@@ -111,8 +114,8 @@ def window_loss(logits: Tensor, window: Tensor, target_offset: int) -> Tensor:
         window: ``[B, T + 1]`` int64. Positions whose target lies beyond it are left out of the mean.
         target_offset: 1 is next-byte training; 2 is the reference experiment.
     """
-    targets = window[:, target_offset:]  # [B, P]
-    return F.cross_entropy(logits[:, : targets.size(1)].flatten(0, 1).float(), targets.flatten())
+    targets = F.pad(window[:, target_offset:], (0, target_offset - 1), value=NO_TARGET)  # [B, T]
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=NO_TARGET)
 
 
 def build_model(

@@ -15,6 +15,8 @@ from bhfast.errors import ConfigError
 
 DTYPES = (torch.bfloat16, torch.float32)
 
+_Kind = tuple[torch.dtype, torch.device, int]  # parameters of one dtype, device and step are updated as one
+
 
 class FusedAdam(torch.optim.Optimizer):
     """AdamW whose arithmetic is specified to the bit (see :mod:`bhfast._ops`), all parameters in one pass.
@@ -102,7 +104,7 @@ class FusedAdam(torch.optim.Optimizer):
             self.clip_coef = _ops.clip_coefficient(self.grad_norm, self.max_grad_norm, dtype).float()
 
         for group in self.param_groups:
-            for (dtype, device, step), params in self._advance(group).items():
+            for (dtype, device, step), (params, states) in self._advance(group).items():
                 coefficients = _ops.adam_coefficients(
                     [step],
                     [group["lr"]],
@@ -111,7 +113,6 @@ class FusedAdam(torch.optim.Optimizer):
                     weight_decay=group["weight_decay"],
                     device=_ops.exact_device(device),
                 )
-                states = [self.state[p] for p in params]
                 _ops.adam_(
                     params,
                     _gradients(params),
@@ -123,27 +124,35 @@ class FusedAdam(torch.optim.Optimizer):
                 )
         return loss
 
-    def _advance(self, group: dict[str, Any]) -> dict[tuple[torch.dtype, torch.device, int], list[Tensor]]:
-        """Add 1 to the step of every parameter with a gradient; return those that can be updated as one."""
+    def _advance(self, group: dict[str, Any]) -> dict[_Kind, tuple[list[Tensor], list[dict[str, Tensor]]]]:
+        """Add 1 to the step of every parameter with a gradient; return those that can be updated as one, with states."""
         params = [p for p in group["params"] if p.grad is not None]
         self._allocate([p for p in params if not self.state[p]])
-        steps = [self.state[p]["step"] for p in params]
-        torch._foreach_add_(steps, 1)
-        buckets = defaultdict(list)
-        for p, step in zip(params, steps, strict=True):
-            buckets[p.dtype, p.device, int(step.item())].append(p)
+        states = [self.state[p] for p in params]
+        steps = [state["step"] for state in states]
+        row = _ops.row_view(steps) if steps else None
+        if row is None:
+            torch._foreach_add_(steps, 1)
+        else:
+            row += 1
+        buckets: dict[_Kind, tuple[list[Tensor], list[dict[str, Tensor]]]] = defaultdict(lambda: ([], []))
+        for p, state, step in zip(params, states, steps, strict=True):
+            alike = buckets[p.dtype, p.device, int(step.item())]
+            alike[0].append(p)
+            alike[1].append(state)
         return buckets
 
     def _allocate(self, params: list[Tensor]) -> None:
-        """Set up the state of new parameters, the moments side by side in memory, which saves copies at every step."""
+        """Set up the state of new parameters, side by side in memory, which saves copies and calls at every step."""
         kinds = defaultdict(list)
         for p in params:
             kinds[p.dtype, p.device].append(p)
         for (dtype, device), alike in kinds.items():
             moments = torch.zeros(2, sum(p.numel() for p in alike), dtype=dtype, device=device)
             exp_avgs, exp_avg_sqs = (torch._utils._unflatten_dense_tensors(row, alike) for row in moments)
-            for p, exp_avg, exp_avg_sq in zip(alike, exp_avgs, exp_avg_sqs, strict=True):
-                self.state[p].update(step=torch.tensor(0.0), exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+            steps = torch.zeros(len(alike)).unbind()
+            for p, step, exp_avg, exp_avg_sq in zip(alike, steps, exp_avgs, exp_avg_sqs, strict=True):
+                self.state[p].update(step=step, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
 
 
 def _gradients(params: Iterable[Tensor]) -> list[Tensor]:

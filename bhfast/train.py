@@ -9,6 +9,7 @@ does what the program does.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import signal
@@ -227,6 +228,7 @@ def train(config: TrainConfig | None = None) -> TrainResult:
         )
         step, finite = 0, True
         start = time.perf_counter()
+        gc.freeze()  # what lives now lives on: without it, each collection in the loop would walk all of torch
         with (
             _deferred_signals() as signals,
             tqdm(total=config.steps, unit="step", disable=True if config.quiet else None) as bar,
@@ -252,6 +254,7 @@ def train(config: TrainConfig | None = None) -> TrainResult:
                 if signals:
                     break
         elapsed = time.perf_counter() - start
+        gc.unfreeze()
 
     if signals:
         say(f"interrupted by {signals[0].name} at step {step:,} of {config.steps:,}")

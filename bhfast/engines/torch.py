@@ -18,22 +18,22 @@ class TorchEngine:
         self.model = model
         self.params = list(model.parameters())
         self.optimizer = optimizer
-        self.corpus = corpus.to(device, torch.int64)
+        self.windows = corpus.to(device, torch.int64).unfold(0, model.config.context + 1, 1)  # [starts, T + 1], a view
         self.target_offset = target_offset
-        self.window = torch.arange(model.config.context + 1, device=device)
 
     def step(self, offsets: Tensor, lr: float) -> tuple[Tensor, Tensor]:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         for param in self.params:
             param.grad = None
-        losses, logits = zip(*(self._backward(batch, scale=1 / len(offsets)) for batch in offsets), strict=True)
+        share = torch.full((), 1 / len(offsets), device=self.windows.device)
+        losses, logits = zip(*(self._backward(batch, share) for batch in offsets), strict=True)
         self.optimizer.step()
         return torch.stack(losses).mean(), logits[0]
 
-    def _backward(self, offsets: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        windows = self.corpus[offsets.to(self.corpus.device)[:, None] + self.window]  # [B, T + 1]
+    def _backward(self, offsets: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+        windows = self.windows[offsets.to(self.windows.device)]  # [B, T + 1]
         logits = self.model(windows[:, :-1])  # [B, T, V]
         loss = window_loss(logits, windows, self.target_offset)
-        (loss * scale).backward()
+        loss.backward(share)
         return loss.detach(), logits[0, -1].detach()
