@@ -10,8 +10,8 @@ from conftest import SPEEDS, median
 from bhfast.corpus import Corpus
 from bhfast.train import TrainConfig, train
 
-STEPS = 1000
-ROUNDS = 5
+STEPS = 600
+ROUNDS = 9
 
 
 def race(name: str, benchmark, contestants: dict[str, Callable[[], float]]) -> dict[str, list[float]]:

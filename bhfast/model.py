@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from bhfast.errors import ConfigError
 
-
 NO_TARGET = -100
 
 

@@ -125,7 +125,7 @@ class FusedAdam(torch.optim.Optimizer):
         return loss
 
     def _advance(self, group: dict[str, Any]) -> dict[_Kind, tuple[list[Tensor], list[dict[str, Tensor]]]]:
-        """Add 1 to the step of every parameter with a gradient; return those that can be updated as one, with states."""
+        """Add 1 to the step of each parameter with a gradient; return those that are updated as one, with states."""
         params = [p for p in group["params"] if p.grad is not None]
         self._allocate([p for p in params if not self.state[p]])
         states = [self.state[p] for p in params]
