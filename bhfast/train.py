@@ -12,6 +12,7 @@ import argparse
 import gc
 import json
 import math
+import os
 import signal
 import sys
 import threading
@@ -169,7 +170,7 @@ def train(config: TrainConfig | None = None) -> TrainResult:
         BhfastError: a setting is wrong, or something needed is missing; nothing was lost.
     """
     config = config or TrainConfig()
-    say = (lambda text: None) if config.quiet else print
+    say = _print_nothing if config.quiet else _print
 
     device, device_reason = select_device(config.device)
     engine_name, engine_reason = select_engine(config.engine, device)
@@ -193,9 +194,6 @@ def train(config: TrainConfig | None = None) -> TrainResult:
         max_grad_norm=config.max_grad_norm,
     )
     engine = make_engine(engine_name, model, optimizer, corpus.data, target_offset=config.target_offset)
-    offsets = window_offsets(
-        len(corpus.data), config.context + 1, config.steps * config.grad_accum * config.batch_size, config.seed
-    ).view(config.steps, config.grad_accum, config.batch_size)
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -215,7 +213,7 @@ def train(config: TrainConfig | None = None) -> TrainResult:
     recorder = _make_recorder(config, model, optimizer, metadata)
     losses, grad_norms = torch.empty(2, config.steps, device=device).unbind()
 
-    with recorder:
+    with _deferred_signals() as signals, recorder:
         say(f"storage  {recorder.description}")
         recorder.constants.update(_constants(config, center))
         zero = torch.zeros(())
@@ -226,13 +224,12 @@ def train(config: TrainConfig | None = None) -> TrainResult:
             clip_coefs=zero,
             grad_norms=zero,
         )
+        offsets = window_offsets(
+            len(corpus.data), config.context + 1, config.steps * config.grad_accum * config.batch_size, config.seed
+        ).view(config.steps, config.grad_accum, config.batch_size)
         step, finite = 0, True
         start = time.perf_counter()
-        gc.freeze()  # what lives now lives on: without it, each collection in the loop would walk all of torch
-        with (
-            _deferred_signals() as signals,
-            tqdm(total=config.steps, unit="step", disable=True if config.quiet else None) as bar,
-        ):
+        with _frozen_heap(), tqdm(total=config.steps, unit="step", disable=True if config.quiet else None) as bar:
             for step in range(1, config.steps + 1):
                 lr = config.learning_rate(step)
                 loss, logits = engine.step(offsets[step - 1], lr)
@@ -254,7 +251,6 @@ def train(config: TrainConfig | None = None) -> TrainResult:
                 if signals:
                     break
         elapsed = time.perf_counter() - start
-        gc.unfreeze()
 
     if signals:
         say(f"interrupted by {signals[0].name} at step {step:,} of {config.steps:,}")
@@ -270,6 +266,18 @@ def train(config: TrainConfig | None = None) -> TrainResult:
         model=model,
         signal=signals[0] if signals else None,
     )
+
+
+def _print(text: str) -> None:
+    """Print at once; a reader that has gone away (``bhfast train | head``) must not end the run."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")
+
+
+def _print_nothing(text: str) -> None:
+    pass
 
 
 def select_device(name: str) -> tuple[torch.device, str]:
@@ -348,7 +356,7 @@ def _require_same_settings(path: Path, metadata: dict[str, str]) -> None:
 
 @contextmanager
 def _deferred_signals() -> Iterator[list[signal.Signals]]:
-    """Collect SIGINT and SIGTERM instead of dying of them; the second one acts at once.
+    """Collect SIGINT and SIGTERM instead of dying of them, until the trace is on disk.
 
     Yields:
         The signals received. Outside the main thread, where Python takes no handlers, it stays empty.
@@ -356,13 +364,8 @@ def _deferred_signals() -> Iterator[list[signal.Signals]]:
     received: list[signal.Signals] = []
     previous: dict[signal.Signals, Any] = {}
 
-    def restore() -> None:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
     def receive(number: int, frame: FrameType | None) -> None:
         received.append(signal.Signals(number))
-        restore()
 
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -370,7 +373,18 @@ def _deferred_signals() -> Iterator[list[signal.Signals]]:
     try:
         yield received
     finally:
-        restore()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _frozen_heap() -> Iterator[None]:
+    """Keep the garbage collector from walking all that torch has loaded, over and over, during the loop."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -232,6 +232,7 @@ def test_an_interrupted_run_leaves_a_valid_shorter_file(number, code, tmp_path: 
             break
     time.sleep(2)
     process.send_signal(number)
+    process.send_signal(number)  # an impatient user
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == code
     trace = open_trace(out)
@@ -337,6 +338,14 @@ def test_program_prints_one_line_and_no_traceback(tmp_path: Path, text: str) -> 
     assert good.returncode == 0, good.stderr
     assert good.stderr == ""
     assert "largest pairwise distance 0.000000" in good.stdout
+
+
+def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path: Path, text: str) -> None:
+    out = tmp_path / "t"
+    command = f"{sys.executable} -m bhfast.train --steps 30 --corpus {text} --out {out} | true"
+    run = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert open_trace(out).steps[-1] == 30
 
 
 def test_quiet_prints_nothing(settings: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
