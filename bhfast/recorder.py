@@ -99,6 +99,7 @@ class Recorder:
             (field, keys[field].format(name=name), name, param) for name, param in params.items() for field in fields
         ]
         names = [key for _, key, _, _ in self._sources]
+        self._reserved = {*names, "recorded_steps"}
         if twice := {key for key in names if names.count(key) > 1}:
             raise ConfigError(f"keys must give every tensor a name of its own, got {', '.join(sorted(twice))} twice")
 
@@ -187,12 +188,20 @@ class Recorder:
         Args:
             values: by the name they get in the file. The first one under a name fixes shape and dtype, and later ones
                 are cast to that dtype. Records without one hold NaN, integers 0.
+
+        Raises:
+            ConfigError: a parameter's tensor has that name, or the shape has changed.
         """
         if self._row is None:
             return
         for name, value in values.items():
             if name not in self.tensors:
                 self._add(name, value)
+            elif name in self._reserved:
+                raise ConfigError(f"log({name}=...) must have a name of its own, but {name} is recorded already")
+            elif value.shape != self.tensors[name].shape[1:]:
+                wanted, got = list(self.tensors[name].shape[1:]), list(value.shape)
+                raise ConfigError(f"log({name}=...) must have one shape throughout: wanted {wanted}, got {got}")
             self.tensors[name][self._row] = value.detach()
 
     def _add(self, name: str, value: Tensor) -> None:

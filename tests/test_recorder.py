@@ -243,3 +243,15 @@ def test_says_what_it_cannot_record(tmp_path: Path) -> None:
         train_step(model, adam)
         train_step(model, adam)
     assert open_trace(tmp_path / "d").steps.tolist() == [0, 1]
+
+
+def test_refuses_to_log_under_a_taken_name_or_in_another_shape(tmp_path: Path) -> None:
+    model = linear()
+    optimizer = FusedAdam(model.parameters())
+    with Recorder(optimizer, {"w": model.weight}, steps=1, path=tmp_path / "t") as recorder:
+        recorder.log(x=torch.zeros(2))
+        with pytest.raises(ConfigError, match="must have a name of its own, but w is recorded already"):
+            recorder.log(w=torch.zeros(3, 5))
+        with pytest.raises(ConfigError, match=r"must have one shape throughout: wanted \[2\], got \[\]"):
+            recorder.log(x=torch.zeros(()))
+    assert torch.equal(open_trace(tmp_path / "t")["w"][0], model.weight)
