@@ -248,8 +248,9 @@ def _torch_rounds_per_op(dtype: torch.dtype) -> bool:
     """
     generator = torch.Generator().manual_seed(0)
     c = adam_coefficients([7], [1e-3], betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
-    p, g, m, v = (torch.randn(4099, generator=generator).to(dtype) for _ in range(4))  # a vector body and a tail
-    v = v.abs()
+    scale = torch.logspace(0, -10, 4099)  # a vector body and a tail; down to where eps counts
+    p, g, m, root = ((torch.randn(4099, generator=generator) * scale).to(dtype) for _ in range(4))
+    v = root.square()
     wanted = adam(p, g, m, v, c, "per-op")
     _adam_torch_(p, g, m, v, c)
     return all(torch.equal(x, y) for x, y in zip((p, m, v), wanted, strict=True))
