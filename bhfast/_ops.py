@@ -1,4 +1,8 @@
-"""The arithmetic of bhfast in pure torch: clipping and Adam, bit for bit the same on every device.
+"""The operations of bhfast: clipping, Adam and recording, bit for bit the same on every device.
+
+Each is declared once, here, with a kernel in pure torch that runs anywhere. The extension ``bhfast._C``, where it is
+built, brings faster kernels for the CPU and for CUDA under the same names (``torch.ops.bhfast.*``); nothing but
+:func:`backend` knows whether it is there.
 
 Adam is written once, in :func:`adam`, and reads like its formula. It has two roundings:
 
@@ -13,25 +17,121 @@ Each float32 operation is IEEE 754 round-to-nearest-even, and a fused multiply-a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Iterable, Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 ROUNDINGS = ("per-op", "opmath")
+FIELDS = ("param", "grad", "exp_avg", "exp_avg_sq")  # of a parameter, in the order of ``ring_of``
+COEFFICIENTS = ("decay", "bias2_sqrt", "step_size", "weight1", "weight2", "beta2", "eps")
 NORM_BLOCK = 1024
 CHUNK = 1 << 15  # elements updated at once: in cache, and one thread each, as torch splits larger operations at a loss
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The operations
 
-def backend() -> tuple[str, str]:
-    """Return the name of the implementation behind these operations, and why it was chosen."""
-    return "torch", "pure torch, as this version of bhfast has no compiled extension"
+torch.library.define("bhfast::clip_coefficient", "(Tensor[] grads, float max_norm) -> (Tensor, Tensor)")
+torch.library.define(
+    "bhfast::adam_",
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor coefficients,"
+    " Tensor? clip_coef, str rounding, Tensor(d!)[] rings, int[] ring_of, Tensor? step, int every) -> ()",
+)
+torch.library.define("bhfast::record_", "(Tensor[] values, Tensor(a!)[] rings, Tensor step, int every) -> ()")
+
+
+def clip_coefficient(grads: Sequence[Tensor], max_norm: float) -> tuple[Tensor, Tensor]:
+    """Return the global norm of ``grads``, see :func:`grad_norm`, and the factor that clips it to ``max_norm``.
+
+    The factor is ``min(1, max_norm / (norm + 1e-6))``, as ``torch.nn.utils.clip_grad_norm_`` has it, rounded to
+    bfloat16 if any gradient is bfloat16.
+
+    Args:
+        grads: non-empty; any shapes; bfloat16 or float32; of one device.
+        max_norm: above 0; inf for a factor of 1.
+
+    Returns:
+        Two float32 scalars on the gradients' device.
+    """
+    return torch.ops.bhfast.clip_coefficient(grads, max_norm)
+
+
+@torch.no_grad()
+def adam_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    coefficients: Tensor,
+    clip_coef: Tensor | None,
+    rounding: str,
+    rings: Sequence[Tensor] = (),
+    ring_of: Sequence[int] = (),
+    step: Tensor | None = None,
+    every: int = 1,
+) -> None:
+    """Advance ``params``, ``exp_avgs`` and ``exp_avg_sqs`` in place by one step; ``grads`` are only read.
+
+    What a step made of them is recorded on the way: the gradient as it came in, the rest after the step.
+
+    Args:
+        params, grads, exp_avgs, exp_avg_sqs: equally long, of equal shapes by index; one dtype (bfloat16 or float32),
+            one device.
+        coefficients: float32 ``[7]``, a row of :func:`adam_coefficients`; on the CPU, or on the parameters' device.
+        clip_coef: float32 scalar to multiply each gradient with on its way in, likewise; None: no clipping.
+        rounding: ``"per-op"`` or ``"opmath"``.
+        rings: where to record, each ``[slots, *shape]`` and contiguous, with one number of slots.
+        ring_of: for each ring what it records: 4 times the parameter's index plus the field's in ``FIELDS``.
+        step: int64 scalar, counted from 1, on the CPU or on the parameters' device; needed with rings. If it is a
+            multiple of ``every``, the record goes to slot ``step / every % slots``.
+        every: see ``step``.
+
+    Raises:
+        TypeError, ValueError: an argument is not as said; the message names it, what was wanted and what it got.
+    """
+    torch.ops.bhfast.adam_(
+        params, grads, exp_avgs, exp_avg_sqs, coefficients, clip_coef, rounding, rings, ring_of, step, every
+    )
+
+
+@torch.no_grad()
+def record_(values: Sequence[Tensor], rings: Sequence[Tensor], step: Tensor, every: int) -> None:
+    """Copy each value to its ring's slot for ``step``, if that is recorded; see :func:`adam_`.
+
+    Args:
+        values: tensors of one device, any dtypes.
+        rings: for each value one, ``[slots, *shape]``, contiguous.
+    """
+    torch.ops.bhfast.record_(values, rings, step, every)
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    try:
+        return importlib.import_module("bhfast._C"), ""
+    except ModuleNotFoundError:
+        return None, "the extension is not built: pip install --no-build-isolation -e . builds it where a compiler is"
+    except ImportError as error:  # built for another torch, say
+        return None, f"the extension does not load: {error}; build it anew"
+
+
+def backend(device: torch.device | str = "cpu") -> tuple[str, str]:
+    """Return the name of the implementation behind these operations on ``device``, and why it was chosen."""
+    kind = torch.device(device).type
+    if _extension is None:
+        return "torch", _unavailable
+    if kind == "cpu":
+        return "C++", f"compiled; {_extension.instruction_set()}"
+    if kind == "cuda" and _extension.cuda_architectures:
+        return "CUDA", f"compiled for {_extension.cuda_architectures}"
+    return "torch", f"the extension was built without kernels for {kind}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Fused multiply-add
+# Fused multiply-add and square root
 
 
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -82,9 +182,6 @@ def grad_norm(grads: Sequence[Tensor]) -> Tensor:
     The squares, in the order given, are padded with zeros to a multiple of 1024. Each block of 1024 is summed by adding
     its second half to its first until one value is left; the block sums are summed the same way. The order depends on
     nothing but the sizes, so the bits are the same on every device and for any number of threads.
-
-    Args:
-        grads: non-empty; any shapes; bfloat16 or float32; of one device.
     """
     x = _flatten([*grads, grads[0].new_zeros(-sum(grad.numel() for grad in grads) % NORM_BLOCK)]).float()
     x.mul_(x)
@@ -95,13 +192,20 @@ def grad_norm(grads: Sequence[Tensor]) -> Tensor:
             width //= 2
             x[:, :width].add_(x[:, width : 2 * width])
         x = x[:, 0]
-    return sqrt(x.reshape(()))
+    return sqrt(x.reshape(())).to(grads[0].device)
 
 
-def clip_coefficient(norm: Tensor, max_norm: float, dtype: torch.dtype) -> Tensor:
-    """Return ``min(1, max_norm / (norm + 1e-6))`` in ``dtype``, as ``torch.nn.utils.clip_grad_norm_`` has it."""
-    limit = torch.full_like(norm, max_norm)
-    return torch.clamp(limit / (norm + 1e-6), max=1.0).to(dtype)
+def _clip_coefficient(grads: Sequence[Tensor], max_norm: float) -> tuple[Tensor, Tensor]:
+    """Do :func:`clip_coefficient` in pure torch."""
+    _check(bool(grads), ValueError, "grads must be at least one, got none")
+    for i, grad in enumerate(grads):
+        _check_dtype(f"grads[{i}]", grad)
+        _check_same(f"grads[{i}]", "be on", grad.device, grads[0].device, "grads[0]")
+    norm = grad_norm(grads)
+    coefficient = torch.clamp(torch.full_like(norm, max_norm) / (norm + 1e-6), max=1.0)
+    if any(grad.dtype == torch.bfloat16 for grad in grads):
+        coefficient = coefficient.bfloat16().float()
+    return norm, coefficient
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,43 +213,44 @@ def clip_coefficient(norm: Tensor, max_norm: float, dtype: torch.dtype) -> Tenso
 
 
 class AdamCoefficients(NamedTuple):
-    """What one or several steps of Adam need beside the tensors.
+    """What a step of Adam needs beside the tensors: float32, of a shape that broadcasts against them."""
 
-    The tensors are float32, of shape ``[steps]`` or broadcastable to it; the numbers are the same at every step.
-    """
-
-    decay: Tensor | None  # 1 - lr * weight_decay; None: no decay
+    decay: Tensor  # 1 - lr * weight_decay
     bias2_sqrt: Tensor  # sqrt(1 - beta2^step)
     step_size: Tensor  # -lr / (1 - beta1^step)
     weight1: Tensor  # 1 - beta1
     weight2: Tensor  # 1 - beta2
-    beta2: float
-    eps: float
-
-    def unsqueeze(self, dims: int) -> AdamCoefficients:
-        """Append ``dims`` axes of length 1 to every tensor, to broadcast steps against ``[steps, ...]`` tensors."""
-        axes = (..., *[None] * dims)
-        tensors: dict[str, Any] = {name: x[axes] for name, x in self._asdict().items() if isinstance(x, Tensor)}
-        return self._replace(**tensors)
+    beta2: Tensor
+    eps: Tensor
 
 
 def adam_coefficients(
-    steps: Sequence[int],
-    lrs: Sequence[float],
+    steps: Iterable[int],
+    lrs: Iterable[float],
     *,
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
-    device: torch.device | str = "cpu",
-) -> AdamCoefficients:
-    """Compute the coefficients of ``steps`` (counted from 1) in double precision, each rounded once to float32."""
+) -> Tensor:
+    """Compute the coefficients of ``steps`` (counted from 1) in double precision, each rounded once to float32.
+
+    Returns:
+        ``[steps, 7]`` on the CPU, its columns in the order of ``COEFFICIENTS``.
+    """
     beta1, beta2 = betas
     rows = [
-        (1 - lr * weight_decay, (1 - beta2**step) ** 0.5, -(lr / (1 - beta1**step)), 1 - beta1, 1 - beta2)
+        (
+            1 - lr * weight_decay,
+            (1 - beta2**step) ** 0.5,
+            -(lr / (1 - beta1**step)),
+            1 - beta1,
+            1 - beta2,
+            beta2,
+            eps,
+        )
         for step, lr in zip(steps, lrs, strict=True)
     ]
-    decay, bias2_sqrt, step_size, weight1, weight2 = torch.tensor(rows, dtype=torch.float32, device=device).unbind(-1)
-    return AdamCoefficients(decay if weight_decay else None, bias2_sqrt, step_size, weight1, weight2, beta2, eps)
+    return torch.tensor(rows, dtype=torch.float32)
 
 
 def adam(
@@ -153,7 +258,7 @@ def adam(
     grad: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    c: AdamCoefficients,
+    coefficients: Tensor,
     rounding: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return param, exp_avg and exp_avg_sq after one step of AdamW (Loshchilov and Hutter, arXiv 1711.05101).
@@ -161,14 +266,14 @@ def adam(
     Args:
         param, grad, exp_avg, exp_avg_sq: one shape, one dtype (bfloat16 or float32), one device; none is written to.
             ``grad`` is already clipped.
-        c: coefficients that broadcast against them: shape ``[1]`` for one step, ``[steps, 1, 1]`` to advance every step
-            of a recording at once from its own recorded state.
+        coefficients: ``[1, 7]`` for one step, or ``[steps, 1, 1, 7]``, say, to advance ``[steps, V, D]``: every step of
+            a recording at once, from its own recorded state. On the tensors' device.
         rounding: ``"per-op"`` rounds to the dtype after every operation, ``"opmath"`` once per output.
     """
     dtype = param.dtype
     if rounding == "opmath":
         param, grad, exp_avg, exp_avg_sq = (x.float() for x in (param, grad, exp_avg, exp_avg_sq))
-    p, m, v = _adam(param, grad, exp_avg, exp_avg_sq, c)
+    p, m, v = _adam(param, grad, exp_avg, exp_avg_sq, AdamCoefficients(*coefficients.unbind(-1)))
     return p.to(dtype), m.to(dtype), v.to(dtype)
 
 
@@ -176,68 +281,69 @@ def _adam(p: Tensor, g: Tensor, m: Tensor, v: Tensor, c: AdamCoefficients) -> tu
     """AdamW with each operation computed in float32 and rounded to the dtype of the tensors."""
     dtype = p.dtype
     g32, m32 = g.float(), m.float()
-    if c.decay is not None:
-        p = (p * c.decay).to(dtype)
+    p = (p * c.decay).to(dtype)
     m = _lerp(m32, g32, c.weight1).to(dtype)
-    v = fma(c.weight2 * g32, g32, (v * c.beta2).float()).to(dtype)
-    eps = torch.tensor(c.eps).to(dtype).item()  # torch's unfused AdamW adds eps in the parameter's dtype
-    denom = (sqrt(v) / c.bias2_sqrt).to(dtype) + eps
+    v = fma(c.weight2 * g32, g32, (v * c.beta2).to(dtype).float()).to(dtype)
+    denom = (sqrt(v) / c.bias2_sqrt).to(dtype) + c.eps.to(dtype)  # eps too: torch's unfused AdamW rounds it
     p = (p + c.step_size * m / denom).to(dtype)
     return p, m, v
 
 
 def _lerp(start: Tensor, end: Tensor, weight: Tensor) -> Tensor:
     """``torch.lerp`` to the bit: from the nearer end."""
-    if weight.reshape(-1)[0] < 0.5:
-        return fma(weight, end - start, start)
-    return fma(1 - weight, start - end, end)
+    near_start = fma(weight, end - start, start)
+    near_end = fma(1 - weight, start - end, end)
+    return torch.where(weight < 0.5, near_start, near_end)
 
 
-@torch.no_grad()
-def adam_(
+def _adam_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
-    c: AdamCoefficients,
+    coefficients: Tensor,
     clip_coef: Tensor | None,
     rounding: str,
+    rings: Sequence[Tensor],
+    ring_of: Sequence[int],
+    step: Tensor | None,
+    every: int,
 ) -> None:
-    """Advance ``params``, ``exp_avgs`` and ``exp_avg_sqs`` in place by one step; ``grads`` are only read.
-
-    Args:
-        params, grads, exp_avgs, exp_avg_sqs: equally long, of equal shapes by index; one dtype, one device.
-        c: coefficients of one step, shape ``[1]``.
-        clip_coef: scalar of the gradients' dtype, to multiply each gradient with on its way in; None: no clipping.
-        rounding: ``"per-op"`` or ``"opmath"``.
-    """
+    """Do :func:`adam_` in pure torch."""
+    _check_adam(params, grads, exp_avgs, exp_avg_sqs, coefficients, clip_coef, rounding, rings, ring_of, step, every)
+    if not params:
+        return
     # A factor of 1 changes nothing, and on a CPU costs nothing to find out.
     clips = clip_coef is not None and not (clip_coef.device.type == "cpu" and clip_coef == 1)
     lists = (params, grads, exp_avgs, exp_avg_sqs)
     flat = [_flatten(x) for x in lists]
     is_plain = rounding == "per-op" and flat[0].device.type == "cpu" and _torch_rounds_per_op(flat[0].dtype)
+    coefficients = coefficients.to(flat[0].device)[None]
     for param, grad, exp_avg, exp_avg_sq in zip(*(x.split(CHUNK) for x in flat), strict=True):
         if clips:
-            grad = grad * clip_coef
+            grad = grad * clip_coef.to(grad.device)
         if is_plain:
-            _adam_torch_(param, grad, exp_avg, exp_avg_sq, c)
+            _adam_torch_(param, grad, exp_avg, exp_avg_sq, coefficients)
             continue
-        results = adam(param, grad, exp_avg, exp_avg_sq, c, rounding)
+        results = adam(param, grad, exp_avg, exp_avg_sq, coefficients, rounding)
         for old, new in zip((param, exp_avg, exp_avg_sq), results, strict=True):
             old.copy_(new)
     for i in (0, 2, 3):
         if flat[i].data_ptr() != lists[i][0].data_ptr():
             torch._foreach_copy_(list(lists[i]), torch._utils._unflatten_dense_tensors(flat[i], lists[i]))
+    if step is not None:
+        _record_([lists[which % len(FIELDS)][which // len(FIELDS)] for which in ring_of], rings, step, every)
 
 
-def _adam_torch_(p: Tensor, g: Tensor, m: Tensor, v: Tensor, c: AdamCoefficients) -> None:
+def _adam_torch_(p: Tensor, g: Tensor, m: Tensor, v: Tensor, coefficients: Tensor) -> None:
     """One step of per-op :func:`adam`, in place, in the operations of torch's unfused AdamW: a third of the time."""
-    if c.decay is not None:
-        p.mul_(c.decay.item())
-    m.lerp_(g, c.weight1.item())
-    v.mul_(c.beta2).addcmul_(g, g, value=c.weight2.item())
-    denom = v.sqrt().div_(c.bias2_sqrt.item()).add_(c.eps)
-    p.addcdiv_(m, denom, value=c.step_size.item())
+    decay, bias2_sqrt, step_size, weight1, weight2, beta2, eps = coefficients[0].tolist()
+    if decay != 1:
+        p.mul_(decay)
+    m.lerp_(g, weight1)
+    v.mul_(beta2).addcmul_(g, g, value=weight2)
+    denom = v.sqrt().div_(bias2_sqrt).add_(eps)
+    p.addcdiv_(m, denom, value=step_size)
 
 
 @cache
@@ -247,12 +353,12 @@ def _torch_rounds_per_op(dtype: torch.dtype) -> bool:
     For bfloat16 they do where there is FMA; for float32 they need a correctly rounded square root besides.
     """
     generator = torch.Generator().manual_seed(0)
-    c = adam_coefficients([7], [1e-3], betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
+    coefficients = adam_coefficients([7], [1e-3], betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
     scale = torch.logspace(0, -10, 4099)  # a vector body and a tail; down to where eps counts
     p, g, m, root = ((torch.randn(4099, generator=generator) * scale).to(dtype) for _ in range(4))
     v = root.square()
-    wanted = adam(p, g, m, v, c, "per-op")
-    _adam_torch_(p, g, m, v, c)
+    wanted = adam(p, g, m, v, coefficients, "per-op")
+    _adam_torch_(p, g, m, v, coefficients)
     return all(torch.equal(x, y) for x, y in zip((p, m, v), wanted, strict=True))
 
 
@@ -285,3 +391,118 @@ def _flatten(tensors: Sequence[Tensor]) -> Tensor:
     if flat is None:
         flat = torch._utils._flatten_dense_tensors(tensors)
     return flat.to(exact_device(flat.device))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Recording
+
+
+def _record_(values: Sequence[Tensor], rings: Sequence[Tensor], step: Tensor, every: int) -> None:
+    """Do :func:`record_` in pure torch; where ``step`` is on a GPU, it waits for it."""
+    _check_rings([(f"rings[{i}]", *pair) for i, pair in enumerate(zip(rings, values, strict=True))], step, every)
+    number = int(step)
+    if number % every:
+        return
+    for value, ring in zip(values, rings, strict=True):
+        ring[number // every % len(ring)] = value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks. The extension makes the same ones, in the same words.
+
+
+def _check(holds: bool, kind: type[Exception], message: str) -> None:
+    if not holds:
+        raise kind(message)
+
+
+def _check_dtype(name: str, tensor: Tensor) -> None:
+    dtypes = (torch.bfloat16, torch.float32)
+    _check(tensor.dtype in dtypes, TypeError, f"{name} must be bfloat16 or float32, got {_name(tensor.dtype)}")
+
+
+def _check_same(name: str, verb: str, got: object, wanted: object, like: str) -> None:
+    kind = TypeError if isinstance(wanted, torch.dtype) else ValueError
+    _check(got == wanted, kind, f"{name} must {verb} {_name(wanted)} like {like}, got {_name(got)}")
+
+
+def _name(thing: object) -> str:
+    return str(list(thing)) if isinstance(thing, torch.Size) else str(thing).removeprefix("torch.")
+
+
+def _check_adam(params, grads, exp_avgs, exp_avg_sqs, coefficients, clip_coef, rounding, rings, ring_of, step, every):  # type: ignore[no-untyped-def]
+    if not params:
+        return
+    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    _check_dtype("params[0]", params[0])
+    for name, tensors in lists.items():
+        _check(
+            len(tensors) == len(params),
+            ValueError,
+            f"{name} must be as many as params ({len(params)}), got {len(tensors)}",
+        )
+    _check(rounding in ROUNDINGS, ValueError, f"rounding must be per-op or opmath, got {rounding}")
+    _check(
+        len(ring_of) == len(rings), ValueError, f"ring_of must be as many as rings ({len(rings)}), got {len(ring_of)}"
+    )
+    for i, param in enumerate(params):
+        _check_same(f"params[{i}]", "be", param.dtype, params[0].dtype, "params[0]")
+        _check_same(f"params[{i}]", "be on", param.device, params[0].device, "params[0]")
+        for name, tensors in lists.items():
+            _check_same(f"{name}[{i}]", "be", tensors[i].dtype, param.dtype, f"params[{i}]")
+            _check_same(f"{name}[{i}]", "have shape", tensors[i].shape, param.shape, f"params[{i}]")
+            _check_same(f"{name}[{i}]", "be on", tensors[i].device, param.device, f"params[{i}]")
+    _check_number("coefficients", coefficients, torch.float32, len(COEFFICIENTS))
+    if clip_coef is not None:
+        _check_number("clip_coef", clip_coef, torch.float32, 1)
+    if rings:
+        _check(step is not None, ValueError, "step must be given with rings, got None")
+        most = len(FIELDS) * len(params)
+        for j, which in enumerate(ring_of):
+            message = f"ring_of[{j}] must be a field of one of the params (below {most}), got {which}"
+            _check(0 <= which < most, ValueError, message)
+        values = [params[which // len(FIELDS)] for which in ring_of]
+        _check_rings([(f"rings[{j}]", *pair) for j, pair in enumerate(zip(rings, values, strict=True))], step, every)
+
+
+def _check_number(name: str, tensor: Tensor, dtype: torch.dtype, numel: int) -> None:
+    _check(tensor.dtype == dtype, TypeError, f"{name} must be {_name(dtype)}, got {_name(tensor.dtype)}")
+    _check(tensor.numel() == numel, ValueError, f"{name} must have {numel} elements, got {tensor.numel()}")
+
+
+def _check_rings(rings: Sequence[tuple[str, Tensor, Tensor]], step: Tensor, every: int) -> None:
+    """Check triples of a name, a ring, and what it records."""
+    _check_number("step", step, torch.int64, 1)
+    _check(every > 0, ValueError, f"every must be at least 1, got {every}")
+    slots = len(rings[0][1]) if rings and rings[0][1].dim() else 0
+    for name, ring, value in rings:
+        _check_same(name, "be", ring.dtype, value.dtype, "what it records")
+        message = f"{name} must have shape [slots, *{list(value.shape)}], got {list(ring.shape)}"
+        _check(ring.dim() > 0 and ring.shape[1:] == value.shape, ValueError, message)
+        message = f"{name} must have as many slots as the first ring ({slots}), at least 1, got {len(ring)}"
+        _check(len(ring) == slots > 0, ValueError, message)
+        _check(ring.is_contiguous(), ValueError, f"{name} must be contiguous")
+
+
+torch.library.impl("bhfast::clip_coefficient", "CompositeExplicitAutograd")(_clip_coefficient)
+torch.library.impl("bhfast::adam_", "CompositeExplicitAutograd")(_adam_)
+torch.library.impl("bhfast::record_", "CompositeExplicitAutograd")(_record_)
+
+
+@torch.library.register_fake("bhfast::clip_coefficient")
+def _clip_coefficient_fake(grads: Sequence[Tensor], max_norm: float) -> tuple[Tensor, Tensor]:
+    scalar = grads[0].new_empty((), dtype=torch.float32)
+    return scalar, torch.empty_like(scalar)
+
+
+@torch.library.register_fake("bhfast::adam_")
+def _adam_fake(*args: object) -> None:
+    _check_adam(*args)
+
+
+@torch.library.register_fake("bhfast::record_")
+def _record_fake(values: Sequence[Tensor], rings: Sequence[Tensor], step: Tensor, every: int) -> None:
+    _check_rings([(f"rings[{i}]", *pair) for i, pair in enumerate(zip(rings, values, strict=True))], step, every)
+
+
+_extension, _unavailable = _load()  # after the declarations, which its kernels are for

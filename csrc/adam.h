@@ -1,0 +1,92 @@
+// The arithmetic of bhfast for one element, compiled for the host and for CUDA devices alike.
+//
+// It is bhfast/_ops.py, operation by operation: each one is IEEE 754 round-to-nearest-even in float32, a fused
+// multiply-add is written out as fmaf, and the compiler must not contract or reorder (-ffp-contract=off, -fmad=false).
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+
+#ifdef __CUDACC__
+#define BHFAST_INLINE __host__ __device__ __forceinline__
+#else
+#define BHFAST_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace bhfast {
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+BHFAST_INLINE float to_float(float x) { return x; }
+
+BHFAST_INLINE float to_float(bfloat16 x) { return __builtin_bit_cast(float, uint32_t{x.bits} << 16); }
+
+// Round to the nearest value of T, ties to even.
+template <class T>
+BHFAST_INLINE float rounded(float x);
+
+template <>
+BHFAST_INLINE float rounded<float>(float x) {
+  return x;
+}
+
+template <>
+BHFAST_INLINE float rounded<bfloat16>(float x) {
+  const uint32_t bits = __builtin_bit_cast(uint32_t, x);
+  const uint32_t nearest = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000;
+  return x == x ? __builtin_bit_cast(float, nearest) : __builtin_bit_cast(float, 0x7fc00000);
+}
+
+// Store a value that is one of Op.
+template <class T, class Op>
+BHFAST_INLINE T narrow(float x) {
+  if constexpr (!std::is_same_v<T, Op>) x = rounded<T>(x);
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    return {static_cast<uint16_t>(__builtin_bit_cast(uint32_t, x) >> 16)};
+  } else {
+    return x;
+  }
+}
+
+// The coefficients of one step, in the order of _ops.COEFFICIENTS.
+struct Coefficients {
+  float decay;       // 1 - lr * weight_decay
+  float bias2_sqrt;  // sqrt(1 - beta2^step)
+  float step_size;   // -lr / (1 - beta1^step)
+  float weight1;     // 1 - beta1
+  float weight2;     // 1 - beta2
+  float beta2;
+  float eps;
+};
+
+template <class T>
+struct AdamState {
+  T param, exp_avg, exp_avg_sq;
+};
+
+// One step of AdamW on tensors of T. Every operation rounds to Op: to bfloat16 for bfloat16 tensors with per-op rounding,
+// to float otherwise. The gradient is multiplied with clip_coef, and rounded to T, on its way in.
+template <class T, class Op>
+BHFAST_INLINE AdamState<T> adam_element(const AdamState<T>& s, T grad, float clip_coef, const Coefficients& c) {
+  const auto round = rounded<Op>;
+  const float g = rounded<T>(to_float(grad) * clip_coef);
+  float p = to_float(s.param), m = to_float(s.exp_avg), v = to_float(s.exp_avg_sq);
+  p = round(p * c.decay);
+  m = round(c.weight1 < 0.5f ? fmaf(c.weight1, g - m, m) : fmaf(1 - c.weight1, m - g, g));
+  v = round(fmaf(c.weight2 * g, g, round(v * c.beta2)));
+  const float denom = round(round(round(sqrtf(v)) / c.bias2_sqrt) + round(c.eps));
+  p = round(p + c.step_size * m / denom);
+  return {narrow<T, Op>(p), narrow<T, Op>(m), narrow<T, Op>(v)};
+}
+
+// min(1, max_norm / (norm + 1e-6)), rounded to the gradients' dtype. Not fminf, which would hide a NaN.
+BHFAST_INLINE float clip_coefficient(float norm, float max_norm, bool to_bfloat16) {
+  const float ratio = max_norm / (norm + 1e-6f);
+  const float coefficient = ratio > 1 ? 1 : ratio;
+  return to_bfloat16 ? rounded<bfloat16>(coefficient) : coefficient;
+}
+
+}  // namespace bhfast

@@ -1,0 +1,142 @@
+#include "kernels.h"
+
+#include <cstring>
+#include <stdexcept>
+
+namespace bhfast::cpu {
+namespace {
+
+constexpr int64_t kChunk = 4096;  // elements advanced before they are recorded: they stay in the first cache
+
+template <class T, class Op>
+BHFAST_INLINE void adam_chunk(const AdamRange& r, int64_t begin, int64_t end) {
+  T* __restrict param = static_cast<T*>(r.tensors.param);
+  const T* __restrict grad = static_cast<const T*>(r.tensors.grad);
+  T* __restrict exp_avg = static_cast<T*>(r.tensors.exp_avg);
+  T* __restrict exp_avg_sq = static_cast<T*>(r.tensors.exp_avg_sq);
+  const Coefficients c = r.coefficients;
+  const float clip_coef = r.clip_coef;
+  for (int64_t i = begin; i < end; ++i) {
+    const AdamState<T> next = adam_element<T, Op>({param[i], exp_avg[i], exp_avg_sq[i]}, grad[i], clip_coef, c);
+    param[i] = next.param;
+    exp_avg[i] = next.exp_avg;
+    exp_avg_sq[i] = next.exp_avg_sq;
+  }
+}
+
+void record_chunk(const AdamRange& r, int64_t begin, int64_t end, int64_t itemsize) {
+  const AdamTensors& t = r.tensors;
+  const void* const sources[kFields] = {t.param, t.grad, t.exp_avg, t.exp_avg_sq};
+  for (int field = 0; field < kFields; ++field) {
+    if (!t.rings[field]) continue;
+    const char* from = static_cast<const char*>(sources[field]) + begin * itemsize;
+    char* to = static_cast<char*>(t.rings[field]) + (r.slot * t.numel + begin) * itemsize;
+    std::memcpy(to, from, (end - begin) * itemsize);
+  }
+}
+
+template <class T, class Op>
+BHFAST_INLINE void adam_chunks(const AdamRange& r) {
+  for (int64_t begin = r.begin; begin < r.end; begin += kChunk) {
+    const int64_t end = begin + kChunk < r.end ? begin + kChunk : r.end;
+    adam_chunk<T, Op>(r, begin, end);
+    if (r.slot >= 0) record_chunk(r, begin, end, sizeof(T));
+  }
+}
+
+BHFAST_INLINE void adam_range(const AdamRange& r) {
+  if (r.dtype == Dtype::float32) {
+    adam_chunks<float, float>(r);
+  } else if (r.rounding == Rounding::per_op) {
+    adam_chunks<bfloat16, bfloat16>(r);
+  } else {
+    adam_chunks<bfloat16, float>(r);
+  }
+}
+
+template <class T>
+BHFAST_INLINE void squares(const void* data, int64_t begin, int64_t count, float* __restrict out) {
+  const T* __restrict x = static_cast<const T*>(data) + begin;
+  for (int64_t i = 0; i < count; ++i) out[i] = to_float(x[i]) * to_float(x[i]);
+}
+
+BHFAST_INLINE void square_range(const GradTensor& grad, int64_t begin, int64_t count, float* out) {
+  if (grad.dtype == Dtype::bfloat16) {
+    squares<bfloat16>(grad.data, begin, count, out);
+  } else {
+    squares<float>(grad.data, begin, count, out);
+  }
+}
+
+BHFAST_INLINE float halve_range(float* x, int64_t width) {
+  while (width > 1) {
+    width /= 2;
+    float* __restrict first = x;
+    const float* __restrict second = x + width;
+    for (int64_t i = 0; i < width; ++i) first[i] += second[i];
+  }
+  return x[0];
+}
+
+// One set of kernels per instruction set: the same code, inlined into functions that may use other instructions.
+#define BHFAST_KERNELS(name, target)                                                                             \
+  target void adam_##name(const AdamRange& r) { adam_range(r); }                                                 \
+  target void square_##name(const GradTensor& grad, int64_t begin, int64_t count, float* out) {                  \
+    square_range(grad, begin, count, out);                                                                       \
+  }                                                                                                              \
+  target float halve_##name(float* x, int64_t width) { return halve_range(x, width); }
+
+BHFAST_KERNELS(portable, )
+#ifdef __x86_64__
+BHFAST_KERNELS(avx2, __attribute__((target("avx2,fma"))))
+BHFAST_KERNELS(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512"))))
+#endif
+
+const Kernels kAll[] = {
+#ifdef __x86_64__
+    {"avx512",
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+     },
+     adam_avx512, square_avx512, halve_avx512},
+    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, adam_avx2, square_avx2,
+     halve_avx2},
+#endif
+    {"portable", [] { return true; }, adam_portable, square_portable, halve_portable},
+};
+
+const Kernels* best() {
+  for (const Kernels& k : kAll) {
+    if (k.runs_here()) return &k;
+  }
+  return nullptr;
+}
+
+const Kernels* in_use = best();
+
+}  // namespace
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  for (const Kernels& k : kAll) {
+    if (k.runs_here()) names.emplace_back(k.name);
+  }
+  return names;
+}
+
+const Kernels& kernels() { return *in_use; }
+
+void use_instruction_set(const std::string& name) {
+  for (const Kernels& k : kAll) {
+    if (name == k.name && k.runs_here()) {
+      in_use = &k;
+      return;
+    }
+  }
+  std::string there;
+  for (const std::string& other : instruction_sets()) there += (there.empty() ? "" : ", ") + other;
+  throw std::invalid_argument("name must be an instruction set of this machine (" + there + "), got '" + name + "'");
+}
+
+}  // namespace bhfast::cpu

@@ -1,0 +1,257 @@
+// The operations that _ops.py declares, for tensors of the CPU and of CUDA: checks, then raw pointers for the kernels.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/tensor.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <torch/library.h>
+
+#include "cpu/kernels.h"
+#ifdef BHFAST_CUDA
+#include "cuda/kernels.h"
+#endif
+
+namespace bhfast {
+namespace {
+
+using at::Tensor;
+using at::TensorList;
+
+#ifdef BHFAST_CUDA
+cudaStream_t stream_of(const Tensor& t) {
+  const c10::impl::VirtualGuardImpl guard(t.device().type());
+  return static_cast<cudaStream_t>(guard.getStream(t.device()).native_handle());
+}
+#endif
+
+// -------------------------------------------------------------------------------------------------------------------
+// Checks
+
+void check_like(const char* name, size_t i, const Tensor& t, const Tensor& param) {
+  TORCH_CHECK_TYPE(t.scalar_type() == param.scalar_type(), name, "[", i, "] must be ", param.scalar_type(),
+                   " like params[", i, "], got ", t.scalar_type());
+  TORCH_CHECK_VALUE(t.sizes() == param.sizes(), name, "[", i, "] must have shape ", param.sizes(), " like params[", i,
+                    "], got ", t.sizes());
+  TORCH_CHECK_VALUE(t.device() == param.device(), name, "[", i, "] must be on ", param.device(), " like params[", i,
+                    "], got ", t.device());
+}
+
+void check_length(const char* name, TensorList list, TensorList params) {
+  TORCH_CHECK_VALUE(list.size() == params.size(), name, " must be as many as params (", params.size(), "), got ",
+                    list.size());
+}
+
+// A number on the host, or in the memory of the parameters' device.
+void check_number(const char* name, const Tensor& t, at::ScalarType dtype, int64_t numel, const Tensor& param) {
+  TORCH_CHECK_TYPE(t.scalar_type() == dtype, name, " must be ", dtype, ", got ", t.scalar_type());
+  TORCH_CHECK_VALUE(t.numel() == numel, name, " must have ", numel, " elements, got ", t.numel());
+  TORCH_CHECK_VALUE(t.is_contiguous(), name, " must be contiguous");
+  TORCH_CHECK_VALUE(t.is_cpu() || t.device() == param.device(), name, " must be on the CPU or on ", param.device(),
+                    ", got ", t.device());
+}
+
+void check_ring(const std::string& name, const Tensor& ring, const Tensor& value, int64_t slots) {
+  TORCH_CHECK_TYPE(ring.scalar_type() == value.scalar_type(), name, " must be ", value.scalar_type(),
+                   " like what it records, got ", ring.scalar_type());
+  TORCH_CHECK_VALUE(ring.dim() == value.dim() + 1 && ring.sizes().slice(1) == value.sizes(), name,
+                    " must have shape [slots, *", value.sizes(), "], got ", ring.sizes());
+  TORCH_CHECK_VALUE(ring.size(0) == slots && slots > 0, name, " must have as many slots as the first ring (", slots,
+                    "), at least 1, got ", ring.size(0));
+  TORCH_CHECK_VALUE(ring.device() == value.device(), name, " must be on ", value.device(),
+                    " like what it records, got ", ring.device());
+  TORCH_CHECK_VALUE(ring.is_contiguous(), name, " must be contiguous");
+}
+
+Dtype dtype_of(const char* name, size_t i, const Tensor& t) {
+  TORCH_CHECK_TYPE(t.scalar_type() == at::kBFloat16 || t.scalar_type() == at::kFloat, name, "[", i,
+                   "] must be bfloat16 or float32, got ", t.scalar_type());
+  return t.scalar_type() == at::kBFloat16 ? Dtype::bfloat16 : Dtype::float32;
+}
+
+// -------------------------------------------------------------------------------------------------------------------
+// Numbers
+
+template <class T>
+void take(const Tensor& t, T& value, const T*& at) {
+  const T* data = static_cast<const T*>(t.const_data_ptr());
+  if (t.is_cpu()) {
+    value = *data;
+  } else {
+    at = data;
+  }
+}
+
+void take_step(StepNumbers& n, const Tensor& step, int64_t every, int64_t slots, const Tensor& like) {
+  check_number("step", step, at::kLong, 1, like);
+  TORCH_CHECK_VALUE(every > 0, "every must be at least 1, got ", every);
+  take(step, n.step, n.step_at);
+  n.every = every;
+  n.slots = slots;
+}
+
+// torch's autograd must see that a tensor was written to.
+void mark_written(const Tensor& t) {
+  if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
+}
+
+// A tensor that an operation updates, as one block of memory: itself if it is one, else a copy to be put back.
+class Updated {
+ public:
+  explicit Updated(const Tensor& t) : tensor_(t), block_(t.contiguous()) {}
+  void* data() const { return block_.data_ptr(); }
+  void done() const {
+    if (!block_.is_same(tensor_)) tensor_.copy_(block_);
+    mark_written(tensor_);
+  }
+
+ private:
+  Tensor tensor_, block_;
+};
+
+// -------------------------------------------------------------------------------------------------------------------
+// Operations
+
+void adam_op(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs, const Tensor& coefficients,
+           const std::optional<Tensor>& clip_coef, std::string_view rounding, TensorList rings, at::IntArrayRef ring_of,
+           const std::optional<Tensor>& step, int64_t every) {
+  if (params.empty()) return;
+  const Tensor& first = params[0];
+  const Dtype dtype = dtype_of("params", 0, first);
+  check_length("grads", grads, params);
+  check_length("exp_avgs", exp_avgs, params);
+  check_length("exp_avg_sqs", exp_avg_sqs, params);
+  TORCH_CHECK_VALUE(rounding == "per-op" || rounding == "opmath", "rounding must be per-op or opmath, got ", rounding);
+  TORCH_CHECK_VALUE(ring_of.size() == rings.size(), "ring_of must be as many as rings (", rings.size(), "), got ",
+                    ring_of.size());
+
+  const c10::DeviceGuard guard(first.device());
+  std::vector<Updated> updated;
+  std::vector<Tensor> read;
+  std::vector<AdamTensors> list;
+  for (size_t i = 0; i < params.size(); ++i) {
+    TORCH_CHECK_TYPE(params[i].scalar_type() == first.scalar_type(), "params[", i, "] must be ", first.scalar_type(),
+                     " like params[0], got ", params[i].scalar_type());
+    TORCH_CHECK_VALUE(params[i].device() == first.device(), "params[", i, "] must be on ", first.device(),
+                      " like params[0], got ", params[i].device());
+    check_like("grads", i, grads[i], params[i]);
+    check_like("exp_avgs", i, exp_avgs[i], params[i]);
+    check_like("exp_avg_sqs", i, exp_avg_sqs[i], params[i]);
+    read.push_back(grads[i].contiguous());
+    for (const Tensor& t : {params[i], exp_avgs[i], exp_avg_sqs[i]}) updated.emplace_back(t);
+    list.push_back({updated[3 * i].data(),
+                    read[i].const_data_ptr(),
+                    updated[3 * i + 1].data(),
+                    updated[3 * i + 2].data(),
+                    {},
+                    params[i].numel()});
+  }
+
+  StepNumbers n{};
+  check_number("coefficients", coefficients, at::kFloat, sizeof(Coefficients) / sizeof(float), first);
+  if (coefficients.is_cpu()) {
+    n.coefficients = *static_cast<const Coefficients*>(coefficients.const_data_ptr());
+  } else {
+    n.coefficients_at = static_cast<const Coefficients*>(coefficients.const_data_ptr());
+  }
+  n.clip_coef = 1;
+  if (clip_coef) {
+    check_number("clip_coef", *clip_coef, at::kFloat, 1, first);
+    take(*clip_coef, n.clip_coef, n.clip_coef_at);
+  }
+  if (!rings.empty()) {
+    TORCH_CHECK_VALUE(step, "step must be given with rings, got None");
+    take_step(n, *step, every, rings[0].size(0), first);
+    for (size_t j = 0; j < rings.size(); ++j) {
+      const int64_t param = ring_of[j] / kFields, field = ring_of[j] % kFields;
+      TORCH_CHECK_VALUE(ring_of[j] >= 0 && param < static_cast<int64_t>(params.size()), "ring_of[", j,
+                        "] must be a field of one of the params (below ", kFields * params.size(), "), got ",
+                        ring_of[j]);
+      check_ring("rings[" + std::to_string(j) + "]", rings[j], params[param], n.slots);
+      list[param].rings[field] = rings[j].data_ptr();
+    }
+  }
+
+  const Rounding how = rounding == "per-op" ? Rounding::per_op : Rounding::opmath;
+#ifdef BHFAST_CUDA
+  if (first.is_cuda()) {
+    cuda::adam(list, dtype, how, n, stream_of(first));
+  } else
+#endif
+    cpu::adam(list, dtype, how, n);
+  for (const Updated& t : updated) t.done();
+  for (const Tensor& ring : rings) mark_written(ring);
+}
+
+std::tuple<Tensor, Tensor> clip_coefficient_op(TensorList grads, double max_norm) {
+  TORCH_CHECK_VALUE(!grads.empty(), "grads must be at least one, got none");
+  const Tensor& first = grads[0];
+  const c10::DeviceGuard guard(first.device());
+  std::vector<Tensor> read;
+  std::vector<GradTensor> list;
+  bool any_bfloat16 = false;
+  for (size_t i = 0; i < grads.size(); ++i) {
+    const Dtype dtype = dtype_of("grads", i, grads[i]);
+    TORCH_CHECK_VALUE(grads[i].device() == first.device(), "grads[", i, "] must be on ", first.device(),
+                      " like grads[0], got ", grads[i].device());
+    any_bfloat16 |= dtype == Dtype::bfloat16;
+    read.push_back(grads[i].contiguous());
+    list.push_back({read[i].const_data_ptr(), dtype, grads[i].numel()});
+  }
+  const Tensor out = at::empty({2}, first.options().dtype(at::kFloat));
+  float* norm = out.mutable_data_ptr<float>();
+  #ifdef BHFAST_CUDA
+  if (first.is_cuda()) {
+    const Tensor sums = at::empty({cuda::norm_workspace(list)}, out.options());
+    cuda::grad_norm(list, sums.mutable_data_ptr<float>(), norm, norm + 1, max_norm, any_bfloat16,
+                    stream_of(first));
+  } else
+#endif
+  {
+    norm[0] = cpu::grad_norm(list);
+    norm[1] = clip_coefficient(norm[0], max_norm, any_bfloat16);
+  }
+  return {out[0], out[1]};
+}
+
+void record_op(TensorList values, TensorList rings, const Tensor& step, int64_t every) {
+  check_length("rings", rings, values);
+  if (values.empty()) return;
+  const c10::DeviceGuard guard(values[0].device());
+  StepNumbers n{};
+  take_step(n, step, every, rings[0].size(0), values[0]);
+  std::vector<Tensor> read;
+  std::vector<RecordTensor> list;
+  for (size_t i = 0; i < values.size(); ++i) {
+    check_ring("rings[" + std::to_string(i) + "]", rings[i], values[i], n.slots);
+    TORCH_CHECK_VALUE(values[i].device() == values[0].device(), "values[", i, "] must be on ", values[0].device(),
+                      " like values[0], got ", values[i].device());
+    read.push_back(values[i].contiguous());
+    list.push_back({read[i].const_data_ptr(), rings[i].data_ptr(), static_cast<int64_t>(read[i].nbytes())});
+  }
+#ifdef BHFAST_CUDA
+  if (values[0].is_cuda()) {
+    cuda::record(list, n, stream_of(values[0]));
+  } else
+#endif
+    cpu::record(list, n);
+  for (const Tensor& ring : rings) mark_written(ring);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(bhfast, CPU, m) {
+  m.impl("adam_", &adam_op);
+  m.impl("clip_coefficient", &clip_coefficient_op);
+  m.impl("record_", &record_op);
+}
+
+#ifdef BHFAST_CUDA
+TORCH_LIBRARY_IMPL(bhfast, CUDA, m) {
+  m.impl("adam_", &adam_op);
+  m.impl("clip_coefficient", &clip_coefficient_op);
+  m.impl("record_", &record_op);
+}
+#endif
+
+}  // namespace bhfast
