@@ -60,7 +60,6 @@ def clip_coefficient(grads: Sequence[Tensor], max_norm: float) -> tuple[Tensor, 
     return torch.ops.bhfast.clip_coefficient(grads, max_norm)
 
 
-@torch.no_grad()
 def adam_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -76,7 +75,8 @@ def adam_(
 ) -> None:
     """Advance ``params``, ``exp_avgs`` and ``exp_avg_sqs`` in place by one step; ``grads`` are only read.
 
-    What a step made of them is recorded on the way: the gradient as it came in, the rest after the step.
+    What a step made of them is recorded on the way: the gradient as it came in, the rest after the step. Call it under
+    ``torch.no_grad()``.
 
     Args:
         params, grads, exp_avgs, exp_avg_sqs: equally long, of equal shapes by index; one dtype (bfloat16 or float32),
@@ -98,7 +98,6 @@ def adam_(
     )
 
 
-@torch.no_grad()
 def record_(values: Sequence[Tensor], rings: Sequence[Tensor], step: Tensor, every: int) -> None:
     """Copy each value to its ring's slot for ``step``, if that is recorded; see :func:`adam_`.
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import repeat
+from operator import is_, is_not
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bhfast import _ops
-from bhfast.errors import ConfigError
+from bhfast.errors import BhfastError, ConfigError
 
 DTYPES = (torch.bfloat16, torch.float32)
-
-_Kind = tuple[torch.dtype, torch.device, int]  # parameters of one dtype, device and step are updated as one
 
 
 class FusedAdam(torch.optim.Optimizer):
@@ -70,6 +70,16 @@ class FusedAdam(torch.optim.Optimizer):
         self.max_grad_norm = max_grad_norm
         self.grad_norm = torch.tensor(math.nan)
         self.clip_coef = torch.tensor(math.nan)
+        self._recording: _Recording | None = None
+        self._known: dict[int, list[_Batch]] = {}  # by group, as of the last step
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("rounding", "max_grad_norm", "grad_norm", "clip_coef")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._recording, self._known = None, {}
+        super().__setstate__(state)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -84,6 +94,35 @@ class FusedAdam(torch.optim.Optimizer):
                     raise ConfigError(f"FusedAdam has no {flag}, but param_groups[{i}] of the loaded state sets it")
         super().load_state_dict(state_dict)
 
+    def record_into(
+        self, rings: Mapping[Tensor, Mapping[str, Tensor]], step: Tensor, every: int
+    ) -> Callable[[], None]:
+        """Record in the same pass over the tensors that updates them, from the next step on.
+
+        Args:
+            rings: for each parameter, for each field (``param``, ``grad``, ``exp_avg``, ``exp_avg_sq``) the ring it
+                goes to: ``[slots, *shape]``, contiguous, on the parameter's device. A parameter that gets no gradient
+                is not updated, so not recorded.
+            step: int64 scalar on the CPU or on that device, which whoever records counts up before each step.
+            every: steps that are a multiple of this are recorded, to slot ``step / every % slots``.
+
+        Returns:
+            A function that ends the recording.
+
+        Raises:
+            BhfastError: somebody records already.
+        """
+        if self._recording is not None:
+            raise BhfastError("this optimizer is being recorded already; close the other recorder first")
+        self._recording = _Recording(dict(rings), step, every)
+        self._known.clear()
+
+        def end() -> None:
+            self._recording = None
+            self._known.clear()
+
+        return end
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform one optimization step; return the closure's loss, if there is a closure."""
@@ -91,59 +130,85 @@ class FusedAdam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-
-        grads = _gradients(p for group in self.param_groups for p in group["params"])
-        if not grads:
-            return loss
-        if any(grad.is_sparse for grad in grads):
-            raise TypeError("FusedAdam takes dense gradients, got a sparse one: build the embedding with sparse=False")
-        if self.max_grad_norm is not None:
-            # One coefficient for all: rounded to bfloat16 as soon as one gradient is.
-            dtype = torch.bfloat16 if any(g.dtype == torch.bfloat16 for g in grads) else torch.float32
-            self.grad_norm = _ops.grad_norm(grads)
-            self.clip_coef = _ops.clip_coefficient(self.grad_norm, self.max_grad_norm, dtype).float()
-
-        for group in self.param_groups:
-            for (dtype, device, step), (params, states) in self._advance(group).items():
-                coefficients = _ops.adam_coefficients(
-                    [step],
-                    [group["lr"]],
-                    betas=group["betas"],
-                    eps=group["eps"],
-                    weight_decay=group["weight_decay"],
-                    device=_ops.exact_device(device),
-                )
-                _ops.adam_(
-                    params,
-                    _gradients(params),
-                    [state["exp_avg"] for state in states],
-                    [state["exp_avg_sq"] for state in states],
-                    coefficients,
-                    None if self.max_grad_norm is None else self.clip_coef.to(dtype),
-                    self.rounding,
-                )
+        batches = self._batches()
+        coefficients = [_schedule(batch, [batch.steps_done() + 1], [batch.group["lr"]])[0] for batch in batches]
+        for batch in batches:
+            batch.count(1)
+        self._update(batches, coefficients)
         return loss
 
-    def _advance(self, group: dict[str, Any]) -> dict[_Kind, tuple[list[Tensor], list[dict[str, Tensor]]]]:
-        """Add 1 to the step of each parameter with a gradient; return those that are updated as one, with states."""
+    @torch.no_grad()
+    def schedule(self, lrs: Sequence[float]) -> list[Tensor]:
+        """Return the coefficients of the next ``len(lrs)`` steps, for :meth:`scheduled_step`.
+
+        Returns:
+            For each set of parameters that is updated as one (and now has gradients): float32 ``[steps, 7]``, on its
+            device.
+        """
+        tables = []
+        for batch in self._batches():
+            first = batch.steps_done() + 1
+            tables.append(_schedule(batch, range(first, first + len(lrs)), lrs).to(batch.params[0].device))
+        return tables
+
+    @torch.no_grad()
+    def scheduled_step(self, tables: Sequence[Tensor], index: Tensor) -> None:
+        """Perform a step without the host: what a CUDA graph captures.
+
+        Steps and moments advance, but not ``state["step"]``: see :meth:`count`.
+
+        Args:
+            tables: from :meth:`schedule`.
+            index: int64 scalar on the device: which row of the tables this step uses.
+        """
+        self._update(self._batches(), [table.index_select(0, index.view(1))[0] for table in tables])
+
+    @torch.no_grad()
+    def count(self, steps: int) -> None:
+        """Add the ``steps`` that a graph has performed to ``state["step"]``."""
+        for batch in self._batches():
+            batch.count(steps)
+
+    def _update(self, batches: Sequence[_Batch], coefficients: Sequence[Tensor]) -> None:
+        """Clip and update all ``batches``, each with its coefficients."""
+        clip_coef = None
+        if self.max_grad_norm is not None and batches:
+            grads = [grad for batch in batches for grad in batch.grads]
+            self.grad_norm, self.clip_coef = _ops.clip_coefficient(grads, self.max_grad_norm)
+            clip_coef = self.clip_coef
+        for batch, c in zip(batches, coefficients, strict=True):
+            _ops.adam_(
+                batch.params,
+                batch.grads,
+                [state["exp_avg"] for state in batch.states],
+                [state["exp_avg_sq"] for state in batch.states],
+                c,
+                clip_coef,
+                self.rounding,
+                *batch.recording,
+            )
+
+    def _batches(self) -> list[_Batch]:
+        """Return the parameters that have a gradient, those together that are updated as one."""
+        batches = []
+        for i, group in enumerate(self.param_groups):
+            grads = [p.grad for p in group["params"]]
+            known = self._known.get(i, [])
+            if len(known) != 1 or not known[0].take(group, grads, self.state):
+                known = self._known[i] = self._sort(group)
+            batches += known
+        return batches
+
+    def _sort(self, group: dict[str, Any]) -> list[_Batch]:
         params = [p for p in group["params"] if p.grad is not None]
         self._allocate([p for p in params if not self.state[p]])
-        states = [self.state[p] for p in params]
-        steps = [state["step"] for state in states]
-        row = _ops.row_view(steps) if steps else None
-        if row is None:
-            torch._foreach_add_(steps, 1)
-        else:
-            row += 1
-        buckets: dict[_Kind, tuple[list[Tensor], list[dict[str, Tensor]]]] = defaultdict(lambda: ([], []))
-        for p, state, step in zip(params, states, steps, strict=True):
-            alike = buckets[p.dtype, p.device, int(step.item())]
-            alike[0].append(p)
-            alike[1].append(state)
-        return buckets
+        kinds: dict[Any, list[Tensor]] = defaultdict(list)
+        for p in params:
+            kinds[p.dtype, p.device, self.state[p]["step"].item()].append(p)
+        return [_Batch(group, alike, self.state, self._recording) for alike in kinds.values()]
 
     def _allocate(self, params: list[Tensor]) -> None:
-        """Set up the state of new parameters, side by side in memory, which saves copies and calls at every step."""
+        """Set up the state of new parameters, side by side in memory, which pure torch updates faster."""
         kinds = defaultdict(list)
         for p in params:
             kinds[p.dtype, p.device].append(p)
@@ -155,6 +220,76 @@ class FusedAdam(torch.optim.Optimizer):
                 self.state[p].update(step=step, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
 
 
-def _gradients(params: Iterable[Tensor]) -> list[Tensor]:
-    """Return the gradients of those parameters that have one."""
-    return [grad for grad in (p.grad for p in params) if grad is not None]
+class _Recording(NamedTuple):
+    """See :meth:`FusedAdam.record_into`."""
+
+    rings: Mapping[Tensor, Mapping[str, Tensor]]
+    step: Tensor
+    every: int
+
+
+class _Batch:
+    """Parameters of one group, dtype, device and number of steps done, which are updated as one."""
+
+    def __init__(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        state: Mapping[Tensor, dict[str, Tensor]],
+        recording: _Recording | None,
+    ) -> None:
+        self.group = group
+        self.params = params
+        self.grads = [p.grad for p in params]
+        self.states = [state[p] for p in params]
+        self.recording: tuple[Any, ...] = ()  # the last arguments of _ops.adam_
+        self._everyone = list(state.values())
+        self._steps = [own["step"] for own in self.states]
+        self._row = _ops.row_view(self._steps)
+        if recording is not None:
+            rings = [
+                (ring, i * len(_ops.FIELDS) + _ops.FIELDS.index(field))
+                for i, p in enumerate(params)
+                for field, ring in recording.rings.get(p, {}).items()
+            ]
+            if rings:
+                self.recording = (*zip(*rings, strict=True), recording.step, recording.every)
+
+    def take(
+        self, group: dict[str, Any], grads: list[Tensor | None], state: Mapping[Tensor, dict[str, Tensor]]
+    ) -> bool:
+        """Take the gradients of another step of all the group's parameters, unless anything else has changed."""
+        steps = [own["step"] for own in self.states]
+        if (
+            group is self.group
+            and self._row is not None
+            and _are_same(group["params"], self.params)
+            and _are_same(list(state.values()), self._everyone)
+            and _are_same(steps, self._steps)
+            and len(set(self._row.tolist())) == 1  # nobody has moved some of them on
+            and all(map(is_not, grads, repeat(None)))
+        ):
+            self.grads = grads
+            return True
+        return False
+
+    def steps_done(self) -> int:
+        return int(self._steps[0].item())
+
+    def count(self, steps: int) -> None:
+        """Add to the number of steps done."""
+        if self._row is None:
+            torch._foreach_add_(self._steps, steps)
+        else:
+            self._row += steps
+
+
+def _schedule(batch: _Batch, steps: Iterable[int], lrs: Iterable[float]) -> Tensor:
+    group = batch.group
+    return _ops.adam_coefficients(
+        steps, lrs, betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"]
+    )
+
+
+def _are_same(some: Sequence[object], others: Sequence[object]) -> bool:
+    return len(some) == len(others) and all(map(is_, some, others))

@@ -36,19 +36,19 @@ BHFAST_INLINE float rounded<float>(float x) {
 template <>
 BHFAST_INLINE float rounded<bfloat16>(float x) {
   const uint32_t bits = __builtin_bit_cast(uint32_t, x);
-  const uint32_t nearest = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000;
-  return x == x ? __builtin_bit_cast(float, nearest) : __builtin_bit_cast(float, 0x7fc00000);
+#ifdef __CUDA_ARCH__
+  // A GPU's NaN has all bits set, and would overflow below. A CPU's has the upper half of one of its operands', and here
+  // the lower half of every operand that can be NaN is zero, so it stays a NaN without being looked for.
+  if (x != x) return __builtin_bit_cast(float, 0x7fc00000);
+#endif
+  return __builtin_bit_cast(float, (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000);
 }
 
-// Store a value that is one of Op.
-template <class T, class Op>
-BHFAST_INLINE T narrow(float x) {
-  if constexpr (!std::is_same_v<T, Op>) x = rounded<T>(x);
-  if constexpr (std::is_same_v<T, bfloat16>) {
-    return {static_cast<uint16_t>(__builtin_bit_cast(uint32_t, x) >> 16)};
-  } else {
-    return x;
-  }
+// Store a value that is one of T. (Of the bits alone: compilers do not vectorize copies of a struct.)
+BHFAST_INLINE void store(float& to, float x) { to = x; }
+
+BHFAST_INLINE void store(bfloat16& to, float x) {
+  to.bits = static_cast<uint16_t>(__builtin_bit_cast(uint32_t, x) >> 16);
 }
 
 // The coefficients of one step, in the order of _ops.COEFFICIENTS.
@@ -62,24 +62,27 @@ struct Coefficients {
   float eps;
 };
 
-template <class T>
-struct AdamState {
-  T param, exp_avg, exp_avg_sq;
-};
-
-// One step of AdamW on tensors of T. Every operation rounds to Op: to bfloat16 for bfloat16 tensors with per-op rounding,
-// to float otherwise. The gradient is multiplied with clip_coef, and rounded to T, on its way in.
-template <class T, class Op>
-BHFAST_INLINE AdamState<T> adam_element(const AdamState<T>& s, T grad, float clip_coef, const Coefficients& c) {
+// One step of AdamW on one element of tensors of T. Every operation rounds to Op: to bfloat16 for bfloat16 tensors with
+// per-op rounding, to float otherwise. The gradient is multiplied with clip_coef, and rounded to T, on its way in.
+// kDecays may be false if c.decay is 1.
+template <class T, class Op, bool kDecays = true>
+BHFAST_INLINE void adam_element(T& param, const T& grad, T& exp_avg, T& exp_avg_sq, float clip_coef,
+                                const Coefficients& c) {
   const auto round = rounded<Op>;
   const float g = rounded<T>(to_float(grad) * clip_coef);
-  float p = to_float(s.param), m = to_float(s.exp_avg), v = to_float(s.exp_avg_sq);
-  p = round(p * c.decay);
+  float p = to_float(param), m = to_float(exp_avg), v = to_float(exp_avg_sq);
+  if constexpr (kDecays) p = round(p * c.decay);
   m = round(c.weight1 < 0.5f ? fmaf(c.weight1, g - m, m) : fmaf(1 - c.weight1, m - g, g));
   v = round(fmaf(c.weight2 * g, g, round(v * c.beta2)));
   const float denom = round(round(round(sqrtf(v)) / c.bias2_sqrt) + round(c.eps));
   p = round(p + c.step_size * m / denom);
-  return {narrow<T, Op>(p), narrow<T, Op>(m), narrow<T, Op>(v)};
+  const auto result = [](float x) {
+    if constexpr (std::is_same_v<T, Op>) return x;
+    return rounded<T>(x);
+  };
+  store(param, result(p));
+  store(exp_avg, result(m));
+  store(exp_avg_sq, result(v));
 }
 
 // min(1, max_norm / (norm + 1e-6)), rounded to the gradients' dtype. Not fminf, which would hide a NaN.

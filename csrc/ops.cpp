@@ -26,11 +26,23 @@ cudaStream_t stream_of(const Tensor& t) {
 #endif
 
 // -------------------------------------------------------------------------------------------------------------------
-// Checks
+// Checks: those of _ops.py, in its words
+
+std::string name_of(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kBFloat16: return "bfloat16";
+    case at::kHalf: return "float16";
+    case at::kFloat: return "float32";
+    case at::kDouble: return "float64";
+    case at::kInt: return "int32";
+    case at::kLong: return "int64";
+    default: return c10::toString(dtype);
+  }
+}
 
 void check_like(const char* name, size_t i, const Tensor& t, const Tensor& param) {
-  TORCH_CHECK_TYPE(t.scalar_type() == param.scalar_type(), name, "[", i, "] must be ", param.scalar_type(),
-                   " like params[", i, "], got ", t.scalar_type());
+  TORCH_CHECK_TYPE(t.scalar_type() == param.scalar_type(), name, "[", i, "] must be ", name_of(param.scalar_type()),
+                   " like params[", i, "], got ", name_of(t.scalar_type()));
   TORCH_CHECK_VALUE(t.sizes() == param.sizes(), name, "[", i, "] must have shape ", param.sizes(), " like params[", i,
                     "], got ", t.sizes());
   TORCH_CHECK_VALUE(t.device() == param.device(), name, "[", i, "] must be on ", param.device(), " like params[", i,
@@ -44,7 +56,7 @@ void check_length(const char* name, TensorList list, TensorList params) {
 
 // A number on the host, or in the memory of the parameters' device.
 void check_number(const char* name, const Tensor& t, at::ScalarType dtype, int64_t numel, const Tensor& param) {
-  TORCH_CHECK_TYPE(t.scalar_type() == dtype, name, " must be ", dtype, ", got ", t.scalar_type());
+  TORCH_CHECK_TYPE(t.scalar_type() == dtype, name, " must be ", name_of(dtype), ", got ", name_of(t.scalar_type()));
   TORCH_CHECK_VALUE(t.numel() == numel, name, " must have ", numel, " elements, got ", t.numel());
   TORCH_CHECK_VALUE(t.is_contiguous(), name, " must be contiguous");
   TORCH_CHECK_VALUE(t.is_cpu() || t.device() == param.device(), name, " must be on the CPU or on ", param.device(),
@@ -52,8 +64,8 @@ void check_number(const char* name, const Tensor& t, at::ScalarType dtype, int64
 }
 
 void check_ring(const std::string& name, const Tensor& ring, const Tensor& value, int64_t slots) {
-  TORCH_CHECK_TYPE(ring.scalar_type() == value.scalar_type(), name, " must be ", value.scalar_type(),
-                   " like what it records, got ", ring.scalar_type());
+  TORCH_CHECK_TYPE(ring.scalar_type() == value.scalar_type(), name, " must be ", name_of(value.scalar_type()),
+                   " like what it records, got ", name_of(ring.scalar_type()));
   TORCH_CHECK_VALUE(ring.dim() == value.dim() + 1 && ring.sizes().slice(1) == value.sizes(), name,
                     " must have shape [slots, *", value.sizes(), "], got ", ring.sizes());
   TORCH_CHECK_VALUE(ring.size(0) == slots && slots > 0, name, " must have as many slots as the first ring (", slots,
@@ -65,7 +77,7 @@ void check_ring(const std::string& name, const Tensor& ring, const Tensor& value
 
 Dtype dtype_of(const char* name, size_t i, const Tensor& t) {
   TORCH_CHECK_TYPE(t.scalar_type() == at::kBFloat16 || t.scalar_type() == at::kFloat, name, "[", i,
-                   "] must be bfloat16 or float32, got ", t.scalar_type());
+                   "] must be bfloat16 or float32, got ", name_of(t.scalar_type()));
   return t.scalar_type() == at::kBFloat16 ? Dtype::bfloat16 : Dtype::float32;
 }
 
@@ -95,18 +107,28 @@ void mark_written(const Tensor& t) {
   if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
 }
 
-// A tensor that an operation updates, as one block of memory: itself if it is one, else a copy to be put back.
-class Updated {
+// Tensors as blocks of memory: themselves if they are contiguous, else copies, which `put_back` copies back.
+class Blocks {
  public:
-  explicit Updated(const Tensor& t) : tensor_(t), block_(t.contiguous()) {}
-  void* data() const { return block_.data_ptr(); }
-  void done() const {
-    if (!block_.is_same(tensor_)) tensor_.copy_(block_);
-    mark_written(tensor_);
+  const void* read(const Tensor& t) { return t.is_contiguous() ? t.const_data_ptr() : copy(t).const_data_ptr(); }
+
+  void* update(const Tensor& t) {
+    mark_written(t);
+    if (t.is_contiguous()) return t.data_ptr();
+    const Tensor& block = copy(t);
+    updated_.emplace_back(t, block);
+    return block.data_ptr();
+  }
+
+  void put_back() const {
+    for (const auto& [tensor, block] : updated_) tensor.copy_(block);
   }
 
  private:
-  Tensor tensor_, block_;
+  const Tensor& copy(const Tensor& t) { return copies_.emplace_back(t.contiguous()); }
+
+  std::vector<Tensor> copies_;
+  std::vector<std::pair<Tensor, Tensor>> updated_;
 };
 
 // -------------------------------------------------------------------------------------------------------------------
@@ -126,23 +148,21 @@ void adam_op(TensorList params, TensorList grads, TensorList exp_avgs, TensorLis
                     ring_of.size());
 
   const c10::DeviceGuard guard(first.device());
-  std::vector<Updated> updated;
-  std::vector<Tensor> read;
+  Blocks blocks;
   std::vector<AdamTensors> list;
+  list.reserve(params.size());
   for (size_t i = 0; i < params.size(); ++i) {
-    TORCH_CHECK_TYPE(params[i].scalar_type() == first.scalar_type(), "params[", i, "] must be ", first.scalar_type(),
-                     " like params[0], got ", params[i].scalar_type());
+    TORCH_CHECK_TYPE(params[i].scalar_type() == first.scalar_type(), "params[", i, "] must be ", name_of(first.scalar_type()),
+                     " like params[0], got ", name_of(params[i].scalar_type()));
     TORCH_CHECK_VALUE(params[i].device() == first.device(), "params[", i, "] must be on ", first.device(),
                       " like params[0], got ", params[i].device());
     check_like("grads", i, grads[i], params[i]);
     check_like("exp_avgs", i, exp_avgs[i], params[i]);
     check_like("exp_avg_sqs", i, exp_avg_sqs[i], params[i]);
-    read.push_back(grads[i].contiguous());
-    for (const Tensor& t : {params[i], exp_avgs[i], exp_avg_sqs[i]}) updated.emplace_back(t);
-    list.push_back({updated[3 * i].data(),
-                    read[i].const_data_ptr(),
-                    updated[3 * i + 1].data(),
-                    updated[3 * i + 2].data(),
+    list.push_back({blocks.update(params[i]),
+                    blocks.read(grads[i]),
+                    blocks.update(exp_avgs[i]),
+                    blocks.update(exp_avg_sqs[i]),
                     {},
                     params[i].numel()});
   }
@@ -168,7 +188,7 @@ void adam_op(TensorList params, TensorList grads, TensorList exp_avgs, TensorLis
                         "] must be a field of one of the params (below ", kFields * params.size(), "), got ",
                         ring_of[j]);
       check_ring("rings[" + std::to_string(j) + "]", rings[j], params[param], n.slots);
-      list[param].rings[field] = rings[j].data_ptr();
+      list[param].rings[field] = blocks.update(rings[j]);
     }
   }
 
@@ -179,15 +199,14 @@ void adam_op(TensorList params, TensorList grads, TensorList exp_avgs, TensorLis
   } else
 #endif
     cpu::adam(list, dtype, how, n);
-  for (const Updated& t : updated) t.done();
-  for (const Tensor& ring : rings) mark_written(ring);
+  blocks.put_back();
 }
 
 std::tuple<Tensor, Tensor> clip_coefficient_op(TensorList grads, double max_norm) {
   TORCH_CHECK_VALUE(!grads.empty(), "grads must be at least one, got none");
   const Tensor& first = grads[0];
   const c10::DeviceGuard guard(first.device());
-  std::vector<Tensor> read;
+  Blocks blocks;
   std::vector<GradTensor> list;
   bool any_bfloat16 = false;
   for (size_t i = 0; i < grads.size(); ++i) {
@@ -195,8 +214,7 @@ std::tuple<Tensor, Tensor> clip_coefficient_op(TensorList grads, double max_norm
     TORCH_CHECK_VALUE(grads[i].device() == first.device(), "grads[", i, "] must be on ", first.device(),
                       " like grads[0], got ", grads[i].device());
     any_bfloat16 |= dtype == Dtype::bfloat16;
-    read.push_back(grads[i].contiguous());
-    list.push_back({read[i].const_data_ptr(), dtype, grads[i].numel()});
+    list.push_back({blocks.read(grads[i]), dtype, grads[i].numel()});
   }
   const Tensor out = at::empty({2}, first.options().dtype(at::kFloat));
   float* norm = out.mutable_data_ptr<float>();
@@ -220,14 +238,13 @@ void record_op(TensorList values, TensorList rings, const Tensor& step, int64_t 
   const c10::DeviceGuard guard(values[0].device());
   StepNumbers n{};
   take_step(n, step, every, rings[0].size(0), values[0]);
-  std::vector<Tensor> read;
+  Blocks blocks;
   std::vector<RecordTensor> list;
   for (size_t i = 0; i < values.size(); ++i) {
     check_ring("rings[" + std::to_string(i) + "]", rings[i], values[i], n.slots);
     TORCH_CHECK_VALUE(values[i].device() == values[0].device(), "values[", i, "] must be on ", values[0].device(),
                       " like values[0], got ", values[i].device());
-    read.push_back(values[i].contiguous());
-    list.push_back({read[i].const_data_ptr(), rings[i].data_ptr(), static_cast<int64_t>(read[i].nbytes())});
+    list.push_back({blocks.read(values[i]), blocks.update(rings[i]), static_cast<int64_t>(values[i].nbytes())});
   }
 #ifdef BHFAST_CUDA
   if (values[0].is_cuda()) {
@@ -235,7 +252,6 @@ void record_op(TensorList values, TensorList rings, const Tensor& step, int64_t 
   } else
 #endif
     cpu::record(list, n);
-  for (const Tensor& ring : rings) mark_written(ring);
 }
 
 }  // namespace

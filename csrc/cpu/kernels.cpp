@@ -8,7 +8,7 @@ namespace {
 
 constexpr int64_t kChunk = 4096;  // elements advanced before they are recorded: they stay in the first cache
 
-template <class T, class Op>
+template <class T, class Op, bool kDecays>
 BHFAST_INLINE void adam_chunk(const AdamRange& r, int64_t begin, int64_t end) {
   T* __restrict param = static_cast<T*>(r.tensors.param);
   const T* __restrict grad = static_cast<const T*>(r.tensors.grad);
@@ -17,10 +17,7 @@ BHFAST_INLINE void adam_chunk(const AdamRange& r, int64_t begin, int64_t end) {
   const Coefficients c = r.coefficients;
   const float clip_coef = r.clip_coef;
   for (int64_t i = begin; i < end; ++i) {
-    const AdamState<T> next = adam_element<T, Op>({param[i], exp_avg[i], exp_avg_sq[i]}, grad[i], clip_coef, c);
-    param[i] = next.param;
-    exp_avg[i] = next.exp_avg;
-    exp_avg_sq[i] = next.exp_avg_sq;
+    adam_element<T, Op, kDecays>(param[i], grad[i], exp_avg[i], exp_avg_sq[i], clip_coef, c);
   }
 }
 
@@ -39,7 +36,11 @@ template <class T, class Op>
 BHFAST_INLINE void adam_chunks(const AdamRange& r) {
   for (int64_t begin = r.begin; begin < r.end; begin += kChunk) {
     const int64_t end = begin + kChunk < r.end ? begin + kChunk : r.end;
-    adam_chunk<T, Op>(r, begin, end);
+    if (r.coefficients.decay == 1) {
+      adam_chunk<T, Op, false>(r, begin, end);
+    } else {
+      adam_chunk<T, Op, true>(r, begin, end);
+    }
     if (r.slot >= 0) record_chunk(r, begin, end, sizeof(T));
   }
 }

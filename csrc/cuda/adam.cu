@@ -50,10 +50,7 @@ __global__ void __launch_bounds__(kThreads)
     const P g = *reinterpret_cast<const P*>(grad);
 #pragma unroll
     for (int k = 0; k < P::kSize; ++k) {
-      const AdamState<T> next = adam_element<T, Op>({p.x[k], m.x[k], v.x[k]}, g.x[k], clip_coef, c);
-      p.x[k] = next.param;
-      m.x[k] = next.exp_avg;
-      v.x[k] = next.exp_avg_sq;
+      adam_element<T, Op>(p.x[k], g.x[k], m.x[k], v.x[k], clip_coef, c);
     }
     *reinterpret_cast<P*>(param) = p;
     *reinterpret_cast<P*>(exp_avg) = m;
@@ -67,11 +64,8 @@ __global__ void __launch_bounds__(kThreads)
     return;
   }
   for (int k = 0; k < P::kSize && i + k < t.numel; ++k) {
-    const AdamState<T> next = adam_element<T, Op>({param[k], exp_avg[k], exp_avg_sq[k]}, grad[k], clip_coef, c);
-    const T values[kFields] = {next.param, grad[k], next.exp_avg, next.exp_avg_sq};
-    param[k] = next.param;
-    exp_avg[k] = next.exp_avg;
-    exp_avg_sq[k] = next.exp_avg_sq;
+    adam_element<T, Op>(param[k], grad[k], exp_avg[k], exp_avg_sq[k], clip_coef, c);
+    const T values[kFields] = {param[k], grad[k], exp_avg[k], exp_avg_sq[k]};
     if (slot < 0) continue;
 #pragma unroll
     for (int field = 0; field < kFields; ++field) {
