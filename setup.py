@@ -1,7 +1,7 @@
 """Builds the extension ``bhfast._C``, ahead of time, against the torch of the environment at hand.
 
-BHFAST_BUILD says what to build: ``none``; ``cpu``: the C++ kernels; ``cuda``: those and the CUDA kernels; or, by default,
-``auto``: as much of it as there are compilers for, and the package in pure torch if there are none.
+BHFAST_BUILD says what to build: ``none``; ``cpu``: the C++ kernels; ``cuda``: those and the CUDA kernels; or, by
+default, ``auto``: as much of it as there are compilers for, and the package in pure torch if there are none.
 
 Needs ``pip install --no-build-isolation``: in an isolated build there is no torch to build against. The CUDA sources
 know nothing of torch, so a torch without CUDA is enough to compile and link them.
@@ -67,7 +67,9 @@ def nvcc() -> str | None:
 
 def cuda_toolkit() -> Path:
     """Return nvcc's own idea of where its toolkit is; the nvcc on the PATH may be a wrapper."""
-    said = subprocess.run([nvcc(), "--dryrun", "-c", CUDA_SOURCES[0]], check=True, capture_output=True, text=True).stderr
+    said = subprocess.run(
+        [nvcc(), "--dryrun", "-c", CUDA_SOURCES[0]], check=True, capture_output=True, text=True
+    ).stderr
     return Path(re.search(r"TOP=(\S+)", said)[1])
 
 

@@ -198,6 +198,7 @@ def _clip_coefficient(grads: Sequence[Tensor], max_norm: float) -> tuple[Tensor,
     """Do :func:`clip_coefficient` in pure torch."""
     _check(bool(grads), ValueError, "grads must be at least one, got none")
     for i, grad in enumerate(grads):
+        _check_dense(f"grads[{i}]", grad)
         _check_dtype(f"grads[{i}]", grad)
         _check_same(f"grads[{i}]", "be on", grad.device, grads[0].device, "grads[0]")
     norm = grad_norm(grads)
@@ -291,7 +292,7 @@ def _adam(p: Tensor, g: Tensor, m: Tensor, v: Tensor, c: AdamCoefficients) -> tu
 def _lerp(start: Tensor, end: Tensor, weight: Tensor) -> Tensor:
     """``torch.lerp`` to the bit: from the nearer end."""
     near_start = fma(weight, end - start, start)
-    near_end = fma(1 - weight, start - end, end)
+    near_end = fma(1 - weight, -(end - start), end)
     return torch.where(weight < 0.5, near_start, near_end)
 
 
@@ -312,14 +313,14 @@ def _adam_(
     _check_adam(params, grads, exp_avgs, exp_avg_sqs, coefficients, clip_coef, rounding, rings, ring_of, step, every)
     if not params:
         return
-    # A factor of 1 changes nothing, and on a CPU costs nothing to find out.
-    clips = clip_coef is not None and not (clip_coef.device.type == "cpu" and clip_coef == 1)
+    if clip_coef is not None and clip_coef.device.type == "cpu" and clip_coef == 1:
+        clip_coef = None  # it would change nothing
     lists = (params, grads, exp_avgs, exp_avg_sqs)
     flat = [_flatten(x) for x in lists]
     is_plain = rounding == "per-op" and flat[0].device.type == "cpu" and _torch_rounds_per_op(flat[0].dtype)
     coefficients = coefficients.to(flat[0].device)[None]
     for param, grad, exp_avg, exp_avg_sq in zip(*(x.split(CHUNK) for x in flat), strict=True):
-        if clips:
+        if clip_coef is not None:
             grad = grad * clip_coef.to(grad.device)
         if is_plain:
             _adam_torch_(param, grad, exp_avg, exp_avg_sq, coefficients)
@@ -415,6 +416,11 @@ def _check(holds: bool, kind: type[Exception], message: str) -> None:
         raise kind(message)
 
 
+def _check_dense(name: str, grad: Tensor) -> None:
+    message = f"{name} must be dense, got a sparse one: build the embedding with sparse=False"
+    _check(grad.layout == torch.strided, TypeError, message)
+
+
 def _check_dtype(name: str, tensor: Tensor) -> None:
     dtypes = (torch.bfloat16, torch.float32)
     _check(tensor.dtype in dtypes, TypeError, f"{name} must be bfloat16 or float32, got {_name(tensor.dtype)}")
@@ -445,6 +451,7 @@ def _check_adam(params, grads, exp_avgs, exp_avg_sqs, coefficients, clip_coef, r
         len(ring_of) == len(rings), ValueError, f"ring_of must be as many as rings ({len(rings)}), got {len(ring_of)}"
     )
     for i, param in enumerate(params):
+        _check_dense(f"grads[{i}]", grads[i])
         _check_same(f"params[{i}]", "be", param.dtype, params[0].dtype, "params[0]")
         _check_same(f"params[{i}]", "be on", param.device, params[0].device, "params[0]")
         for name, tensors in lists.items():

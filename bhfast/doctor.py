@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.parse_args(argv)
     device, device_reason = select_device("auto")
     engine, engine_reason = select_engine("auto", device)
-    backend, backend_reason = _ops.backend()
+    backend, backend_reason = _ops.backend(device)
     fault = self_test()
     rows = {
         "bhfast": bhfast.__version__,

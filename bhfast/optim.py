@@ -78,7 +78,8 @@ class FusedAdam(torch.optim.Optimizer):
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._recording, self._known = None, {}
+        self._known = {}
+        self.__dict__.setdefault("_recording", None)  # a copy is not recorded; load_state_dict, too, comes here
         super().__setstate__(state)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -94,9 +95,7 @@ class FusedAdam(torch.optim.Optimizer):
                     raise ConfigError(f"FusedAdam has no {flag}, but param_groups[{i}] of the loaded state sets it")
         super().load_state_dict(state_dict)
 
-    def record_into(
-        self, rings: Mapping[Tensor, Mapping[str, Tensor]], step: Tensor, every: int
-    ) -> Callable[[], None]:
+    def record_into(self, rings: Mapping[Tensor, Mapping[str, Tensor]], step: Tensor, every: int) -> Callable[[], None]:
         """Record in the same pass over the tensors that updates them, from the next step on.
 
         Args:
@@ -240,7 +239,7 @@ class _Batch:
     ) -> None:
         self.group = group
         self.params = params
-        self.grads = [p.grad for p in params]
+        self.grads: list[Any] = [p.grad for p in params]  # all Tensors: params are those that have one
         self.states = [state[p] for p in params]
         self.recording: tuple[Any, ...] = ()  # the last arguments of _ops.adam_
         self._everyone = list(state.values())

@@ -3,26 +3,44 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from bhfast import _ops
 from bhfast.errors import BhfastError, ConfigError, StorageError
+from bhfast.ring import Ring, half_size, host_tensor, make_lane
 from bhfast.trace import TraceWriter, format_bytes
 
-FIELDS = ("param", "grad", "exp_avg", "exp_avg_sq")
+FIELDS = _ops.FIELDS
 KEYS = {
     "param": "{name}",
     "grad": "{name}.grad",
     "exp_avg": "{name}.exp_avg",
     "exp_avg_sq": "{name}.exp_avg_sq",
 }
+
+
+@runtime_checkable
+class RecordsItself(Protocol):
+    """An optimizer that can record in the pass that updates, as :class:`bhfast.FusedAdam` does."""
+
+    def record_into(self, rings: Mapping[Tensor, Mapping[str, Tensor]], step: Tensor, every: int) -> Callable[[], None]:
+        """See :meth:`bhfast.FusedAdam.record_into`."""
+        ...
+
+
+class _Source(NamedTuple):
+    field: str
+    key: str  # of its tensor in the file
+    name: str
+    param: Tensor
 
 
 class Recorder:
@@ -40,6 +58,8 @@ class Recorder:
                 recorder.log(loss=loss)
 
     Nothing is cached between steps: a parameter or gradient whose storage is replaced is read where it then is.
+    :class:`bhfast.FusedAdam` writes the records in the same pass that updates the parameters; on a CUDA device they
+    go through a ring (:mod:`bhfast.ring`), and the run waits only if that is full.
 
     Args:
         optimizer: any ``torch.optim.Optimizer`` that keeps the ``fields`` asked for, stepped without a closure.
@@ -91,14 +111,21 @@ class Recorder:
         self.constants: dict[str, Tensor] = {}
         self.saved_steps = 0
         self._steps = steps
-        self._step = 0
+        self._step = 0  # steps begun, or on their way
+        self._step_tensor = torch.zeros((), dtype=torch.int64)  # the same, for the operations
         self._row: int | None = 0  # the record that log() writes to; None: the last step is not recorded
         self._complete = 0  # records that are whole
         self._overwrite = overwrite
+        self._slots: dict[str, Tensor] = {}  # where the records are made: on the source's device, or in tensors itself
+        self._rings: dict[torch.device, Ring] = {}
+        self._fused: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)  # slots that the optimizer fills itself
+        self._by_hand: list[_Source] = []  # what of the step at hand it does not fill
         self._sources = [
-            (field, keys[field].format(name=name), name, param) for name, param in params.items() for field in fields
+            _Source(field, keys[field].format(name=name), name, param)
+            for name, param in params.items()
+            for field in fields
         ]
-        names = [key for _, key, _, _ in self._sources]
+        names = [source.key for source in self._sources]
         self._reserved = {*names, "recorded_steps"}
         if twice := {key for key in names if names.count(key) > 1}:
             raise ConfigError(f"keys must give every tensor a name of its own, got {', '.join(sorted(twice))} twice")
@@ -107,31 +134,52 @@ class Recorder:
     # Life
 
     def __enter__(self) -> Recorder:
-        shapes = {key: (param.shape, param.dtype) for _, key, _, param in self._sources}
-        size = self.records * sum(shape.numel() * dtype.itemsize for shape, dtype in shapes.values())
+        size = self.records * sum(source.param.nbytes for source in self._sources)
         if size > (available := available_memory()):
             raise StorageError(
                 f"memory is too small for the recording: {format_bytes(size)} wanted, {format_bytes(available)} "
                 "available; record less with --record-every or --steps"
             )
         with ExitStack() as stack:
+            self._stack = stack
             self._writer = stack.enter_context(TraceWriter(self.path, overwrite=self._overwrite))
             self._writer.reserve(size)
-            for key, (shape, dtype) in shapes.items():
-                self.tensors[key] = _empty((self.records, *shape), dtype)
-            self.tensors["recorded_steps"] = torch.zeros(self.records, dtype=torch.int64)
-            for field, key, _, param in self._sources:
-                self.tensors[key][0] = param.detach() if field == "param" else 0
+            for source in self._sources:
+                param = source.param
+                self.tensors[source.key] = host_tensor((self.records, *param.shape), param.dtype)
+                self.tensors[source.key][0] = param.detach() if source.field == "param" else 0
+                self._slots[source.key] = self._make_slots(source.key, param.device)
+            self.tensors["recorded_steps"] = torch.arange(self.records) * self.every
             self._complete = 1
+            if isinstance(self.optimizer, RecordsItself):
+                own = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+                for source in self._sources:
+                    if id(source.param) in own:
+                        self._fused[source.param][source.field] = self._slots[source.key]
+                self._end_fused = self.optimizer.record_into(self._fused, self._step_tensor, self.every)
+                stack.callback(lambda: self._end_fused())
             stack.callback(self.optimizer.register_step_pre_hook(self._before_step).remove)
             stack.callback(self.optimizer.register_step_post_hook(self._after_step).remove)
             self._stack = stack.pop_all()
         return self
 
+    def _make_slots(self, key: str, device: torch.device) -> Tensor:
+        """Return where the records of a tensor are made: in a ring on its device, or where they are kept."""
+        if device not in self._rings:
+            lane = make_lane(device)
+            if lane is None:
+                return self.tensors[key]
+            self._stack.callback(lane.close)
+            record = sum(source.param.nbytes for source in self._sources if source.param.device == device)
+            self._rings[device] = Ring(lane, half_size(record, self.records))
+        return self._rings[device].add(self.tensors[key], device)
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         with self._stack:
+            for ring in self._rings.values():
+                ring.drain(self._complete)
             tensors = {key: tensor[: self._complete] for key, tensor in self.tensors.items()}
             self.saved_steps = int(tensors["recorded_steps"][-1])
             if self._complete < self.records and self.path.exists():
@@ -144,6 +192,11 @@ class Recorder:
         size = sum(tensor.nbytes for tensor in self.tensors.values())
         return f"memory, {format_bytes(size)} for {self.records:,} records -> {self.path}"
 
+    @property
+    def stalls(self) -> int:
+        """How often the run had to wait for the recording."""
+        return sum(ring.stalls for ring in self._rings.values())
+
     # -----------------------------------------------------------------------------------------------------------------
     # Steps
 
@@ -153,34 +206,87 @@ class Recorder:
                 "the recorder cannot follow optimizer.step(closure): the closure makes new gradients after they were "
                 "recorded; call backward() first, then optimizer.step()"
             )
-        if self._step == self._steps:
-            raise BhfastError(f"the recorder was opened for {self._steps} steps; open it with a larger steps=")
-        self._step += 1
-        self._row = None
-        if self._step % self.every:
+        self.begin(1)
+        if self._row is None:
             return
-        self._row = self._step // self.every
-        for field, key, name, param in self._sources:
-            if field == "grad":
-                if param.grad is None:
-                    raise BhfastError(f"parameter {name} has no gradient at step {self._step}; call backward() first")
-                self.tensors[key][self._row] = param.grad
+        self._by_hand = []
+        for source in self._sources:
+            grad = source.param.grad
+            if source.param in self._fused and grad is not None:
+                continue
+            self._by_hand.append(source)
+            if source.field == "grad":
+                if grad is None:
+                    raise BhfastError(
+                        f"parameter {source.name} has no gradient at step {self._step}; call backward() first"
+                    )
+                self._write(source.key, grad)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._row is None:
             return
-        for field, key, name, param in self._sources:
-            if field == "param":
-                self.tensors[key][self._row] = param.detach()
-            elif field != "grad":
-                state = optimizer.state[param]
-                if field not in state:
+        for source in self._by_hand:
+            if source.field == "param":
+                self._write(source.key, source.param.detach())
+            elif source.field != "grad":
+                state = optimizer.state[source.param]
+                if source.field not in state:
                     raise BhfastError(
-                        f"{type(optimizer).__name__} keeps no {field} for parameter {name}; leave it out of fields="
+                        f"{type(optimizer).__name__} keeps no {source.field} for parameter {source.name}; "
+                        "leave it out of fields="
                     )
-                self.tensors[key][self._row] = state[field]
-        self.tensors["recorded_steps"][self._row] = self._step
-        self._complete = self._row + 1
+                self._write(source.key, state[source.field])
+        self.end()
+
+    def _write(self, key: str, value: Tensor) -> None:
+        slots = self._slots[key]
+        slots[self._step // self.every % len(slots)] = value
+
+    def begin(self, most: int) -> int:
+        """Begin up to ``most`` further steps; return how many there is room for, at least one.
+
+        The hooks call it, and :meth:`end`; so do engines whose steps are not the optimizer's.
+
+        Raises:
+            BhfastError: the recorder was opened for fewer steps.
+        """
+        if self._step + most > self._steps:
+            raise BhfastError(f"the recorder was opened for {self._steps} steps; open it with a larger steps=")
+        for ring in self._rings.values():
+            if self._step // self.every + 1 == ring.room:
+                ring.turn()
+            most = min(most, ring.room * self.every - 1 - self._step)
+        self._step += most
+        self._step_tensor.fill_(self._step)
+        self._row = None if self._step % self.every else self._step // self.every
+        return most
+
+    def end(self) -> None:
+        """Say that the steps begun are done, or on their way on the device."""
+        self._complete = self._step // self.every + 1
+
+    @contextmanager
+    def counted_by(self, step: Tensor) -> Iterator[None]:
+        """Inside the block, what the optimizer and :meth:`log` record goes by a counter on a device.
+
+        So a CUDA graph captured there records step after step, whoever replays it between :meth:`begin` and
+        :meth:`end`.
+
+        Args:
+            step: int64 scalar, which the graph itself counts up before each step.
+        """
+        own, self._step_tensor = self._step_tensor, step
+        self._record_fused()
+        try:
+            yield
+        finally:
+            self._step_tensor = own
+            self._record_fused()
+
+    def _record_fused(self) -> None:
+        if isinstance(self.optimizer, RecordsItself):
+            self._end_fused()
+            self._end_fused = self.optimizer.record_into(self._fused, self._step_tensor, self.every)
 
     def log(self, **values: Tensor) -> None:
         """Record more values with the last step, or with record 0 before the first; nothing if it is not recorded.
@@ -194,6 +300,7 @@ class Recorder:
         """
         if self._row is None:
             return
+        records: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
         for name, value in values.items():
             if name not in self.tensors:
                 self._add(name, value)
@@ -202,12 +309,19 @@ class Recorder:
             elif value.shape != self.tensors[name].shape[1:]:
                 wanted, got = list(self.tensors[name].shape[1:]), list(value.shape)
                 raise ConfigError(f"log({name}=...) must have one shape throughout: wanted {wanted}, got {got}")
-            self.tensors[name][self._row] = value.detach()
+            elif value.device.type == "cuda" and self._slots[name].device.type != "cuda":
+                self._slots[name] = self._make_slots(name, value.device)
+            slots = self._slots[name]
+            records[slots.device][0].append(value.detach().to(slots.device, slots.dtype))
+            records[slots.device][1].append(slots)
+        for sources, rings in records.values():
+            _ops.record_(sources, rings, self._step_tensor, self.every)
 
     def _add(self, name: str, value: Tensor) -> None:
-        fill = float("nan") if value.is_floating_point() else 0
-        self.tensors[name] = torch.full((self.records, *value.shape), fill, dtype=value.dtype)
+        tensor = host_tensor((self.records, *value.shape), value.dtype)
+        self.tensors[name] = tensor.fill_(float("nan") if value.is_floating_point() else 0)
         self._writer.reserve(sum(tensor.nbytes for tensor in self.tensors.values()))
+        self._slots[name] = self._make_slots(name, value.device)
 
 
 class NullRecorder:
@@ -215,6 +329,7 @@ class NullRecorder:
 
     path = None
     saved_steps = 0
+    stalls = 0
     description = "nothing is recorded"
 
     def __init__(self) -> None:
@@ -226,14 +341,18 @@ class NullRecorder:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def log(self, **values: Tensor) -> None:
+    def begin(self, most: int) -> int:
+        return most
+
+    def end(self) -> None:
         pass
 
+    @contextmanager
+    def counted_by(self, step: Tensor) -> Iterator[None]:
+        yield
 
-def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Allocate without touching. Through numpy, which asks for huge pages: fewer page faults while the run fills it."""
-    count = int(np.prod(shape))
-    return torch.from_numpy(np.empty(count * dtype.itemsize, dtype=np.uint8)).view(dtype).view(*shape)
+    def log(self, **values: Tensor) -> None:
+        pass
 
 
 def available_memory() -> int:

@@ -31,7 +31,7 @@ from tqdm import tqdm
 import bhfast
 from bhfast import _ops
 from bhfast.corpus import load_corpus, window_offsets
-from bhfast.engines import ENGINES, make_engine, select_engine
+from bhfast.engines import ENGINES, Engine, Job, make_engine, select_engine
 from bhfast.errors import BhfastError, ConfigError, StorageError, TraceError
 from bhfast.model import GPTConfig, TiedGPT, build_model
 from bhfast.optim import FusedAdam
@@ -46,7 +46,8 @@ KEYS = {"param": "embeddings", "grad": "grads", "exp_avg": "momentum", "exp_avg_
 # What may differ between two runs of one experiment; corpus, device and engine are compared as the run resolved them.
 NOT_SETTINGS = {"out", "overwrite", "quiet", "storage"}
 RESOLVED = ("corpus_sha256", "device", "engine")
-PROGRESS_EVERY = 100
+PROGRESS_EVERY = 100  # steps
+BURST_SECONDS = 0.05  # between two looks at signals and progress
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings
@@ -174,7 +175,7 @@ def train(config: TrainConfig | None = None) -> TrainResult:
 
     device, device_reason = select_device(config.device)
     engine_name, engine_reason = select_engine(config.engine, device)
-    backend, backend_reason = _ops.backend()
+    backend, backend_reason = _ops.backend(device)
     corpus = load_corpus(config.corpus, vocab_size=config.vocab_size, window=config.context + 1)
     say(f"corpus   {corpus.name}: {len(corpus.data):,} bytes")
     if corpus.name.endswith("(built in)"):
@@ -193,7 +194,6 @@ def train(config: TrainConfig | None = None) -> TrainResult:
         rounding=config.adam_rounding,
         max_grad_norm=config.max_grad_norm,
     )
-    engine = make_engine(engine_name, model, optimizer, corpus.data, target_offset=config.target_offset)
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -202,7 +202,7 @@ def train(config: TrainConfig | None = None) -> TrainResult:
         "corpus": corpus.name,
         "corpus_sha256": corpus.sha256,
         "seed": str(config.seed),
-        "engine": engine.name,
+        "engine": engine_name,
         "device": device.type,
         "threads": str(torch.get_num_threads()),
         "adam_rounding": config.adam_rounding,
@@ -211,50 +211,46 @@ def train(config: TrainConfig | None = None) -> TrainResult:
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     recorder = _make_recorder(config, model, optimizer, metadata)
-    losses, grad_norms = torch.empty(2, config.steps, device=device).unbind()
+    offsets = window_offsets(
+        len(corpus.data), config.context + 1, config.steps * config.grad_accum * config.batch_size, config.seed
+    ).view(config.steps, config.grad_accum, config.batch_size)
+    lrs = [config.learning_rate(step) for step in range(1, config.steps + 1)]
 
     with _deferred_signals() as signals, recorder:
         say(f"storage  {recorder.description}")
         recorder.constants.update(_constants(config, center))
-        zero = torch.zeros(())
+        zero = torch.zeros((), device=device)
         recorder.log(
-            losses=torch.full((), math.nan, dtype=torch.bfloat16),
-            logits=torch.zeros(config.vocab_size, dtype=torch.bfloat16),
-            learning_rates=zero.double(),
+            losses=torch.full((), math.nan, dtype=torch.bfloat16, device=device),
+            logits=torch.zeros(config.vocab_size, dtype=torch.bfloat16, device=device),
+            learning_rates=torch.zeros((), dtype=torch.float64),
             clip_coefs=zero,
             grad_norms=zero,
         )
-        offsets = window_offsets(
-            len(corpus.data), config.context + 1, config.steps * config.grad_accum * config.batch_size, config.seed
-        ).view(config.steps, config.grad_accum, config.batch_size)
-        step, finite = 0, True
+        engine = make_engine(
+            engine_name, Job(model, optimizer, recorder, corpus.data, offsets, lrs, config.target_offset)
+        )
+        step, burst = 0, 1
         start = time.perf_counter()
         with _frozen_heap(), tqdm(total=config.steps, unit="step", disable=True if config.quiet else None) as bar:
-            for step in range(1, config.steps + 1):
-                lr = config.learning_rate(step)
-                loss, logits = engine.step(offsets[step - 1], lr)
-                recorder.log(
-                    losses=loss,
-                    logits=logits,
-                    learning_rates=torch.tensor(lr, dtype=torch.float64),
-                    clip_coefs=optimizer.clip_coef,
-                    grad_norms=optimizer.grad_norm,
-                )
-                losses[step - 1] = loss
-                grad_norms[step - 1] = optimizer.grad_norm
-                if step % PROGRESS_EVERY == 0 or step == config.steps:
-                    bar.update(step - bar.n)
-                    bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-                    if finite and not (finite := bool(grad_norms[:step].isfinite().all())):
-                        bad = int((~grad_norms[:step].isfinite()).nonzero()[0]) + 1
-                        bar.write(f"note: gradients are not finite since step {bad}; they are recorded as they are")
-                if signals:
-                    break
+            watch = _Watch(engine, bar)
+            while step < config.steps and not signals:
+                burst = min(burst, config.steps - step)
+                begun = time.perf_counter()
+                engine.run(burst)
+                step += burst
+                bar.update(burst)
+                watch.look(step)
+                if time.perf_counter() - begun < BURST_SECONDS / 2:
+                    burst = min(2 * burst, PROGRESS_EVERY)
+            watch.look(step, wait=True)
         elapsed = time.perf_counter() - start
 
     if signals:
         say(f"interrupted by {signals[0].name} at step {step:,} of {config.steps:,}")
     say(f"{step:,} steps in {elapsed:.1f} s: {step / elapsed:.1f} steps/s")
+    if recorder.stalls:
+        say(f"the run had to wait for the recording {recorder.stalls:,} times")
     if recorder.path is not None:
         say(f"saved steps 0 to {recorder.saved_steps:,}, {format_bytes(recorder.path.stat().st_size)}: {recorder.path}")
         say(figures(open_trace(recorder.path)))
@@ -262,10 +258,50 @@ def train(config: TrainConfig | None = None) -> TrainResult:
         path=recorder.path,
         steps=step,
         steps_per_second=step / elapsed,
-        losses=losses[:step].cpu(),
+        losses=engine.losses[:step].cpu(),
         model=model,
         signal=signals[0] if signals else None,
     )
+
+
+class _Watch:
+    """Shows the latest loss, and notes the first gradient that is not finite, without waiting for a GPU."""
+
+    def __init__(self, engine: Engine, bar: tqdm) -> None:
+        self.engine = engine
+        self.bar = bar
+        self.seen = 0  # steps that were asked for
+        self.answer: Tensor | None = None  # loss, and the index of the first bad norm or -1; maybe on its way
+        self.arrived: torch.cuda.Event | None = None
+        self.is_finite = True
+
+    def look(self, step: int, wait: bool = False) -> None:
+        """Show what has arrived; ask for more if it is time. ``wait`` for all of it at the end of a run."""
+        if self.answer is not None and (wait or self.arrived is None or self.arrived.query()):
+            self._show(self.answer)
+        if self.answer is None and step > self.seen and (wait or step - self.seen >= PROGRESS_EVERY):
+            self._ask(step)
+            if wait and self.answer is not None:
+                self._show(self.answer)
+
+    def _ask(self, step: int) -> None:
+        bad = ~self.engine.grad_norms[self.seen : step].isfinite()
+        first_bad = torch.where(bad.any(), bad.float().argmax(), -1)
+        answer = torch.stack([self.engine.losses[step - 1], first_bad.float()])
+        self.answer = answer.to("cpu", non_blocking=answer.is_cuda)
+        self.arrived = torch.cuda.current_stream().record_event() if answer.is_cuda else None
+        self.first, self.seen = self.seen, step
+
+    def _show(self, answer: Tensor) -> None:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        loss, first_bad = answer.tolist()
+        self.answer = None
+        self.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        if self.is_finite and first_bad >= 0:
+            self.is_finite = False
+            step = self.first + int(first_bad) + 1
+            self.bar.write(f"note: gradients are not finite since step {step}; they are recorded as they are")
 
 
 def _print(text: str) -> None:

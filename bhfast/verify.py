@@ -83,12 +83,12 @@ def _replay(trace: Trace) -> Difference | None:
     for name in ("momentum", "variance"):
         if difference := _first_difference(trace, name, 0, trace[name][:1], torch.zeros_like(trace[name][:1])):
             return difference
-    coefficients = trace["clip_coefs"].to(embeddings.dtype)[:, None, None]
+    clip_coefs = trace["clip_coefs"].to(embeddings.dtype)[:, None, None]
     chunk = max(1, CHUNK // embeddings[0].numel())
     for start in range(1, len(embeddings), chunk):
         now = slice(start, min(start + chunk, len(embeddings)))
         before = slice(now.start - 1, now.stop - 1)
-        adam_coefficients = _ops.adam_coefficients(
+        coefficients = _ops.adam_coefficients(
             range(now.start, now.stop),
             trace["learning_rates"][now].tolist(),
             betas=(config["beta1"], config["beta2"]),
@@ -97,10 +97,10 @@ def _replay(trace: Trace) -> Difference | None:
         )
         param, exp_avg, exp_avg_sq = _ops.adam(
             embeddings[before],
-            grads[now] * coefficients[now],
+            grads[now] * clip_coefs[now],
             momentum[before],
             variance[before],
-            adam_coefficients.unsqueeze(2),
+            coefficients[:, None, None],
             config["adam_rounding"],
         )
         replayed = {"momentum": exp_avg, "variance": exp_avg_sq, "embeddings": param}

@@ -37,8 +37,8 @@ template <>
 BHFAST_INLINE float rounded<bfloat16>(float x) {
   const uint32_t bits = __builtin_bit_cast(uint32_t, x);
 #ifdef __CUDA_ARCH__
-  // A GPU's NaN has all bits set, and would overflow below. A CPU's has the upper half of one of its operands', and here
-  // the lower half of every operand that can be NaN is zero, so it stays a NaN without being looked for.
+  // A GPU's NaN has all bits set, and would overflow below. A CPU's has the upper half of one of its operands', and
+  // here the lower half of every operand that can be NaN is zero, so it stays a NaN without being looked for.
   if (x != x) return __builtin_bit_cast(float, 0x7fc00000);
 #endif
   return __builtin_bit_cast(float, (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000);
@@ -72,7 +72,7 @@ BHFAST_INLINE void adam_element(T& param, const T& grad, T& exp_avg, T& exp_avg_
   const float g = rounded<T>(to_float(grad) * clip_coef);
   float p = to_float(param), m = to_float(exp_avg), v = to_float(exp_avg_sq);
   if constexpr (kDecays) p = round(p * c.decay);
-  m = round(c.weight1 < 0.5f ? fmaf(c.weight1, g - m, m) : fmaf(1 - c.weight1, m - g, g));
+  m = round(c.weight1 < 0.5f ? fmaf(c.weight1, g - m, m) : fmaf(1 - c.weight1, -(g - m), g));
   v = round(fmaf(c.weight2 * g, g, round(v * c.beta2)));
   const float denom = round(round(round(sqrtf(v)) / c.bias2_sqrt) + round(c.eps));
   p = round(p + c.step_size * m / denom);

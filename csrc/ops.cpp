@@ -2,7 +2,6 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/tensor.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>
@@ -30,13 +29,20 @@ cudaStream_t stream_of(const Tensor& t) {
 
 std::string name_of(at::ScalarType dtype) {
   switch (dtype) {
-    case at::kBFloat16: return "bfloat16";
-    case at::kHalf: return "float16";
-    case at::kFloat: return "float32";
-    case at::kDouble: return "float64";
-    case at::kInt: return "int32";
-    case at::kLong: return "int64";
-    default: return c10::toString(dtype);
+    case at::kBFloat16:
+      return "bfloat16";
+    case at::kHalf:
+      return "float16";
+    case at::kFloat:
+      return "float32";
+    case at::kDouble:
+      return "float64";
+    case at::kInt:
+      return "int32";
+    case at::kLong:
+      return "int64";
+    default:
+      return c10::toString(dtype);
   }
 }
 
@@ -134,9 +140,9 @@ class Blocks {
 // -------------------------------------------------------------------------------------------------------------------
 // Operations
 
-void adam_op(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs, const Tensor& coefficients,
-           const std::optional<Tensor>& clip_coef, std::string_view rounding, TensorList rings, at::IntArrayRef ring_of,
-           const std::optional<Tensor>& step, int64_t every) {
+void adam_op(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs,
+             const Tensor& coefficients, const std::optional<Tensor>& clip_coef, std::string_view rounding,
+             TensorList rings, at::IntArrayRef ring_of, const std::optional<Tensor>& step, int64_t every) {
   if (params.empty()) return;
   const Tensor& first = params[0];
   const Dtype dtype = dtype_of("params", 0, first);
@@ -152,8 +158,8 @@ void adam_op(TensorList params, TensorList grads, TensorList exp_avgs, TensorLis
   std::vector<AdamTensors> list;
   list.reserve(params.size());
   for (size_t i = 0; i < params.size(); ++i) {
-    TORCH_CHECK_TYPE(params[i].scalar_type() == first.scalar_type(), "params[", i, "] must be ", name_of(first.scalar_type()),
-                     " like params[0], got ", name_of(params[i].scalar_type()));
+    TORCH_CHECK_TYPE(params[i].scalar_type() == first.scalar_type(), "params[", i, "] must be ",
+                     name_of(first.scalar_type()), " like params[0], got ", name_of(params[i].scalar_type()));
     TORCH_CHECK_VALUE(params[i].device() == first.device(), "params[", i, "] must be on ", first.device(),
                       " like params[0], got ", params[i].device());
     check_like("grads", i, grads[i], params[i]);
@@ -208,6 +214,7 @@ std::tuple<Tensor, Tensor> clip_coefficient_op(TensorList grads, double max_norm
   const c10::DeviceGuard guard(first.device());
   Blocks blocks;
   std::vector<GradTensor> list;
+  list.reserve(grads.size());
   bool any_bfloat16 = false;
   for (size_t i = 0; i < grads.size(); ++i) {
     const Dtype dtype = dtype_of("grads", i, grads[i]);
@@ -216,20 +223,29 @@ std::tuple<Tensor, Tensor> clip_coefficient_op(TensorList grads, double max_norm
     any_bfloat16 |= dtype == Dtype::bfloat16;
     list.push_back({blocks.read(grads[i]), dtype, grads[i].numel()});
   }
-  const Tensor out = at::empty({2}, first.options().dtype(at::kFloat));
-  float* norm = out.mutable_data_ptr<float>();
-  #ifdef BHFAST_CUDA
+  const auto scalar = first.options().dtype(at::kFloat);
+  const Tensor norm = at::empty({}, scalar), clip_coef = at::empty({}, scalar);
+  float* const norm_at = norm.mutable_data_ptr<float>();
+  float* const clip_coef_at = clip_coef.mutable_data_ptr<float>();
+#ifdef BHFAST_CUDA
   if (first.is_cuda()) {
-    const Tensor sums = at::empty({cuda::norm_workspace(list)}, out.options());
-    cuda::grad_norm(list, sums.mutable_data_ptr<float>(), norm, norm + 1, max_norm, any_bfloat16,
+    Tensor joined;
+    if (list.size() > cuda::kMaxGrads) {  // as one tensor; of mixed dtypes as float32, which holds both exactly
+      std::vector<Tensor> flat;
+      for (const Tensor& grad : grads) flat.push_back(grad.flatten());
+      joined = at::cat(flat);
+      list = {{joined.const_data_ptr(), dtype_of("grads", 0, joined), joined.numel()}};
+    }
+    const Tensor sums = at::empty({cuda::norm_workspace(list)}, scalar);
+    cuda::grad_norm(list, sums.mutable_data_ptr<float>(), norm_at, clip_coef_at, max_norm, any_bfloat16,
                     stream_of(first));
   } else
 #endif
   {
-    norm[0] = cpu::grad_norm(list);
-    norm[1] = clip_coefficient(norm[0], max_norm, any_bfloat16);
+    *norm_at = cpu::grad_norm(list);
+    *clip_coef_at = clip_coefficient(*norm_at, max_norm, any_bfloat16);
   }
-  return {out[0], out[1]};
+  return {norm, clip_coef};
 }
 
 void record_op(TensorList values, TensorList rings, const Tensor& step, int64_t every) {

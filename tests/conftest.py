@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
-from bhfast import corpus
+from bhfast import _ops, corpus
 from bhfast.train import TrainConfig, TrainResult, train
 
 REQUIRE_CUDA = os.environ.get("BHFAST_REQUIRE_CUDA") == "1"
+REQUIRE_EXTENSION = os.environ.get("BHFAST_REQUIRE_EXTENSION") == "1"
 
 
 def _device(name: str, there: bool) -> object:
@@ -29,6 +34,58 @@ def _device(name: str, there: bool) -> object:
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Every device; with BHFAST_REQUIRE_CUDA=1 the CUDA tests fail rather than skip where there is no GPU."""
     return torch.device(request.param)
+
+
+@pytest.fixture(scope="session")
+def extension() -> ModuleType:
+    """The compiled extension; with BHFAST_REQUIRE_EXTENSION=1 its tests fail rather than skip where it is missing."""
+    if _ops._extension is None and not REQUIRE_EXTENSION:
+        pytest.skip(_ops.backend()[1])
+    assert _ops._extension is not None, _ops.backend()[1]
+    return _ops._extension
+
+
+KERNELS = [
+    *[("torch", device) for device in ("cpu", "cuda", "mps")],
+    *[(instructions, "cpu") for instructions in ("portable", "avx2", "avx512")],
+    ("compiled", "cuda"),
+]
+
+
+@pytest.fixture(params=KERNELS, ids="-".join)
+def kernels(request: pytest.FixtureRequest) -> Iterator[SimpleNamespace]:
+    """The operations in each implementation, and its ``device``.
+
+    That is pure torch on every device, and what the extension brings: on the CPU one for each instruction set.
+    """
+    name, device = request.param
+    there = {"cpu": True, "cuda": torch.cuda.is_available() or REQUIRE_CUDA, "mps": torch.backends.mps.is_available()}
+    if not there[device]:
+        pytest.skip(f"this machine has no {device}")
+    operations = ("clip_coefficient", "adam_", "record_")
+    if name == "torch":
+        pure = {operation: getattr(_ops, f"_{operation}") for operation in operations}
+        yield SimpleNamespace(device=torch.device(device), **pure | {"adam_": partial(_bound, pure["adam_"])})
+        return
+    extension = request.getfixturevalue("extension")
+    compiled = {operation: getattr(_ops, operation) for operation in operations}
+    if device == "cuda":
+        assert _ops.backend(device)[0] == "CUDA", _ops.backend(device)[1]
+        yield SimpleNamespace(device=torch.device(device), **compiled)
+        return
+    if name not in extension.instruction_sets():
+        pytest.skip(f"this machine has no {name}")
+    best = extension.instruction_set()
+    extension.use_instruction_set(name)
+    yield SimpleNamespace(device=torch.device(device), **compiled)
+    extension.use_instruction_set(best)
+
+
+def _bound(function: Callable[..., None], *args: object, **kwargs: object) -> None:
+    """Call with the default arguments of the public function, of which the one behind it has none."""
+    named = dict(zip(inspect.signature(function).parameters, args, strict=False))
+    with torch.no_grad():
+        function(**{"rings": (), "ring_of": (), "step": None, "every": 1, **named, **kwargs})
 
 
 @pytest.fixture

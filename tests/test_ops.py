@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from fractions import Fraction
 
 import numpy as np
@@ -45,7 +46,8 @@ def tensors(n: int, dtype: torch.dtype, generator: torch.Generator, *, finite: b
     return [p, g, m, v.abs()]
 
 
-def coefficients(step: int = 7, weight_decay: float = 0.0, betas: tuple[float, float] = (0.9, 0.999)):
+def coefficients(step: int = 7, weight_decay: float = 0.0, betas: tuple[float, float] = (0.9, 0.999)) -> Tensor:
+    """``[1, 7]``."""
     return _ops.adam_coefficients([step], [1e-3], betas=betas, eps=1e-8, weight_decay=weight_decay)
 
 
@@ -119,37 +121,60 @@ def slow_grad_norm(grads: list[Tensor]) -> np.float32:
 
 @pytest.mark.parametrize("sizes", [(1,), (3, 5), (1024,), (1025,), (700, 1, 2000)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_grad_norm_sums_in_the_specified_order(sizes, dtype, device, generator) -> None:
+def test_grad_norm_sums_in_the_specified_order(sizes, dtype, kernels, generator) -> None:
     grads = [torch.randn(n, generator=generator).to(dtype) for n in sizes]
-    norm = _ops.grad_norm([g.to(device) for g in grads])
+    norm, _ = kernels.clip_coefficient([g.to(kernels.device) for g in grads], 1.0)
     assert norm.dtype == torch.float32
     assert norm.shape == ()
+    assert norm.device.type == kernels.device.type
     assert norm.item() == slow_grad_norm(grads)
 
 
-def test_grad_norm_does_not_depend_on_the_number_of_threads(generator) -> None:
-    grads = [torch.randn(300_001, generator=generator)]
+def test_grad_norm_of_many_and_large_tensors(kernels, generator) -> None:
+    """Three levels of sums; more tensors than a kernel takes at once; not contiguous; of two dtypes."""
+    for grads in (
+        [torch.randn(1_100_000, generator=generator), torch.randn(3, generator=generator).bfloat16()],
+        [torch.randn(2, 3, generator=generator).bfloat16().t() for _ in range(450)],
+    ):
+        wanted = _ops.grad_norm([g.contiguous() for g in grads])
+        norm, _ = kernels.clip_coefficient([g.to(kernels.device) for g in grads], 1.0)
+        assert norm.item() == wanted.item()
+
+
+def test_grad_norm_does_not_depend_on_the_number_of_threads(kernels, generator) -> None:
+    grads = [torch.randn(300_001, generator=generator).to(kernels.device)]
     threads = torch.get_num_threads()
     try:
         norms = set()
         for count in (1, 2, 5):
             torch.set_num_threads(count)
-            norms.add(_ops.grad_norm(grads).item())
+            norms.add(kernels.clip_coefficient(grads, 1.0)[0].item())
     finally:
         torch.set_num_threads(threads)
     assert len(norms) == 1
     assert norms.pop() == pytest.approx(grads[0].double().norm().item(), rel=1e-6)
 
 
-@pytest.mark.parametrize(("norm", "wanted"), [(0.0, 1.0), (0.5, 1.0), (2.0, 0.5), (3.0, 0.333984375), (math.inf, 0.0)])
-def test_clip_coefficient(norm: float, wanted: float) -> None:
-    coefficient = _ops.clip_coefficient(torch.tensor(norm), 1.0, torch.bfloat16)
-    assert coefficient.dtype == torch.bfloat16
+@pytest.mark.parametrize(
+    ("grad", "limit", "wanted"),
+    [(0.0, 1.0, 1.0), (0.5, 1.0, 1.0), (2.0, 1.0, 0.5), (3.0, 1.0, 0.333984375), (3.0, math.inf, 1.0),
+     (math.inf, 1.0, 0.0)],
+)  # fmt: skip
+def test_clip_coefficient(grad: float, limit: float, wanted: float, kernels) -> None:
+    grads = [torch.tensor([grad], device=kernels.device)]
+    _, coefficient = kernels.clip_coefficient([grads[0].bfloat16()], limit)
+    assert coefficient.dtype == torch.float32
     assert coefficient.item() == wanted
+    _, coefficient = kernels.clip_coefficient(grads, limit)
+    assert coefficient.item() == pytest.approx(wanted, rel=2e-3)
+    if grad == 3 and limit == 1:
+        assert coefficient.item() != wanted  # float32 gradients: not rounded to bfloat16
 
 
-def test_clip_coefficient_of_a_nan_norm_is_nan() -> None:
-    assert _ops.clip_coefficient(torch.tensor(math.nan), 1.0, torch.bfloat16).isnan()
+def test_clip_coefficient_of_a_nan_norm_is_nan(kernels) -> None:
+    norm, coefficient = kernels.clip_coefficient([torch.tensor([1.0, math.nan], device=kernels.device)], 1.0)
+    assert norm.isnan()
+    assert coefficient.isnan()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -172,17 +197,24 @@ def test_adam_per_op_equals_torch_operations_in_bfloat16(weight_decay, finite, g
 
 @pytest.mark.parametrize("rounding", _ops.ROUNDINGS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_adam_is_the_same_on_every_device(dtype, rounding, device, generator) -> None:
-    c = coefficients(weight_decay=0.1)
-    p, g, m, v = tensors(65537, dtype, generator, finite=False)
-    wanted = _ops.adam(p, g, m, v, c, rounding)
-    here = [x.to(device) for x in (p, g, m, v)]
-    c = _ops.adam_coefficients(
-        [7], [1e-3], betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1, device=_ops.exact_device(device)
-    )
-    _ops.adam_([here[0]], [here[1]], [here[2]], [here[3]], c, None, rounding)
-    for got, want in zip((here[0], here[2], here[3]), wanted, strict=True):
-        assert same_bits(got, want)
+@pytest.mark.parametrize("finite", [True, False], ids=["finite", "awkward"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"weight_decay": 0.1}, {"weight_decay": 50.0, "step": 1}, {"betas": (0.3, 0.9), "step": 10_000}],
+    ids=str,
+)
+def test_all_kernels_have_the_bits_of_the_formula(options, finite, dtype, rounding, kernels, generator) -> None:
+    c = coefficients(**options)
+    clip = torch.tensor(0.333984375)
+    for n in SIZES:
+        p, g, m, v = tensors(n, dtype, generator, finite=finite)
+        wanted = _ops.adam(p, g * clip, m, v, c, rounding)
+        p, g, m, v = (x.to(kernels.device) for x in (p, g, m, v))
+        given = g.clone()
+        kernels.adam_([p], [g], [m], [v], c[0], clip.to(kernels.device), rounding)
+        for name, got, want in zip(("param", "exp_avg", "exp_avg_sq"), (p, m, v), wanted, strict=True):
+            assert same_bits(got, want), f"{name}, {n} elements"
+        assert same_bits(g, given)
 
 
 @pytest.mark.parametrize("rounding", _ops.ROUNDINGS)
@@ -218,7 +250,7 @@ def test_adam_advances_many_steps_at_once(generator) -> None:
     lrs = [1e-3 * (1 - k / 5) for k in range(5)]
     options = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
     together = [torch.stack(x).view(5, 2, 3) for x in zip(*states, strict=True)]
-    c = _ops.adam_coefficients(range(1, 6), lrs, **options).unsqueeze(2)
+    c = _ops.adam_coefficients(range(1, 6), lrs, **options)[:, None, None]
     results = _ops.adam(*together, c, "per-op")
     for k, state in enumerate(states):
         alone = _ops.adam(*state, _ops.adam_coefficients([k + 1], [lrs[k]], **options), "per-op")
@@ -237,31 +269,208 @@ def test_second_moment_never_decreases_in_per_op_bfloat16(generator) -> None:
 
 
 @pytest.mark.parametrize("clip", [None, 0.25])
-def test_adam_in_place_takes_views_and_any_layout(clip, generator) -> None:
-    """Non-contiguous, scattered, and adjacent tensors all get what one flat tensor gets; gradients stay as they are."""
+def test_adam_in_place_takes_views_and_any_layout(clip, kernels, generator) -> None:
+    """Non-contiguous, scattered, and adjacent tensors all get what one flat tensor gets."""
     p, g, m, v = tensors(3 * 35, torch.bfloat16, generator, finite=True)
-    coefficient = None if clip is None else torch.tensor(clip, dtype=torch.bfloat16)
-    clipped = g if clip is None else g * clip
+    coefficient = None if clip is None else torch.tensor(clip)
+    clipped = g if clip is None else g * coefficient
     wanted = _ops.adam(p, clipped, m, v, coefficients(), "per-op")
 
     def scattered(flat: Tensor) -> list[Tensor]:
-        wide = torch.zeros(5, 14, dtype=flat.dtype)
+        wide = torch.zeros(5, 14, dtype=flat.dtype, device=kernels.device)
         wide[:, ::2] = flat[:35].view(5, 7)
         return [wide[:, ::2], flat[35:70].clone().view(7, 5).t().contiguous().t(), flat[70:].clone()]
 
     def adjacent(flat: Tensor) -> list[Tensor]:
         return list(flat.clone().split([35, 35, 35]))
 
-    for layout in (scattered, adjacent):
-        lists = [layout(x) for x in (p, g, m, v)]
-        grads = [x.clone() for x in lists[1]]
-        _ops.adam_(*lists, coefficients(), coefficient, "per-op")
+    def misaligned(flat: Tensor) -> list[Tensor]:
+        return list(torch.cat([flat[:1], flat])[1:].split([35, 35, 35]))
+
+    for layout in (scattered, adjacent, misaligned):
+        lists = [layout(x.to(kernels.device)) for x in (p, g, m, v)]
+        kernels.adam_(*lists, coefficients()[0], coefficient, "per-op")
         for got, want in zip((lists[0], lists[2], lists[3]), wanted, strict=True):
             assert same_bits(torch.cat([x.reshape(-1) for x in got]), want)
-        assert all(torch.equal(a, b) for a, b in zip(grads, lists[1], strict=True))
 
 
-def test_backend_says_why() -> None:
-    name, reason = _ops.backend()
-    assert name == "torch"
-    assert reason
+def test_adam_takes_more_tensors_than_a_kernel_does_at_once(kernels, generator) -> None:
+    sizes = [1 + i % 5 for i in range(700)]
+    state = tensors(sum(sizes), torch.bfloat16, generator, finite=True)
+    wanted = _ops.adam(*state, coefficients(), "per-op")
+    lists = [[x.clone() for x in t.to(kernels.device).split(sizes)] for t in state]
+    kernels.adam_(*lists, coefficients()[0], None, "per-op")
+    for got, want in zip((lists[0], lists[2], lists[3]), wanted, strict=True):
+        assert same_bits(torch.cat(got), want)
+
+
+def test_numbers_may_lie_on_the_device(kernels, generator) -> None:
+    state = [x.to(kernels.device) for x in tensors(1000, torch.bfloat16, generator, finite=True)]
+    results = []
+    for where in ("cpu", kernels.device):
+        p, g, m, v = (x.clone() for x in state)
+        ring = torch.zeros(3, 1000, dtype=torch.bfloat16, device=kernels.device)
+        numbers = coefficients()[0].to(where), torch.tensor(0.5, device=where)
+        kernels.adam_([p], [g], [m], [v], *numbers, "per-op", [ring], [0], torch.tensor(8, device=where), 2)
+        results.append((p, ring))
+    assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
+    assert same_bits(results[0][1][4 % 3], results[0][0])
+
+
+def test_autograd_sees_that_parameters_were_written_to(kernels, generator) -> None:
+    p, g, m, v = (x.to(kernels.device) for x in tensors(5, torch.float32, generator, finite=True))
+    x = torch.ones(5, requires_grad=True, device=kernels.device)
+    product = x * p
+    kernels.adam_([p], [g], [m], [v], coefficients()[0], None, "per-op")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Recording
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rounding", _ops.ROUNDINGS)
+def test_adam_records_what_it_read_and_what_it_made(rounding, dtype, kernels, generator) -> None:
+    """Of two of three tensors, some fields; in the slot of the step; nothing at steps that are not recorded."""
+    sizes = [70, 5000, 33]
+    state = tensors(sum(sizes), dtype, generator, finite=False)
+    lists = [[x.to(kernels.device) for x in t.split(sizes)] for t in state]
+    params, grads, exp_avgs, exp_avg_sqs = lists
+    wanted = {0: params[0], 1: grads[0], 2: exp_avgs[0], 3: exp_avg_sqs[0], 8: params[2], 11: exp_avg_sqs[2]}
+    rings = [torch.full((4, *x.shape), 7.0, dtype=dtype, device=kernels.device) for x in wanted.values()]
+    for step in range(1, 13):
+        before = [ring.clone() for ring in rings]
+        kernels.adam_(*lists, coefficients(step)[0], None, rounding, rings, list(wanted), torch.tensor(step), 3)
+        for ring, old, source in zip(rings, before, wanted.values(), strict=True):
+            if step % 3 == 0:
+                old[step // 3 % 4] = source
+            assert same_bits(ring, old)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool], ids=str)
+def test_record_copies_to_the_slot_of_the_step(dtype, kernels, generator) -> None:
+    shapes = [(), (3,), (128,), (5000, 3), (4, 6)]
+    values = [torch.randint(0, 2, shape, generator=generator).to(kernels.device, dtype) for shape in shapes]
+    values[-1] = values[-1].t()
+    rings = [torch.zeros(5, *x.shape, dtype=dtype, device=kernels.device) for x in values]
+    kernels.record_(values, rings, torch.tensor(26), 2)
+    kernels.record_([torch.ones_like(x) for x in values], rings, torch.tensor(27), 2)
+    for value, ring in zip(values, rings, strict=True):
+        assert torch.equal(ring[13 % 5], value)
+        assert not ring[[0, 1, 2, 4]].any()
+
+
+def test_record_takes_more_tensors_than_a_kernel_does_at_once(kernels) -> None:
+    values = [torch.tensor(i, device=kernels.device) for i in range(100)]
+    rings = [torch.zeros(2, dtype=torch.int64, device=kernels.device) for _ in values]
+    kernels.record_(values, rings, torch.tensor(1), 1)
+    assert [ring.tolist() for ring in rings] == [[0, i] for i in range(100)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Contracts
+
+
+def adam_arguments(generator: torch.Generator, device: torch.device | str = "cpu") -> dict[str, object]:
+    sizes = [5, 70]
+    state = tensors(sum(sizes), torch.bfloat16, generator, finite=True)
+    params, grads, exp_avgs, exp_avg_sqs = ([x.clone().to(device) for x in t.split(sizes)] for t in state)
+    rings = [torch.zeros(3, 70, dtype=torch.bfloat16, device=device) for _ in range(2)]
+    return {
+        "params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs,
+        "coefficients": coefficients()[0], "clip_coef": torch.tensor(0.5, device=device), "rounding": "per-op",
+        "rings": rings, "ring_of": [4, 7], "step": torch.tensor(5), "every": 1,
+    }  # fmt: skip
+
+
+def zeros(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.bfloat16)
+
+
+WRONG = {
+    "params[0] must be bfloat16 or float32, got float16": {"params": [zeros(5).half(), zeros(70).half()]},
+    "params[1] must be bfloat16 like params[0], got float32": {"params": [zeros(5), zeros(70).float()]},
+    "grads must be as many as params (2), got 1": {"grads": [zeros(5)]},
+    "grads[0] must be bfloat16 like params[0], got float32": {"grads": [zeros(5).float(), zeros(70)]},
+    "exp_avgs[0] must have shape [5] like params[0], got [4]": {"exp_avgs": [zeros(4), zeros(70)]},
+    "exp_avg_sqs[1] must have shape [70] like params[1], got [7, 10]": {"exp_avg_sqs": [zeros(5), zeros(7, 10)]},
+    "coefficients must have 7 elements, got 6": {"coefficients": zeros(6).float()},
+    "coefficients must be float32, got float64": {"coefficients": zeros(7).double()},
+    "clip_coef must have 1 elements, got 2": {"clip_coef": zeros(2).float()},
+    "rounding must be per-op or opmath, got up": {"rounding": "up"},
+    "ring_of must be as many as rings (2), got 1": {"ring_of": [4]},
+    "ring_of[1] must be a field of one of the params (below 8), got 8": {"ring_of": [4, 8]},
+    "ring_of[0] must be a field of one of the params (below 8), got -1": {"ring_of": [-1, 4]},
+    "step must be given with rings, got None": {"step": None},
+    "step must be int64, got float32": {"step": torch.tensor(5.0)},
+    "every must be at least 1, got 0": {"every": 0},
+    "rings[1] must have shape [slots, *[70]], got [3, 71]": {"rings": [zeros(3, 70), zeros(3, 71)]},
+    "rings[1] must have as many slots as the first ring (3), at least 1, got 2": {
+        "rings": [zeros(3, 70), zeros(2, 70)]
+    },
+    "rings[0] must be bfloat16 like what it records, got float32": {"rings": [zeros(3, 70).float(), zeros(3, 70)]},
+    "rings[0] must be contiguous": {"rings": [zeros(3, 140)[:, ::2], zeros(3, 70)]},
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_adam_says_what_is_wrong(message, kernels, generator) -> None:
+    def place(x):
+        return [place(y) for y in x] if isinstance(x, list) else x.to(kernels.device) if isinstance(x, Tensor) else x
+
+    wrong = {name: place(x) for name, x in WRONG[message].items()}
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        kernels.adam_(**adam_arguments(generator, kernels.device) | wrong)
+
+
+def test_clip_coefficient_says_what_is_wrong(kernels) -> None:
+    grads = [torch.zeros(2, dtype=dtype, device=kernels.device) for dtype in (torch.float32, torch.int64)]
+    with pytest.raises(TypeError, match=r"grads\[1\] must be bfloat16 or float32, got int64"):
+        kernels.clip_coefficient(grads, 1.0)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_operations_keep_the_contracts_of_torch(device, generator) -> None:
+    ops = torch.ops.bhfast
+    arguments = adam_arguments(generator, device)
+    torch.library.opcheck(ops.adam_, tuple(arguments.values()))
+    torch.library.opcheck(ops.adam_, (*list(arguments.values())[:7], [], [], None, 1))
+    torch.library.opcheck(ops.clip_coefficient, (arguments["grads"], 1.0))
+    values = [torch.ones(3, device=device), torch.tensor(2, device=device)]
+    rings = [torch.zeros(4, 3, device=device), torch.zeros(4, dtype=torch.int64, device=device)]
+    torch.library.opcheck(ops.record_, (values, rings, torch.tensor(6), 2))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The extension
+
+
+def test_backend_says_why(monkeypatch) -> None:
+    for device in ("cpu", "cuda", "mps"):
+        name, reason = _ops.backend(device)
+        assert name in ("torch", "C++", "CUDA")
+        assert reason
+    monkeypatch.setattr(_ops, "_extension", None)
+    monkeypatch.setattr(_ops, "_unavailable", "no such luck")
+    assert _ops.backend() == ("torch", "no such luck")
+
+
+def test_an_extension_that_does_not_load_is_told_from_one_that_is_not_built(monkeypatch) -> None:
+    def missing(name: str) -> None:
+        raise ModuleNotFoundError(name)
+
+    def broken(name: str) -> None:
+        raise ImportError("undefined symbol: _ZN3c10")
+
+    monkeypatch.setattr(_ops.importlib, "import_module", missing)
+    assert "not built" in _ops._load()[1]
+    monkeypatch.setattr(_ops.importlib, "import_module", broken)
+    assert _ops._load() == (None, "the extension does not load: undefined symbol: _ZN3c10; build it anew")
+
+
+def test_instruction_sets(extension) -> None:
+    assert extension.instruction_sets()[-1] == "portable"
+    with pytest.raises(ValueError, match=r"must be an instruction set of this machine \(.*portable\), got 'sse'"):
+        extension.use_instruction_set("sse")

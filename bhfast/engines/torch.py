@@ -5,35 +5,68 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bhfast.engines import Job
 from bhfast.model import TiedGPT, window_loss
 
 
-class TorchEngine:
-    """See :class:`bhfast.engines.Engine`. With gradient accumulation the first micro-batch's logits are returned."""
+def corpus_windows(job: Job) -> Tensor:
+    """Return a view of all windows of the corpus: int64 ``[starts, context + 1]``, on the model's device."""
+    device = job.model.wte.weight.device
+    return job.corpus.to(device, torch.int64).unfold(0, job.model.config.context + 1, 1)
 
-    name = "torch"
 
-    def __init__(self, model: TiedGPT, optimizer: torch.optim.Optimizer, corpus: Tensor, *, target_offset: int) -> None:
-        device = model.wte.weight.device
-        self.model = model
-        self.params = list(model.parameters())
-        self.optimizer = optimizer
-        self.windows = corpus.to(device, torch.int64).unfold(0, model.config.context + 1, 1)  # [starts, T + 1], a view
-        self.target_offset = target_offset
+def gradients(model: TiedGPT, windows: Tensor, target_offset: int) -> tuple[Tensor, Tensor]:
+    """Set each parameter's gradient to that of the mean loss over all windows.
 
-    def step(self, offsets: Tensor, lr: float) -> tuple[Tensor, Tensor]:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        for param in self.params:
-            param.grad = None
-        share = torch.full((), 1 / len(offsets), device=self.windows.device)
-        losses, logits = zip(*(self._backward(batch, share) for batch in offsets), strict=True)
-        self.optimizer.step()
-        return torch.stack(losses).mean(), logits[0]
+    Args:
+        windows: ``[grad_accum, batch, context + 1]``; a micro-batch at a time is run forward and backward.
 
-    def _backward(self, offsets: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-        windows = self.windows[offsets.to(self.windows.device)]  # [B, T + 1]
-        logits = self.model(windows[:, :-1])  # [B, T, V]
-        loss = window_loss(logits, windows, self.target_offset)
+    Returns:
+        The mean loss, a float32 scalar, and the logits of the first sequence's last position, ``[V]`` bfloat16; both
+        before the update.
+    """
+    for param in model.parameters():
+        param.grad = None
+    share = torch.full((), 1 / len(windows), device=windows.device)
+    losses, last_logits = [], []
+    for batch in windows:
+        logits = model(batch[:, :-1])  # [B, T, V]
+        loss = window_loss(logits, batch, target_offset)
         loss.backward(share)
-        return loss.detach(), logits[0, -1].detach()
+        losses.append(loss.detach())
+        last_logits.append(logits[0, -1].detach())
+    return torch.stack(losses).mean(), last_logits[0]
+
+
+class TorchEngine:
+    """See :class:`bhfast.engines.Engine`."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.windows = corpus_windows(job)
+        self.losses, self.grad_norms = torch.empty(2, len(job.lrs), device=self.windows.device).unbind()
+        self.done = 0
+
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            self.step()
+
+    def step(self) -> None:
+        """Run and record one training step."""
+        job, lr = self.job, self.job.lrs[self.done]
+        for group in job.optimizer.param_groups:
+            group["lr"] = lr
+        offsets = job.offsets[self.done].to(self.windows.device)
+        loss, logits = gradients(job.model, self.windows[offsets], job.target_offset)
+        job.optimizer.step()
+        norm = job.optimizer.grad_norm
+        job.recorder.log(
+            losses=loss,
+            logits=logits,
+            learning_rates=torch.tensor(lr, dtype=torch.float64),
+            clip_coefs=job.optimizer.clip_coef,
+            grad_norms=norm,
+        )
+        self.losses[self.done] = loss
+        self.grad_norms[self.done] = norm
+        self.done += 1

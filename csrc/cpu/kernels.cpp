@@ -80,11 +80,11 @@ BHFAST_INLINE float halve_range(float* x, int64_t width) {
 }
 
 // One set of kernels per instruction set: the same code, inlined into functions that may use other instructions.
-#define BHFAST_KERNELS(name, target)                                                                             \
-  target void adam_##name(const AdamRange& r) { adam_range(r); }                                                 \
-  target void square_##name(const GradTensor& grad, int64_t begin, int64_t count, float* out) {                  \
-    square_range(grad, begin, count, out);                                                                       \
-  }                                                                                                              \
+#define BHFAST_KERNELS(name, target)                                                            \
+  target void adam_##name(const AdamRange& r) { adam_range(r); }                                \
+  target void square_##name(const GradTensor& grad, int64_t begin, int64_t count, float* out) { \
+    square_range(grad, begin, count, out);                                                      \
+  }                                                                                             \
   target float halve_##name(float* x, int64_t width) { return halve_range(x, width); }
 
 BHFAST_KERNELS(portable, )

@@ -1,4 +1,5 @@
-// The CPU's kernels, each compiled for several instruction sets. All give the same bits; the best is chosen when loaded.
+// The CPU's kernels, each compiled for several instruction sets. All give the same bits; the best is chosen when
+// loaded.
 #pragma once
 
 #include <cstdint>
@@ -31,7 +32,7 @@ struct Kernels {
 };
 
 std::vector<std::string> instruction_sets();  // those that run here, best first
-const Kernels& kernels();                      // those in use
+const Kernels& kernels();                     // those in use
 void use_instruction_set(const std::string& name);
 
 void adam(const std::vector<AdamTensors>&, Dtype, Rounding, const StepNumbers&);

@@ -11,8 +11,8 @@
 
 namespace bhfast::cuda {
 
-// A kernel's arguments may take 32,764 bytes, but short lists launch faster.
-constexpr int kShort = 40, kLong = 400;
+// Items of a short list. A kernel's arguments may take 32,764 bytes, but short lists launch faster.
+constexpr int kShort = 40;
 
 // A list handed over by value. Blocks [first[i], first[i + 1]) of the grid, or elements, are those of items[i].
 template <class Item, class Index, int N>
