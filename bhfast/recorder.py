@@ -275,12 +275,13 @@ class Recorder:
         Args:
             step: int64 scalar, which the graph itself counts up before each step.
         """
-        own, self._step_tensor = self._step_tensor, step
+        own = self._step_tensor, self._row
+        self._step_tensor, self._row = step, 0
         self._record_fused()
         try:
             yield
         finally:
-            self._step_tensor = own
+            self._step_tensor, self._row = own
             self._record_fused()
 
     def _record_fused(self) -> None:

@@ -19,21 +19,18 @@ REQUIRE_CUDA = os.environ.get("BHFAST_REQUIRE_CUDA") == "1"
 REQUIRE_EXTENSION = os.environ.get("BHFAST_REQUIRE_EXTENSION") == "1"
 
 
-def _device(name: str, there: bool) -> object:
-    skip = pytest.mark.skipif(not there and not (REQUIRE_CUDA and name == "cuda"), reason=f"this machine has no {name}")
-    return pytest.param(name, marks=skip)
+def _require(device: str) -> torch.device:
+    """Skip the test where the device is missing; but with BHFAST_REQUIRE_CUDA=1 the tests of CUDA run, and fail."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available() or REQUIRE_CUDA, "mps": torch.backends.mps.is_available()}
+    if not there[device]:
+        pytest.skip(f"this machine has no {device}")
+    return torch.device(device)
 
 
-@pytest.fixture(
-    params=[
-        "cpu",
-        _device("cuda", torch.cuda.is_available()),
-        _device("mps", torch.backends.mps.is_available()),
-    ]
-)
+@pytest.fixture(params=["cpu", "cuda", "mps"])
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Every device; with BHFAST_REQUIRE_CUDA=1 the CUDA tests fail rather than skip where there is no GPU."""
-    return torch.device(request.param)
+    """Every device."""
+    return _require(request.param)
 
 
 @pytest.fixture(scope="session")
@@ -58,26 +55,23 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[SimpleNamespace]:
 
     That is pure torch on every device, and what the extension brings: on the CPU one for each instruction set.
     """
-    name, device = request.param
-    there = {"cpu": True, "cuda": torch.cuda.is_available() or REQUIRE_CUDA, "mps": torch.backends.mps.is_available()}
-    if not there[device]:
-        pytest.skip(f"this machine has no {device}")
+    name, device = request.param[0], _require(request.param[1])
     operations = ("clip_coefficient", "adam_", "record_")
     if name == "torch":
         pure = {operation: getattr(_ops, f"_{operation}") for operation in operations}
-        yield SimpleNamespace(device=torch.device(device), **pure | {"adam_": partial(_bound, pure["adam_"])})
+        yield SimpleNamespace(device=device, **pure | {"adam_": partial(_bound, pure["adam_"])})
         return
     extension = request.getfixturevalue("extension")
     compiled = {operation: getattr(_ops, operation) for operation in operations}
-    if device == "cuda":
+    if device.type == "cuda":
         assert _ops.backend(device)[0] == "CUDA", _ops.backend(device)[1]
-        yield SimpleNamespace(device=torch.device(device), **compiled)
+        yield SimpleNamespace(device=device, **compiled)
         return
     if name not in extension.instruction_sets():
         pytest.skip(f"this machine has no {name}")
     best = extension.instruction_set()
     extension.use_instruction_set(name)
-    yield SimpleNamespace(device=torch.device(device), **compiled)
+    yield SimpleNamespace(device=device, **compiled)
     extension.use_instruction_set(best)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -204,3 +205,82 @@ def test_refuses_a_state_it_cannot_continue(flag, generator) -> None:
     theirs = torch.optim.AdamW(params(generator), **{flag: True})
     with pytest.raises(ConfigError, match=rf"no {flag}, but param_groups\[0\]"):
         FusedAdam(params(generator)).load_state_dict(theirs.state_dict())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is kept between steps
+
+
+@pytest.mark.parametrize("change", ["step", "state", "clear", "exp_avg", "grad", "group", "load"])
+def test_what_is_changed_between_steps_counts(change, generator) -> None:
+    """FusedAdam keeps lists of its tensors between steps; nobody may notice."""
+    results = []
+    for forget in (False, True):
+        generator.manual_seed(3)
+        ours = params(generator)
+        optimizer = FusedAdam(ours, lr=1e-2)
+        for step in range(6):
+            give_gradients(ours, generator=generator)
+            if step == 3:
+                state = optimizer.state[ours[1]]
+                match change:
+                    case "step":
+                        state["step"] += 5
+                    case "state":
+                        optimizer.state[ours[1]] = {key: x.clone() + 1 for key, x in state.items()}
+                    case "clear":
+                        optimizer.state.clear()
+                    case "exp_avg":
+                        state["exp_avg"] = torch.ones_like(ours[1])
+                    case "grad":
+                        ours[1].grad = None
+                    case "group":
+                        extra = nn.Parameter(torch.ones(3).bfloat16())
+                        extra.grad = torch.ones_like(extra)
+                        optimizer.add_param_group({"params": [extra], "lr": 0.5})
+                    case "load":
+                        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            if forget:
+                optimizer._known.clear()
+            optimizer.step()
+        results.append([*ours, *(x for state in optimizer.state.values() for x in state.values())])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
+def test_a_copy_goes_on_alike(duplicate, generator) -> None:
+    ours = params(generator)
+    optimizer = FusedAdam(ours, rounding="opmath", max_grad_norm=0.5)
+    give_gradients(ours, generator=generator, scale=1.0)
+    optimizer.step()
+    twin = duplicate(optimizer)
+    theirs = [p for group in twin.param_groups for p in group["params"]]
+    for a, b in zip(ours, theirs, strict=True):
+        b.grad = a.grad.clone()
+    optimizer.step()
+    twin.step()
+    assert_same(ours, optimizer, theirs, twin)
+    assert torch.equal(optimizer.grad_norm, twin.grad_norm)
+
+
+def test_scheduled_steps_are_the_steps(generator) -> None:
+    """What a CUDA graph replays: coefficients from a table, chosen by a counter; two groups."""
+    ours, theirs = twins(generator)
+    lrs = [1e-3 * (1 - k / 7) for k in range(7)]
+    groups = [[{"params": ps[:2]}, {"params": ps[2:], "weight_decay": 0.3}] for ps in (ours, theirs)]
+    a, b = (FusedAdam(group, max_grad_norm=0.1) for group in groups)
+    for optimizer, ps in ((a, ours), (b, theirs)):
+        generator.manual_seed(5)
+        give_gradients(ps, generator=generator)
+        optimizer.step()
+    tables = a.schedule(lrs)
+    assert [table.shape for table in tables] == [(7, 7), (7, 7)]
+    for k, lr in enumerate(lrs):
+        give_gradients(ours, theirs, generator=generator)
+        a.scheduled_step(tables, torch.tensor(k))
+        for group in b.param_groups:
+            group["lr"] = lr
+        b.step()
+    a.count(7)
+    assert_same(ours, a, theirs, b)

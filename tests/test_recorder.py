@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+from lanes import SlowLane
 from torch import nn
 
 from bhfast import recorder as module
@@ -175,17 +178,94 @@ def test_hooks_end_with_the_block(tmp_path: Path) -> None:
     assert not optimizer._optimizer_step_post_hooks
 
 
-def test_fifty_recorders_leak_no_file_descriptors(tmp_path: Path) -> None:
-    fds = Path("/proc/self/fd")
+def test_fifty_recorders_leak_neither_memory_nor_file_descriptors(tmp_path: Path) -> None:
+    fds, statm = Path("/proc/self/fd"), Path("/proc/self/statm")
     if not fds.exists():
         pytest.skip("needs /proc")
+
+    def resident() -> int:
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    weight = torch.nn.Parameter(torch.zeros(1000, 500).bfloat16())
+    optimizer = FusedAdam([weight])
+    weight.grad = torch.ones_like(weight)
+    for i in range(53):
+        if i == 3:
+            before = len(list(fds.iterdir())), threading.active_count(), resident()
+        path = tmp_path / f"{i}.safetensors"
+        with Recorder(optimizer, {"w": weight}, steps=2, path=path) as recorder:  # 12 MB
+            for _ in range(2):
+                optimizer.step()
+                recorder.log(loss=torch.zeros(()))
+        path.unlink()
+    assert len(list(fds.iterdir())) == before[0]
+    assert threading.active_count() == before[1]
+    assert resident() - before[2] < 50 * 12e6 / 10
+
+
+def test_a_fused_optimizer_records_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but what it does not update: a parameter without a gradient at some steps is recorded all the same."""
     model = linear()
     optimizer = FusedAdam(model.parameters())
-    before = len(list(fds.iterdir()))
-    for i in range(50):
-        with Recorder(optimizer, {"w": model.weight}, steps=1, path=tmp_path / str(i)):
-            train_step(model, optimizer)
-    assert len(list(fds.iterdir())) == before
+    copied = []
+    real = Recorder._write
+    monkeypatch.setattr(Recorder, "_write", lambda self, key, value: (copied.append(key), real(self, key, value)))
+    path = tmp_path / "t"
+    with Recorder(optimizer, {"w": model.weight, "b": model.bias}, steps=4, path=path, fields=["param"]):
+        wanted = []
+        for step in range(4):
+            model(torch.randn(2, 5).bfloat16()).sum().backward()
+            if step == 2:
+                model.bias.grad = None
+            optimizer.step()
+            optimizer.zero_grad()
+            wanted.append((model.weight.detach().clone(), model.bias.detach().clone()))
+    assert copied == ["b"]
+    trace = open_trace(path)
+    for record, (weight, bias) in enumerate(wanted, start=1):
+        assert torch.equal(trace["w"][record], weight)
+        assert torch.equal(trace["b"][record], bias)
+
+
+def test_one_optimizer_has_one_fused_recorder(tmp_path: Path) -> None:
+    model = linear()
+    optimizer = FusedAdam(model.parameters())
+    with Recorder(optimizer, {"w": model.weight}, steps=1, path=tmp_path / "a") as recorder:
+        with (
+            pytest.raises(BhfastError, match="recorded already; close the other recorder first"),
+            Recorder(optimizer, {"b": model.bias}, steps=1, path=tmp_path / "b"),
+        ):
+            pass
+        recorder.log(loss=train_step(model, optimizer))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
+    assert torch.equal(open_trace(tmp_path / "a")["w"][1], model.weight)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("optimizer_class", [FusedAdam, torch.optim.AdamW])
+def test_records_through_a_ring_what_it_records_without(optimizer_class, every, tmp_path, monkeypatch) -> None:
+    """As on a GPU, with a lane that is slow; steps that do not fill the last half; a loss logged late."""
+    lanes = []
+    for name in ("straight", "ring"):
+        if name == "ring":
+            lanes.append(SlowLane(delay=0.002))
+            monkeypatch.setattr(module, "make_lane", lambda device: lanes[0])
+            monkeypatch.setattr(module, "half_size", lambda record, records: 4)
+        model = linear()
+        optimizer = optimizer_class(model.parameters())
+        torch.manual_seed(1)
+        with Recorder(optimizer, {"w": model.weight}, steps=50, every=every, path=tmp_path / name) as recorder:
+            for step in range(1, 43):
+                loss = train_step(model, optimizer)
+                if step > 6:
+                    recorder.log(loss=loss)
+                with torch.no_grad():
+                    model.weight.grad.fill_(float("nan"))  # poison: what changes after the step is not the step's
+    assert lanes[0].closed
+    straight, through_ring = (open_trace(tmp_path / name) for name in ("straight", "ring"))
+    assert straight.steps.tolist() == list(range(0, 43, every))
+    for key in straight:
+        assert torch.equal(straight[key].nan_to_num(nan=-1), through_ring[key].nan_to_num(nan=-1)), key
 
 
 @pytest.mark.parametrize(

@@ -185,6 +185,29 @@ def test_recording_does_not_change_the_run(settings: TrainConfig) -> None:
         assert torch.equal(p, q)
 
 
+@pytest.mark.parametrize("rounding", ["per-op", "opmath"])
+def test_the_extension_makes_the_same_file_as_pure_torch(rounding, extension, settings: TrainConfig) -> None:
+    """Byte for byte, but for the time in the metadata."""
+    compiled = rerun(settings, adam_rounding=rounding, weight_decay=0.1, steps=60)
+    pure = settings.path.with_name("pure.safetensors")
+    code = f"""if True:
+        import dataclasses, sys
+        sys.modules["bhfast._C"] = None  # as if it were not built
+        from bhfast import _ops
+        from bhfast.train import TrainConfig, train
+        assert _ops.backend()[0] == "torch"
+        config = TrainConfig(**{dataclasses.asdict(dataclasses.replace(settings, out=str(pure)))!r})
+        train(dataclasses.replace(config, adam_rounding={rounding!r}, weight_decay=0.1, steps=60))
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
+    one, other = open_trace(compiled.path), open_trace(pure)
+    assert one.keys() == other.keys()
+    for name in one:
+        a, b = (trace[name].contiguous().reshape(-1).view(torch.uint8) for trace in (one, other))
+        assert torch.equal(a, b), name
+    assert one.metadata["crc32"] == other.metadata["crc32"]
+
+
 def test_gradient_accumulation_averages_micro_batches(settings: TrainConfig, tmp_path: Path) -> None:
     one = rerun(settings, steps=1, batch_size=4, out=str(tmp_path / "one"))
     four = rerun(settings, steps=1, batch_size=1, grad_accum=4, out=str(tmp_path / "four"))

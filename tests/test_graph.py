@@ -1,0 +1,142 @@
+"""The graph engine: on a GPU as it is; on a CPU with its graph replaced by the function that it would capture."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from lanes import SlowLane
+
+from bhfast import _ops, recorder
+from bhfast.engines import Job, graph, select_engine
+from bhfast.engines.graph import GraphEngine
+from bhfast.errors import BhfastError, ConfigError
+from bhfast.trace import open_trace
+from bhfast.train import TrainConfig, train
+from bhfast.verify import verify
+
+SETTINGS = {"steps": 23, "hidden_dim": 32, "context": 16, "batch_size": 2, "quiet": True}
+
+
+class EagerGraphEngine(GraphEngine):
+    """Replays by doing the work again, with the records counted as in a capture. It needs no CUDA."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
+        self._replay = self._again
+
+    def _warm_up(self) -> None:
+        graph.gradients(self.job.model, self.windows[self.offsets[0]], self.job.target_offset)
+
+    def _again(self) -> None:
+        with self.job.recorder.counted_by(self.step):
+            self._step()
+        self._addresses = self._current_addresses()  # an eager backward makes new gradients
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> list[SlowLane]:
+    """Let ``--engine graph`` run on the CPU, its records through a ring with a slow lane; yields the lanes."""
+    lanes: list[SlowLane] = []
+
+    def make_lane(device: torch.device) -> SlowLane:
+        lanes.append(SlowLane(delay=0.002))
+        return lanes[-1]
+
+    monkeypatch.setattr(graph, "GraphEngine", EagerGraphEngine)
+    monkeypatch.setattr(graph, "capture", lambda work, device: work)
+    monkeypatch.setattr("bhfast.train.select_engine", lambda name, device: (name, "as asked"))
+    monkeypatch.setattr(recorder, "make_lane", make_lane)
+    monkeypatch.setattr(recorder, "half_size", lambda *_: 4)
+    return lanes
+
+
+def settings(tmp_path: Path, text: str, **changes) -> TrainConfig:
+    return TrainConfig(**{**SETTINGS, "corpus": text, "out": str(tmp_path / "t.safetensors"), **changes})
+
+
+def assert_same_records(one: Path, other: Path) -> None:
+    a, b = open_trace(one), open_trace(other)
+    assert a.keys() == b.keys()
+    for name in a:
+        x, y = (t[name].contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
+        assert torch.equal(x, y), name
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"record_every": 3}, {"grad_accum": 3, "weight_decay": 0.1}, {"max_grad_norm": 0.1}], ids=str
+)
+def test_its_records_are_those_of_the_torch_engine(changes, emulated, tmp_path: Path, text: str) -> None:
+    config = settings(tmp_path, text, device="cpu", **changes)
+    reference = train(replace(config, engine="torch", out=str(tmp_path / "reference.safetensors")))
+    result = train(replace(config, engine="graph"))
+    assert_same_records(result.path, reference.path)
+    assert torch.equal(result.losses, reference.losses)
+    for p, q in zip(result.model.parameters(), reference.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert len(emulated) == 2  # one for each run, and both were let go of
+    assert all(lane.closed for lane in emulated)
+
+
+def test_it_counts_the_optimizers_steps(emulated, tmp_path: Path, text: str, monkeypatch) -> None:
+    engines = []
+    monkeypatch.setattr(
+        EagerGraphEngine, "run", lambda self, n, run=GraphEngine.run: (engines.append(self), run(self, n))
+    )
+    train(settings(tmp_path, text, device="cpu", engine="graph"))
+    steps = {state["step"].item() for state in engines[0].job.optimizer.state.values()}
+    assert steps == {23.0}
+
+
+def test_a_moved_parameter_is_an_error(emulated, tmp_path: Path, text: str, monkeypatch) -> None:
+    def moving(self, steps):
+        param = next(iter(self.job.model.parameters()))
+        param.data = param.data.clone()
+        GraphEngine.run(self, steps)
+
+    monkeypatch.setattr(EagerGraphEngine, "run", moving)
+    with pytest.raises(BhfastError, match="moved or replaced after the CUDA graph was captured"):
+        train(settings(tmp_path, text, device="cpu", engine="graph"))
+
+
+def test_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        ConfigError, match="engine graph cannot run here: a CUDA graph needs a CUDA device, not cpu; use"
+    ):
+        select_engine("graph", torch.device("cpu"))
+    monkeypatch.setattr(_ops, "backend", lambda device: ("torch", "the extension is not built"))
+    with pytest.raises(
+        ConfigError, match="a CUDA graph needs the CUDA kernels: the extension is not built; use --engine"
+    ):
+        select_engine("graph", torch.device("cuda"))
+    assert select_engine("auto", torch.device("cuda")) == (
+        "torch",
+        "a CUDA graph needs the CUDA kernels: the extension is not built",
+    )
+    monkeypatch.setattr(_ops, "backend", lambda device: ("CUDA", "compiled"))
+    assert select_engine("auto", torch.device("cuda"))[0] == "graph"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On a GPU
+
+
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+@pytest.mark.parametrize("changes", [{}, {"steps": 400, "record_every": 3}, {"grad_accum": 3}], ids=str)
+def test_on_a_gpu_it_records_what_the_torch_engine_does(changes, device, tmp_path: Path, text: str) -> None:
+    """The same kernels in the same order: the same bits, and every one of them replays on the CPU."""
+    config = settings(tmp_path, text, device="cuda", **changes)
+    eager = train(replace(config, engine="torch", out=str(tmp_path / "eager.safetensors")))
+    captured = train(replace(config, engine="graph"))
+    assert_same_records(captured.path, eager.path)
+    assert verify(captured.path).difference is None
+
+
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+def test_on_a_gpu_recording_does_not_change_the_run(device, tmp_path: Path, text: str) -> None:
+    config = settings(tmp_path, text, device="cuda", engine="graph", steps=300)
+    on, off = train(config), train(replace(config, record_every=0))
+    for p, q in zip(on.model.parameters(), off.model.parameters(), strict=True):
+        assert torch.equal(p, q)
