@@ -1,21 +1,31 @@
-# make run    set up and run the main job
-# make test   set up and pass the tests
+# make run        set up and run the main job
+# make test       set up and pass the tests
+# make bench      set up and measure
+# make check      format, lint, types
+# make cuda       compile and link the CUDA kernels; needs nvcc, but no GPU
+# make sanitize   run the tests of the C++ code under AddressSanitizer and UndefinedBehaviorSanitizer
 #
 # If `python3` (or PYTHON=...) already has torch, that environment is used, and its torch stays as it is; only what else
 # is missing is installed. Otherwise a new environment is made in .venv, with a CPU build of torch where there is no
-# NVIDIA driver.
+# NVIDIA driver. The extension is built in both, where there is a compiler; BHFAST_BUILD (see setup.py) says otherwise.
 
 PYTHON ?= python3
 TORCH_CPU := torch==2.13.0
+SOURCES := setup.py $(wildcard csrc/* csrc/*/*)
 
-ifneq ($(shell $(PYTHON) -c 'import torch' 2>/dev/null && echo yes),)
+ENVIRONMENT := $(shell $(PYTHON) -c 'import sys, torch; print(sys.implementation.cache_tag, torch.__version__, sep="-torch")' 2>/dev/null)
+ifneq ($(ENVIRONMENT),)
 PY := $(PYTHON)
+READY := build/$(ENVIRONMENT)
 else
 PY := .venv/bin/python
-endif
 READY := .venv/ready
+endif
 
-.PHONY: run test bench check setup
+# The same from another folder.
+PY_HERE := $(if $(findstring /,$(PY)),$(abspath $(PY)),$(PY))
+
+.PHONY: run test bench check cuda sanitize setup
 
 run: setup
 	$(PY) -m bhfast.train --sigma 0 $(ARGS)
@@ -30,19 +40,42 @@ check: setup
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
+	$(PY) -c 'import clang_format; clang_format.clang_format()' --dry-run -Werror $(filter csrc/%.h csrc/%.cpp csrc/%.cu,$(SOURCES))
 
-ifeq ($(PY),$(PYTHON))
+cuda: setup
+	CFLAGS=-Werror NVCC_APPEND_FLAGS='-Werror all-warnings' BHFAST_BUILD=cuda \
+	    $(PY) setup.py -q build_ext --force --build-temp build/cuda/objects --build-lib build/cuda
+	$(PY) -c 'import sys, torch; sys.path.insert(0, "build/cuda/bhfast"); import _C; print("linked for", _C.cuda_architectures)'
+
+# In a copy of the tree, so that the extension in use stays as it is.
+SANITIZERS := -fsanitize=address,undefined
+sanitize: setup
+	rm -rf build/sanitize && mkdir -p build/sanitize
+	cp -r bhfast csrc data tests pyproject.toml setup.py build/sanitize && rm -f build/sanitize/bhfast/*.so
+	cd build/sanitize && CFLAGS='$(SANITIZERS) -fno-sanitize-recover=all -fno-omit-frame-pointer -g1 -Werror' \
+	    LDFLAGS='$(SANITIZERS)' BHFAST_BUILD=cpu $(PY_HERE) setup.py -q build_ext --inplace
+	nm -D build/sanitize/bhfast/_C*.so | grep -q __asan_report
+	cd build/sanitize && BHFAST_REQUIRE_EXTENSION=1 ASAN_OPTIONS=detect_leaks=0 \
+	    LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
+	    $(PY_HERE) -m pytest -q -p no:cacheprovider \
+	    tests/test_ops.py tests/test_optim.py tests/test_recorder.py tests/test_graph.py
+
+ifneq ($(ENVIRONMENT),)
 NEEDS := numpy, safetensors, tqdm
 test: NEEDS += , pytest, hypothesis
 bench: NEEDS += , pytest, pytest_benchmark
-check: NEEDS += , mypy
-setup:
+check: NEEDS += , mypy, clang_format
+setup: $(READY)
 	@$(PY) -c 'import $(NEEDS)' || $(PY) -m pip install --no-build-isolation --editable '.[corpus,test]'
+$(READY): $(SOURCES)
+	@if $(PY) -c 'import setuptools' 2>/dev/null; then $(PY) setup.py -q build_ext --inplace; \
+	    else echo 'setuptools is missing here, so the extension is not built: it will be pure torch'; fi
+	@mkdir -p build && touch $@
 else
 setup: $(READY)
-$(READY): pyproject.toml Makefile
+$(READY): pyproject.toml Makefile $(SOURCES)
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet 'setuptools>=77' $(shell command -v nvidia-smi >/dev/null || echo $(TORCH_CPU))
+	.venv/bin/pip install --quiet 'setuptools>=77' ninja $(shell command -v nvidia-smi >/dev/null || echo $(TORCH_CPU))
 	.venv/bin/pip install --quiet --no-build-isolation --editable '.[dev]'
 	touch $@
 endif
