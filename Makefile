@@ -51,7 +51,7 @@ cuda: setup
 SANITIZERS := -fsanitize=address,undefined
 sanitize: setup
 	rm -rf build/sanitize && mkdir -p build/sanitize
-	cp -r bhfast csrc data tests pyproject.toml setup.py build/sanitize && rm -f build/sanitize/bhfast/*.so
+	cp -r bhfast csrc data tests LICENSE README.md pyproject.toml setup.py build/sanitize && rm -f build/sanitize/bhfast/*.so
 	cd build/sanitize && CFLAGS='$(SANITIZERS) -fno-sanitize-recover=all -fno-omit-frame-pointer -g1 -Werror' \
 	    LDFLAGS='$(SANITIZERS)' BHFAST_BUILD=cpu $(PY_HERE) setup.py -q build_ext --inplace
 	nm -D build/sanitize/bhfast/_C*.so | grep -q __asan_report

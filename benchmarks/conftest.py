@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,32 @@ def settings(corpus: Corpus, tmp_path: Path) -> dict[str, object]:
 
 def median(values: list[float]) -> float:
     return torch.tensor(values, dtype=torch.float64).quantile(0.5).item()
+
+
+def race(name: str, benchmark, rounds: int, contestants: dict[str, Callable[[], float]]) -> None:
+    """Run contestants in turn, ``rounds`` times after a warm-up; keep the steps per second of each, and the ratios.
+
+    The first one is compared with each of the others, round by round: how many times as fast it is. The time that
+    pytest-benchmark reports is that of a round of all of them; speeds and ratios are in ``extra_info``.
+    """
+    speeds: dict[str, list[float]] = {contestant: [] for contestant in contestants}
+
+    def once() -> None:
+        for contestant, run in contestants.items():
+            speeds[contestant].append(run())
+
+    once()
+    for values in speeds.values():
+        values.clear()
+    benchmark.pedantic(once, rounds=rounds, iterations=1)
+    first, *others = speeds
+    ratios = {other: median([a / b for a, b in zip(speeds[first], speeds[other], strict=True)]) for other in others}
+    benchmark.extra_info["steps_per_second"] = speeds
+    benchmark.extra_info["median of ratios by round"] = ratios
+    SUMMARY.append(f"{name}, median of {rounds} rounds:")
+    for contestant, values in speeds.items():
+        against = f"   x {ratios[contestant]:.3f}" if contestant in ratios else ""
+        SUMMARY.append(f"  {contestant:<30}{median(values):10.1f} steps/s{against}")
 
 
 @pytest.hookimpl(optionalhook=True)
