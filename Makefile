@@ -68,9 +68,11 @@ check: NEEDS += , mypy, clang_format
 setup: $(READY)
 	@$(PY) -c 'import $(NEEDS)' || $(PY) -m pip install --no-build-isolation --editable '.[corpus,test]'
 $(READY): $(SOURCES)
-	@if $(PY) -c 'import setuptools' 2>/dev/null; then $(PY) setup.py -q build_ext --inplace; \
-	    else echo 'setuptools is missing here, so the extension is not built: it will be pure torch'; fi
-	@mkdir -p build && touch $@
+	@mkdir -p build
+	@if $(PY) -c 'import setuptools' 2>/dev/null; then \
+	    $(PY) setup.py -q build_ext --inplace >build/log 2>&1 || { cat build/log; exit 1; }; grep '^bhfast:' build/log; \
+	    else echo 'bhfast: extension: none (setuptools is missing here)'; fi
+	@touch $@
 else
 setup: $(READY)
 $(READY): pyproject.toml Makefile $(SOURCES)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bhfast import _ops
 from bhfast.errors import BhfastError, ConfigError, StorageError
-from bhfast.ring import Ring, half_size, host_tensor, make_lane
+from bhfast.ring import Ring, half_size, host_tensor, make_lane, populator
 from bhfast.trace import TraceWriter, format_bytes
 
 FIELDS = _ops.FIELDS
@@ -143,6 +143,8 @@ class Recorder:
         with ExitStack() as stack:
             self._stack = stack
             self._writer = stack.enter_context(TraceWriter(self.path, overwrite=self._overwrite))
+            self._populator = populator()
+            stack.callback(self._populator.close)
             self._writer.reserve(size)
             for source in self._sources:
                 param = source.param
@@ -168,6 +170,7 @@ class Recorder:
         if device not in self._rings:
             lane = make_lane(device)
             if lane is None:
+                self._populator.add(self.tensors[key])
                 return self.tensors[key]
             self._stack.callback(lane.close)
             record = sum(source.param.nbytes for source in self._sources if source.param.device == device)

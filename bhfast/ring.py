@@ -6,9 +6,13 @@ the host while the other half fills. The streams meet by events; the host never 
 
 from __future__ import annotations
 
+import ctypes
+import heapq
 import mmap
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from itertools import pairwise
 from typing import Protocol
 
@@ -17,6 +21,7 @@ from torch import Tensor
 
 HALF_BYTES = 4 << 20  # large enough for the full bandwidth of the bus
 PIN_PIECE = 256 << 20  # bytes pinned at once: other calls to the driver wait that long
+POPULATE_PIECE = 256 << 10  # bytes of pages taken at once: other changes to the address space wait that long
 PAGE = mmap.PAGESIZE
 
 
@@ -88,10 +93,10 @@ class CudaLane:
         self.waits = 0
         self.device = device
         self.stream = torch.cuda.Stream(device)
-        self.pinner = Pinner(_cuda_register, torch.cuda.cudart().cudaHostUnregister)
+        self.pinner = Preparer(_cuda_register, torch.cuda.cudart().cudaHostUnregister, PIN_PIECE)
 
     def add(self, host: Tensor) -> None:
-        self.pinner.add([host])
+        self.pinner.add(host)
 
     def copy(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Ticket:
         for host, _ in pairs:
@@ -194,7 +199,7 @@ class Ring:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pinned memory
+# Host memory in the background
 
 
 def split(host: Tensor, slots: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -213,47 +218,49 @@ def split(host: Tensor, slots: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         yield to[low - start : high - start], source[low - start : high - start]
 
 
-class Pinner:
-    """Pins host memory in the background, exactly and piece by piece, while the first steps run.
+class Preparer:
+    """Makes host memory ready in the background, piece by piece, while the first steps run.
 
-    Where memory cannot be pinned, copies to it are slower, but right.
+    It pins memory that a GPU copies to, exactly as much as there is, or takes pages from the system before they are
+    written to (:func:`populate`). Memory that cannot be prepared is slower, but right.
 
     Args:
-        register: called with an address and a number of bytes; returns an error, or None.
-        unregister: called with the address of each registered piece, when all is done.
+        prepare: called with an address and a number of bytes; returns an error, or None.
+        undo: called at the end with the address of each piece that was prepared.
+        piece: bytes prepared at once.
 
     Attributes:
-        error: why some memory could not be pinned; None if all could.
+        error: why some memory could not be prepared; None if all could.
     """
 
-    def __init__(self, register: Callable[[int, int], str | None], unregister: Callable[[int], object]) -> None:
+    def __init__(self, prepare: Callable[[int, int], str | None], undo: Callable[[int], object], piece: int) -> None:
         self.error: str | None = None
-        self._register = register
-        self._unregister = unregister
+        self._prepare = prepare
+        self._undo = undo
+        self._piece = piece
         self._changed = threading.Condition()
-        self._queue: list[tuple[int, int]] = []  # addresses and sizes still to be pinned, in order
-        self._pinned: list[int] = []
+        self._queue: list[tuple[int, int, int]] = []  # a heap: offset in its tensor, address, size
+        self._at_hand: tuple[int, int, int] | None = None
+        self._done: list[int] = []
         self._closing = False
-        self._thread = threading.Thread(target=self._pin, name="bhfast-pin", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="bhfast-memory", daemon=True)
         self._thread.start()
 
-    def add(self, tensors: Sequence[Tensor]) -> None:
-        """Pin these tensors of :func:`host_tensor`: the first piece of each, then the second of each, and so on."""
-        pieces = [
-            (offset, tensor.data_ptr() + offset, min(PIN_PIECE, tensor.nbytes - offset))
-            for tensor in tensors
-            for offset in range(0, tensor.nbytes, PIN_PIECE)
-        ]
+    def add(self, tensor: Tensor) -> None:
+        """Prepare a tensor of :func:`host_tensor`; of all tensors the first piece, then the second, and so on."""
         with self._changed:
-            self._queue += [(address, size) for _, address, size in sorted(pieces)]
+            for offset in range(0, tensor.nbytes, self._piece):
+                size = min(self._piece, tensor.nbytes - offset)
+                heapq.heappush(self._queue, (offset, tensor.data_ptr() + offset, size))
             self._changed.notify_all()
 
     def wait(self, tensor: Tensor) -> bool:
-        """Wait until the memory of ``tensor`` is pinned, or cannot be; return whether there was a wait."""
+        """Wait until the memory of ``tensor`` is ready, or cannot be; return whether there was a wait."""
         start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
 
         def is_pending() -> bool:
-            return any(address < end and start < address + size for address, size in self._queue)
+            pieces = [*self._queue, self._at_hand] if self._at_hand else self._queue
+            return any(address < end and start < address + size for _, address, size in pieces)
 
         with self._changed:
             waits = is_pending()
@@ -262,32 +269,54 @@ class Pinner:
         return waits
 
     def close(self) -> None:
-        """Stop, and unpin everything. Nothing may be copying to the memory any more."""
+        """Stop, and undo everything. Nothing may be copying to the memory any more."""
         with self._changed:
             self._closing = True
             self._queue.clear()
             self._changed.notify_all()
         self._thread.join()
-        for address in self._pinned:
-            self._unregister(address)
+        for address in self._done:
+            self._undo(address)
 
-    def _pin(self) -> None:
+    def _work(self) -> None:
         while True:
             with self._changed:
                 while not self._queue and not self._closing:
                     self._changed.wait()
                 if self._closing:
                     return
-                address, size = self._queue[0]
+                self._at_hand = heapq.heappop(self._queue)
+            _, address, size = self._at_hand
             try:
-                error = self._register(address, size)
+                error = self._prepare(address, size)
             except Exception as unforeseen:
                 error = str(unforeseen)
             with self._changed:
+                self._at_hand = None
                 if error is None:
-                    self._pinned.append(address)
+                    self._done.append(address)
                 else:
                     self.error = error
-                if self._queue:
-                    self._queue.pop(0)
                 self._changed.notify_all()
+
+
+def populator() -> Preparer:
+    """Return what takes the pages of host memory before the run writes to them, as a first write is slow.
+
+    It gives up silently where the system has no such call: Linux has it since 5.14.
+    """
+    return Preparer(_populate, lambda address: None, POPULATE_PIECE)
+
+
+def _populate(address: int, size: int) -> str | None:
+    madv_populate_write = 23  # through ctypes, as mmap.madvise would hold the interpreter's lock meanwhile
+    if sys.platform != "linux" or _libc().madvise(address, size, madv_populate_write) != 0:
+        return "this system does not populate memory on request"
+    return None
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None)
+    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return libc

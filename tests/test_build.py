@@ -38,7 +38,10 @@ def test_nothing_is_built_if_asked_for() -> None:
     ("environment", "message"),
     [
         ({"BHFAST_BUILD": "cpu", "CXX": "no-such-compiler"}, "BHFAST_BUILD=cpu: there is no C++ compiler no-such"),
-        ({"BHFAST_BUILD": "cuda", "CXX": sys.executable, "PATH": "/nowhere", "CUDA_HOME": "/nowhere"}, "BHFAST_BUILD=cuda: there is no nvcc"),
+        (
+            {"BHFAST_BUILD": "cuda", "CXX": sys.executable, "PATH": "/nowhere", "CUDA_HOME": "/nowhere"},
+            "BHFAST_BUILD=cuda: there is no nvcc",
+        ),
         ({"BHFAST_BUILD": "rocm"}, "BHFAST_BUILD must be auto, none, cpu or cuda, got 'rocm'"),
     ],
     ids=str,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 
@@ -11,7 +12,7 @@ from lanes import SlowLane
 from torch import Tensor
 
 from bhfast import _ops, ring
-from bhfast.ring import Pinner, Ring, half_size, host_tensor, split
+from bhfast.ring import Preparer, Ring, half_size, host_tensor, split
 
 HALF = 4
 
@@ -131,57 +132,76 @@ class Driver:
         del self.sizes[address]
 
 
-def test_memory_is_pinned_piece_by_piece_exactly_and_unpinned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ring, "PIN_PIECE", 4096)
+def test_memory_is_prepared_piece_by_piece_exactly_and_let_go_of() -> None:
     driver = Driver()
-    pinner = Pinner(driver.register, driver.unregister)
     tensors = [host_tensor((10_000,), torch.uint8), host_tensor((5_000,), torch.uint8)]
-    pinner.add(tensors)
+    preparer = Preparer(lambda address, size: driver.register(address, size) if started.wait() else None,
+                        driver.unregister, piece=4096)  # fmt: skip
+    started = threading.Event()
     for tensor in tensors:
-        pinner.wait(tensor)
+        preparer.add(tensor)
+    started.set()
+    for tensor in tensors:
+        preparer.wait(tensor)
     a, b = (tensor.data_ptr() for tensor in tensors)
-    assert sorted(driver.sizes.values()) == [904, 1808, 4096, 4096, 4096]
-    assert set(driver.order[:2]) == {a, b}  # the first piece of each comes first: all tensors fill at once
-    assert sum(driver.sizes.values()) == 15_000
-    pinner.close()
+    order = [set(driver.order[:2]), set(driver.order[2:4]), set(driver.order[4:])]
+    assert order == [{a, b}, {a + 4096, b + 4096}, {a + 8192}]  # all tensors fill at once
+    assert [driver.sizes[x] for x in (a, b, a + 4096, b + 4096, a + 8192)] == [4096, 4096, 4096, 904, 1808]
+    preparer.close()
     assert driver.sizes == {}
 
 
-def test_copies_wait_for_their_piece_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ring, "PIN_PIECE", 4096)
+def test_copies_wait_for_their_piece_only() -> None:
     driver = Driver(delay=0.05)
-    pinner = Pinner(driver.register, driver.unregister)
+    preparer = Preparer(driver.register, driver.unregister, piece=4096)
     tensor = host_tensor((40_960,), torch.uint8)
-    pinner.add([tensor])
-    assert pinner.wait(tensor[:100])
+    preparer.add(tensor)
+    assert preparer.wait(tensor[:100])
     assert len(driver.sizes) < 10
-    assert not pinner.wait(tensor[:4096])
+    assert not preparer.wait(tensor[:4096])
     start = time.perf_counter()
-    pinner.close()  # in the middle of it
+    preparer.close()  # in the middle of it
     assert time.perf_counter() - start < 0.3
     assert driver.sizes == {}
 
 
 @pytest.mark.parametrize("raises", [False, True])
-def test_memory_that_cannot_be_pinned_is_used_all_the_same(raises: bool) -> None:
-    def register(address: int, size: int) -> str | None:
+def test_memory_that_cannot_be_prepared_is_used_all_the_same(raises: bool) -> None:
+    def prepare(address: int, size: int) -> str | None:
         if raises:
             raise RuntimeError("out of memory")
         return "out of memory"
 
-    pinner = Pinner(register, lambda address: pytest.fail("nothing was pinned"))
+    preparer = Preparer(prepare, lambda address: pytest.fail("nothing was prepared"), piece=4096)
     tensor = host_tensor((100,), torch.uint8)
-    pinner.add([tensor])
-    pinner.wait(tensor)
-    assert pinner.error == "out of memory"
-    pinner.close()
+    preparer.add(tensor)
+    preparer.wait(tensor)
+    assert preparer.error == "out of memory"
+    preparer.close()
 
 
-def test_pinners_end_their_threads() -> None:
+def test_preparers_end_their_threads() -> None:
     before = threading.active_count()
     for _ in range(20):
-        Pinner(lambda address, size: None, lambda address: None).close()
+        Preparer(lambda address, size: None, lambda address: None, piece=4096).close()
     assert threading.active_count() == before
+
+
+def test_populating_takes_pages_and_changes_nothing() -> None:
+    preparer = ring.populator()
+    tensor = host_tensor((3 << 20,), torch.uint8)
+    tensor[:1000] = 7
+    preparer.add(tensor)
+    preparer.wait(tensor)
+    if preparer.error is None:
+        pages = tensor.nbytes // ring.PAGE
+        resident = (ctypes.c_ubyte * pages)()
+        libc = ctypes.CDLL(None)
+        assert libc.mincore(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.nbytes), resident) == 0
+        assert sum(x & 1 for x in resident) == pages
+    assert (tensor[:1000] == 7).all()
+    assert not tensor[1000:].any()
+    preparer.close()
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"], indirect=True)
