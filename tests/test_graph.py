@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,9 +28,6 @@ class EagerGraphEngine(GraphEngine):
         super().__init__(job)
         self._replay = self._again
 
-    def _warm_up(self) -> None:
-        graph.gradients(self.job.model, self.windows[self.offsets[0]], self.job.target_offset)
-
     def _again(self) -> None:
         with self.job.recorder.counted_by(self.step):
             self._step()
@@ -47,6 +45,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> list[SlowLane]:
 
     monkeypatch.setattr(graph, "GraphEngine", EagerGraphEngine)
     monkeypatch.setattr(graph, "capture", lambda work, device: work)
+    monkeypatch.setattr(graph, "side_stream", lambda device: nullcontext())
     monkeypatch.setattr("bhfast.train.select_engine", lambda name, device: (name, "as asked"))
     monkeypatch.setattr(recorder, "make_lane", make_lane)
     monkeypatch.setattr(recorder, "half_size", lambda *_: 4)

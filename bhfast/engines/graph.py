@@ -7,7 +7,8 @@ recorder's ring it fills, so the host has nothing to do but to launch, and never
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -15,7 +16,17 @@ from bhfast.engines import Job
 from bhfast.engines.torch import corpus_windows, gradients
 from bhfast.errors import BhfastError
 
-WARM_UP = 3  # runs forward and backward
+WARM_UP = 3  # steps
+
+
+@contextmanager
+def side_stream(device: torch.device) -> Iterator[None]:
+    """Issue what is in the block on a stream of its own, in order with what comes before and after."""
+    stream, main = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    stream.wait_stream(main)
+    with torch.cuda.stream(stream):
+        yield
+    main.wait_stream(stream)
 
 
 def capture(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
@@ -38,20 +49,35 @@ class GraphEngine:
         self.lrs = torch.tensor(job.lrs, dtype=torch.float64, device=device)
         self.losses, self.grad_norms = torch.empty(2, len(job.lrs), device=device).unbind()
         self.step = torch.zeros((), dtype=torch.int64, device=device)  # the step at hand, counted from 1
-        self._warm_up()
-        self.coefficients = job.optimizer.schedule(job.lrs)
         with job.recorder.counted_by(self.step):
+            self._warm_up()
             self._replay = capture(self._step, device)
         self._addresses = self._current_addresses()
 
     def _warm_up(self) -> None:
-        """Let libraries set themselves up, on a side stream as a capture needs it, and make gradients."""
-        stream = torch.cuda.Stream(self.step.device)
-        stream.wait_stream(torch.cuda.current_stream(self.step.device))
-        with torch.cuda.stream(stream):
+        """Do the first step some times, and undo it.
+
+        Libraries set themselves up at first use, kernels are loaded, the recorder allocates: all of that must happen
+        before a capture, and on a side stream. What is recorded meanwhile is recorded anew.
+        """
+        job = self.job
+        with side_stream(self.step.device):
+            gradients(job.model, self.windows[self.offsets[0]], job.target_offset)
+            self.coefficients = job.optimizer.schedule(job.lrs)
+            state = [
+                x
+                for param in job.model.parameters()
+                for x in (
+                    param.detach(),
+                    job.optimizer.state[param]["exp_avg"],
+                    job.optimizer.state[param]["exp_avg_sq"],
+                )
+            ]
+            before = [x.clone() for x in state]
             for _ in range(WARM_UP):
-                gradients(self.job.model, self.windows[self.offsets[0]], self.job.target_offset)
-        torch.cuda.current_stream(self.step.device).wait_stream(stream)
+                self._step()
+                self.step.zero_()
+            torch._foreach_copy_(state, before)
 
     def _step(self) -> None:
         """Do a training step in operations that need nothing of the host."""
