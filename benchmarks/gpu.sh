@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All that needs a GPU, in one go: build, tests, sanitizers, a whole verified run, benchmarks.
+# All that needs a GPU, in one go: build, tests, a whole verified run, benchmarks, and our kernels under sanitizers.
 #
 #     benchmarks/gpu.sh [FOLDER]      the figures go to FOLDER/gpu-NAME.json (default: benchmarks/results)
 #
@@ -28,15 +28,16 @@ section "10,000 steps, verified"
 "$python" -m bhfast.train --device cuda --engine graph --out "$scratch/t.safetensors"
 "$python" -m bhfast.verify "$scratch/t.safetensors"
 
-section sanitizers
-short=(-m bhfast.train --device cuda --engine graph --steps 20 --quiet --overwrite --out "$scratch/s.safetensors")
-for tool in memcheck racecheck; do
-  compute-sanitizer --tool "$tool" --report-api-errors no --error-exitcode 1 "$python" "${short[@]}"
-done
-
 section benchmarks
 name=$("$python" -c 'import re, torch; print(re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()))')
 mkdir -p "$folder"
 "$python" -m pytest benchmarks -q --benchmark-only -k "graph or step_by_step or (adam and cuda)" \
   --benchmark-json "$folder/gpu-$name.json"
+section sanitizers
+short=(-m bhfast.train --device cuda --engine graph --steps 20 --quiet --overwrite --out "$scratch/s.safetensors")
+for tool in memcheck racecheck; do
+  compute-sanitizer --tool "$tool" --kernel-regex kns=bhfast --report-api-errors no --error-exitcode 1 \
+    "$python" "${short[@]}"
+done
+
 section "done: $folder/gpu-$name.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -117,7 +118,7 @@ class Recorder:
         self._complete = 0  # records that are whole
         self._overwrite = overwrite
         self._slots: dict[str, Tensor] = {}  # where the records are made: on the source's device, or in tensors itself
-        self._rings: dict[torch.device, Ring] = {}
+        self._rings: dict[tuple[torch.device, int], Ring] = {}  # by the size of a half
         self._fused: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)  # slots that the optimizer fills itself
         self._by_hand: list[_Source] = []  # what of the step at hand it does not fill
         self._sources = [
@@ -165,29 +166,42 @@ class Recorder:
             self._stack = stack.pop_all()
         return self
 
-    def _make_slots(self, key: str, device: torch.device) -> Tensor:
+    def _make_slots(self, key: str, device: torch.device, blank: float | None = None) -> Tensor:
         """Return where the records of a tensor are made: in a ring on its device, or where they are kept."""
-        if device not in self._rings:
+        record = sum(source.param.nbytes for source in self._sources if source.param.device == device)
+        half = half_size(max(record, self.tensors[key][0].nbytes), self.records)
+        if (device, half) not in self._rings:
             lane = make_lane(device)
             if lane is None:
                 self._populator.add(self.tensors[key])
                 return self.tensors[key]
             self._stack.callback(lane.close)
-            record = sum(source.param.nbytes for source in self._sources if source.param.device == device)
-            self._rings[device] = Ring(lane, half_size(record, self.records))
-        return self._rings[device].add(self.tensors[key], device)
+            self._rings[device, half] = Ring(lane, half, first=self._row or 0)
+        return self._rings[device, half].add(self.tensors[key], device, blank)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         with self._stack:
-            for ring in self._rings.values():
-                ring.drain(self._complete)
+            fault = self._drain()
             tensors = {key: tensor[: self._complete] for key, tensor in self.tensors.items()}
             self.saved_steps = int(tensors["recorded_steps"][-1])
             if self._complete < self.records and self.path.exists():
                 self.path = self.path.with_name(f"{self.path.stem}.cut-at-{self.saved_steps}{self.path.suffix}")
             self._writer.commit({**tensors, **self.constants}, self.metadata, path=self.path)
+        if fault is not None and error is None:
+            raise fault
+
+    def _drain(self) -> Exception | None:
+        """Bring all records to the host; if the device failed, go back to those that are there and return its error."""
+        fault = None
+        for ring in self._rings.values():
+            try:
+                ring.drain(self._complete)
+            except RuntimeError as error:
+                fault = error
+                self._complete = max(1, min(self._complete, ring.landed))
+        return fault
 
     @property
     def description(self) -> str:
@@ -197,8 +211,8 @@ class Recorder:
 
     @property
     def stalls(self) -> int:
-        """How often the run had to wait for the recording."""
-        return sum(ring.stalls for ring in self._rings.values())
+        """How often the run had to wait for the recording; complete after the block."""
+        return sum(ring.lane.waits for ring in self._rings.values())
 
     # -----------------------------------------------------------------------------------------------------------------
     # Steps
@@ -314,7 +328,7 @@ class Recorder:
                 wanted, got = list(self.tensors[name].shape[1:]), list(value.shape)
                 raise ConfigError(f"log({name}=...) must have one shape throughout: wanted {wanted}, got {got}")
             elif value.device.type == "cuda" and self._slots[name].device.type != "cuda":
-                self._slots[name] = self._make_slots(name, value.device)
+                self._slots[name] = self._make_slots(name, value.device, _blank(value.dtype))
             slots = self._slots[name]
             records[slots.device][0].append(value.detach().to(slots.device, slots.dtype))
             records[slots.device][1].append(slots)
@@ -323,9 +337,14 @@ class Recorder:
 
     def _add(self, name: str, value: Tensor) -> None:
         tensor = host_tensor((self.records, *value.shape), value.dtype)
-        self.tensors[name] = tensor.fill_(float("nan") if value.is_floating_point() else 0)
+        self.tensors[name] = tensor.fill_(_blank(value.dtype))
         self._writer.reserve(sum(tensor.nbytes for tensor in self.tensors.values()))
-        self._slots[name] = self._make_slots(name, value.device)
+        self._slots[name] = self._make_slots(name, value.device, _blank(value.dtype))
+
+
+def _blank(dtype: torch.dtype) -> float:
+    """What records without a logged value hold."""
+    return math.nan if dtype.is_floating_point else 0
 
 
 class NullRecorder:

@@ -11,16 +11,17 @@ import heapq
 import mmap
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import pairwise
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 HALF_BYTES = 4 << 20  # large enough for the full bandwidth of the bus
-PIN_PIECE = 256 << 20  # bytes pinned at once: other calls to the driver wait that long
+PIN_PIECE = 64 << 20  # bytes pinned at once: other calls to the driver wait that long
 POPULATE_PIECE = 256 << 10  # bytes of pages taken at once: other changes to the address space wait that long
 PAGE = mmap.PAGESIZE
 
@@ -33,7 +34,7 @@ def host_tensor(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     count = torch.Size(shape).numel()
     if count == 0:
         return torch.empty(shape, dtype=dtype)
-    memory = mmap.mmap(-1, count * dtype.itemsize)
+    memory = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype, count=count).view(*shape)
@@ -60,7 +61,8 @@ class Lane(Protocol):
     """Carries copies from a device to the host beside the computation, in the order they are asked for.
 
     Attributes:
-        waits: how often a copy had to wait for its host memory to be ready.
+        waits: how often the computation had to wait: for a copy out of a slot it needs, or for memory to copy to.
+            Complete after :meth:`drain`.
     """
 
     waits: int
@@ -78,7 +80,7 @@ class Lane(Protocol):
         ...
 
     def drain(self) -> None:
-        """Wait, on the host, until all copies are done."""
+        """Wait, on the host, until the computation and all copies are done."""
         ...
 
     def close(self) -> None:
@@ -93,6 +95,9 @@ class CudaLane:
         self.waits = 0
         self.device = device
         self.stream = torch.cuda.Stream(device)
+        self._meetings: list[
+            tuple[torch.cuda.Event, torch.cuda.Event]
+        ] = []  # the computation arrives; the copy is done
         self.pinner = Preparer(_cuda_register, torch.cuda.cudart().cudaHostUnregister, PIN_PIECE)
 
     def add(self, host: Tensor) -> None:
@@ -106,14 +111,19 @@ class CudaLane:
             for pair in pairs:
                 for host, slots in split(*pair):
                     host.copy_(slots, non_blocking=True)
-        return self.stream.record_event()
+        return self.stream.record_event(torch.cuda.Event(enable_timing=True))
 
     def hold(self, ticket: Ticket) -> None:
         assert isinstance(ticket, torch.cuda.Event)
-        torch.cuda.current_stream(self.device).wait_event(ticket)
+        stream = torch.cuda.current_stream(self.device)
+        self._meetings.append((stream.record_event(torch.cuda.Event(enable_timing=True)), ticket))
+        stream.wait_event(ticket)
 
     def drain(self) -> None:
-        self.stream.synchronize()
+        torch.cuda.synchronize(self.device)
+        # The host is far ahead of the device, so only now can it know which of the two came first.
+        self.waits += sum(arrived.elapsed_time(copied) > 0 for arrived, copied in self._meetings)
+        self._meetings.clear()
 
     def close(self) -> None:
         self.pinner.close()
@@ -142,34 +152,31 @@ class Ring:
     Args:
         lane: what carries the copies.
         half: how many records one half has.
+        first: the number of the record at hand when the ring is made.
     """
 
-    def __init__(self, lane: Lane, half: int) -> None:
+    def __init__(self, lane: Lane, half: int, first: int = 0) -> None:
+        self.lane = lane
         self.half = half
-        self._lane = lane
-        self._full = 0  # how often both halves were
-        self._pairs: list[tuple[Tensor, Tensor]] = []  # host [records, ...], slots [2 * half, ...]
-        self._tickets: list[Ticket | None] = [None, None]  # the last copies out of each half
-        self._turned = 0  # records that are copied out, or are on their way
+        self.landed = 0  # records that are known to be on the host
+        self._tracks: list[_Track] = []
+        self._tickets: deque[tuple[int, Ticket]] = deque(maxlen=2)  # the last copies, and where each ends
+        self._turned = first - first % half  # records that are copied out, or are on their way
 
-    def add(self, host: Tensor, device: torch.device) -> Tensor:
+    def add(self, host: Tensor, device: torch.device, blank: float | None = None) -> Tensor:
         """Return slots for the records that shall go to ``host``, from the half that is now being filled.
 
         Args:
             host: ``[records, ...]``; what it holds of that half already stays, unless it is recorded anew.
+            blank: what records hold that are not written; None if every one is.
         """
         slots = torch.empty((2 * self.half, *host.shape[1:]), dtype=host.dtype, device=device)
         now = host[self._turned : self._turned + self.half]
         first = self._turned % (2 * self.half)
         slots[first : first + len(now)] = now.to(device)
-        self._pairs.append((host, slots))
-        self._lane.add(host)
+        self._tracks.append(_Track(host, slots, blank))
+        self.lane.add(host)
         return slots
-
-    @property
-    def stalls(self) -> int:
-        """How often the computation had to wait: for a slot, or for the host's memory."""
-        return self._full + self._lane.waits
 
     @property
     def room(self) -> int:
@@ -177,25 +184,42 @@ class Ring:
         return self._turned + self.half
 
     def turn(self) -> None:
-        """Send the full half to the host, and make sure of the other one."""
+        """Send the full half to the host, and make the other one ready to be written to."""
+        before = self._tickets[-1][1] if self._tickets else None
         self._send(self.half)
-        ticket = self._tickets[self._turned // self.half % 2]
-        if ticket is not None:
-            self._full += not ticket.query()
-            self._lane.hold(ticket)
+        if before is not None:
+            self.lane.hold(before)
+        first = self._turned % (2 * self.half)
+        for track in self._tracks:
+            if track.blank is not None:
+                track.slots[first : first + self.half].fill_(track.blank)
 
     def drain(self, records: int) -> None:
         """Bring everything up to ``records`` records to the host, and wait for it."""
+        self.lane.drain()
         self._send(max(0, records - self._turned))
-        self._lane.drain()
+        self.lane.drain()
+        self.landed = self._turned
 
     def _send(self, count: int) -> None:
+        for end, ticket in self._tickets:
+            if ticket.query():
+                self.landed = end
         first = self._turned % (2 * self.half)
-        pairs = [
-            (host[self._turned : self._turned + count], slots[first : first + count]) for host, slots in self._pairs
-        ]
-        self._tickets[self._turned // self.half % 2] = self._lane.copy(pairs)
+        ticket = self.lane.copy(
+            [
+                (track.host[self._turned : self._turned + count], track.slots[first : first + count])
+                for track in self._tracks
+            ]
+        )
         self._turned += count
+        self._tickets.append((self._turned, ticket))
+
+
+class _Track(NamedTuple):
+    host: Tensor  # [records, ...]
+    slots: Tensor  # [2 * half, ...]
+    blank: float | None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -47,6 +47,7 @@ class SlowLane:
         return ticket
 
     def hold(self, ticket: ThreadTicket) -> None:
+        self.waits += not ticket.query()
         ticket.done.wait()
 
     def drain(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -241,6 +242,30 @@ def test_one_optimizer_has_one_fused_recorder(tmp_path: Path) -> None:
     assert torch.equal(open_trace(tmp_path / "a")["w"][1], model.weight)
 
 
+def test_a_device_that_fails_leaves_the_records_that_had_arrived(tmp_path: Path, monkeypatch) -> None:
+    class FailingLane(SlowLane):
+        def drain(self) -> None:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(module, "make_lane", lambda device: FailingLane())
+    monkeypatch.setattr(module, "half_size", lambda record, records: 4)
+    for name, own in (("a", None), ("b", ValueError("the user's own"))):
+        model = linear()
+        optimizer = FusedAdam(model.parameters())
+        wanted = [model.weight.detach().clone()]
+        with (
+            pytest.raises(type(own or RuntimeError()), match="the user's own" if own else "illegal memory access"),
+            Recorder(optimizer, {"w": model.weight}, steps=20, path=tmp_path / name),
+        ):
+            for _ in range(14):
+                train_step(model, optimizer)
+                wanted.append(model.weight.detach().clone())
+                time.sleep(0.01)
+            if own:
+                raise own
+        assert torch.equal(open_trace(tmp_path / name)["w"], torch.stack(wanted[:8]))
+
+
 @pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("optimizer_class", [FusedAdam, torch.optim.AdamW])
 def test_records_through_a_ring_what_it_records_without(optimizer_class, every, tmp_path, monkeypatch) -> None:
@@ -258,7 +283,9 @@ def test_records_through_a_ring_what_it_records_without(optimizer_class, every, 
             for step in range(1, 43):
                 loss = train_step(model, optimizer)
                 if step > 6:
-                    recorder.log(loss=loss)
+                    recorder.log(loss=loss, wide=torch.full((3, 3), step))
+                if step % 9 == 0:
+                    recorder.log(seldom=torch.tensor(step))
                 with torch.no_grad():
                     model.weight.grad.fill_(float("nan"))  # poison: what changes after the step is not the step's
     assert lanes[0].closed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from bhfast.ring import Preparer, Ring, half_size, host_tensor, split
 HALF = 4
 
 
-def record_all(records: int, delay: float, width: int = 3) -> tuple[list[Tensor], Ring, SlowLane]:
+def record_all(records: int, delay: float, width: int = 3) -> tuple[list[Tensor], SlowLane]:
     """Send ``records`` records of two tensors through a ring; return the hosts' tensors."""
     lane = SlowLane(delay)
     the_ring = Ring(lane, HALF)
@@ -34,23 +35,23 @@ def record_all(records: int, delay: float, width: int = 3) -> tuple[list[Tensor]
     for x in slots:
         x.fill_(-7)  # what happens on the device after the end concerns nobody
     lane.close()
-    return hosts, the_ring, lane
+    return hosts, lane
 
 
 @pytest.mark.parametrize("records", [1, HALF - 1, HALF, HALF + 1, 2 * HALF - 1, 2 * HALF, 2 * HALF + 1, 5 * HALF + 3])
 @pytest.mark.parametrize("delay", [0.0, 0.003])
 def test_every_record_arrives_whatever_the_ring_wraps_at(records: int, delay: float) -> None:
-    (wide, narrow), _, lane = record_all(records, delay)
+    (wide, narrow), lane = record_all(records, delay)
     assert wide.tolist() == [[r] * 3 for r in range(records)]
     assert narrow.tolist() == [float(r) for r in range(records)]
     assert lane.copies == 2 * ((records - 1) // HALF + 1)  # one for each tensor and half, the last one smaller
 
 
 def test_a_full_ring_waits_and_is_counted() -> None:
-    _, slow, _ = record_all(8 * HALF, delay=0.02)
-    assert slow.stalls >= 5
-    _, one_half, _ = record_all(2 * HALF, delay=0.02)
-    assert one_half.stalls == 0  # it never came back to a half
+    _, slow = record_all(8 * HALF, delay=0.02)
+    assert slow.waits >= 5
+    _, two_halves = record_all(2 * HALF, delay=0.02)
+    assert two_halves.waits == 0  # it never came back to the first one
 
 
 def test_what_the_host_holds_already_stays() -> None:
@@ -75,6 +76,35 @@ def test_what_the_host_holds_already_stays() -> None:
     assert second.tolist() == [100, 101, 102, 103, 104, 105, 6, 107, *range(8, 20)]
 
 
+def test_a_ring_made_in_the_middle_takes_over_from_the_record_at_hand() -> None:
+    lane = SlowLane()
+    host = torch.arange(100, 130)
+    the_ring = Ring(lane, HALF, first=10)
+    slots = the_ring.add(host, torch.device("cpu"))
+    for record in range(10, 30):
+        if record == the_ring.room:
+            the_ring.turn()
+        slots[record % (2 * HALF)] = record
+    the_ring.drain(30)
+    lane.close()
+    assert host.tolist() == [*range(100, 110), *range(10, 30)]
+
+
+def test_records_that_are_not_written_are_blank() -> None:
+    lane = SlowLane()
+    the_ring = Ring(lane, HALF)
+    host = torch.full((40,), -1)
+    slots = the_ring.add(host, torch.device("cpu"), blank=-1)
+    for record in range(40):
+        if record == the_ring.room:
+            the_ring.turn()
+        if record % 10 == 0:
+            slots[record % (2 * HALF)] = record
+    the_ring.drain(40)
+    lane.close()
+    assert host.tolist() == [record if record % 10 == 0 else -1 for record in range(40)]
+
+
 def test_half_size() -> None:
     assert half_size(65_536, 10_001) == 64
     assert half_size(10 << 20, 10_001) == 2
@@ -91,6 +121,11 @@ def test_host_tensors_start_at_a_page_and_have_exactly_the_size() -> None:
     assert tensor.data_ptr() % ring.PAGE == 0
     assert tensor.untyped_storage().nbytes() == tensor.nbytes == 30
     assert tensor.is_contiguous()
+    maps = Path("/proc/self/smaps")
+    if maps.exists():  # private, so that it may have huge pages
+        start = f"{tensor.data_ptr():x}-"
+        mapping = next(line for line in maps.read_text().splitlines() if line.startswith(start))
+        assert mapping.split()[1] == "rw-p"
     assert host_tensor((0, 5), torch.float32).shape == (0, 5)
 
 

@@ -53,6 +53,7 @@ class GraphEngine:
             self._warm_up()
             self._replay = capture(self._step, device)
         self._addresses = self._current_addresses()
+        self.done = 0
 
     def _warm_up(self) -> None:
         """Do the first step some times, and undo it.
@@ -112,6 +113,9 @@ class GraphEngine:
             self.job.recorder.end()
             left -= burst
         self.job.optimizer.count(steps)
+        self.done += steps
+        for group in self.job.optimizer.param_groups:
+            group["lr"] = self.job.lrs[self.done - 1]
 
     def _current_addresses(self) -> list[int | None]:
         state = self.job.optimizer.state

@@ -44,6 +44,7 @@ class TorchEngine:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.windows = corpus_windows(job)
+        self.offsets = job.offsets.to(self.windows.device)
         self.losses, self.grad_norms = torch.empty(2, len(job.lrs), device=self.windows.device).unbind()
         self.done = 0
 
@@ -56,8 +57,7 @@ class TorchEngine:
         job, lr = self.job, self.job.lrs[self.done]
         for group in job.optimizer.param_groups:
             group["lr"] = lr
-        offsets = job.offsets[self.done].to(self.windows.device)
-        loss, logits = gradients(job.model, self.windows[offsets], job.target_offset)
+        loss, logits = gradients(job.model, self.windows[self.offsets[self.done]], job.target_offset)
         job.optimizer.step()
         norm = job.optimizer.grad_norm
         job.recorder.log(

@@ -59,7 +59,10 @@ __global__ void __launch_bounds__(kThreads)
     const P* const values[kFields] = {&p, &g, &m, &v};
 #pragma unroll
     for (int field = 0; field < kFields; ++field) {
-      if (t.rings[field]) *reinterpret_cast<P*>(ring_at<T>(t.rings[field], slot, t.numel, i)) = *values[field];
+      if (!t.rings[field]) continue;
+      // Nobody reads it here again; and through P the compiler would store its bytes piece by piece.
+      __stcs(reinterpret_cast<uint4*>(ring_at<T>(t.rings[field], slot, t.numel, i)),
+             __builtin_bit_cast(uint4, *values[field]));
     }
     return;
   }
