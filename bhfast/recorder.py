@@ -318,7 +318,8 @@ class Recorder:
         """
         if self._row is None:
             return
-        records: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
+        # Those with rings of one size together.
+        records: dict[tuple[torch.device, int], tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
         for name, value in values.items():
             if name not in self.tensors:
                 self._add(name, value)
@@ -330,8 +331,9 @@ class Recorder:
             elif value.device.type == "cuda" and self._slots[name].device.type != "cuda":
                 self._slots[name] = self._make_slots(name, value.device, _blank(value.dtype))
             slots = self._slots[name]
-            records[slots.device][0].append(value.detach().to(slots.device, slots.dtype))
-            records[slots.device][1].append(slots)
+            sources, rings = records[slots.device, len(slots)]
+            sources.append(value.detach().to(slots.device, slots.dtype))
+            rings.append(slots)
         for sources, rings in records.values():
             _ops.record_(sources, rings, self._step_tensor, self.every)
 

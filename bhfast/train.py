@@ -164,7 +164,7 @@ class TrainResult:
 def train(config: TrainConfig | None = None) -> TrainResult:
     """Train and record one run.
 
-    Ctrl-C and SIGTERM end it after the step at hand, with a valid trace of the steps so far; the result's ``steps``
+    Ctrl-C and SIGTERM end it after the steps under way, with a valid trace of the steps so far; the result's ``steps``
     says how many. Any other exception in the loop ends it likewise, and is raised.
 
     Raises:

@@ -470,6 +470,14 @@ def test_an_extension_that_does_not_load_is_told_from_one_that_is_not_built(monk
     assert _ops._load() == (None, "the extension does not load: undefined symbol: _ZN3c10; build it anew")
 
 
+@pytest.mark.parametrize("operation", ["clip_coefficient", "adam_", "record_"])
+def test_what_backend_says_is_what_runs(operation: str, extension) -> None:
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    assert _ops.backend("cpu")[0] == "C++"
+    assert has_kernel(f"bhfast::{operation}", "CPU")
+    assert has_kernel(f"bhfast::{operation}", "CUDA") == (_ops.backend("cuda")[0] == "CUDA")
+
+
 def test_instruction_sets(extension) -> None:
     assert extension.instruction_sets()[-1] == "portable"
     with pytest.raises(ValueError, match=r"must be an instruction set of this machine \(.*portable\), got 'sse'"):
