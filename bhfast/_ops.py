@@ -18,94 +18,45 @@ Each float32 operation is IEEE 754 round-to-nearest-even, and a fused multiply-a
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Sequence
-from functools import cache
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache, wraps
 from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 ROUNDINGS = ("per-op", "opmath")
 FIELDS = ("param", "grad", "exp_avg", "exp_avg_sq")  # of a parameter, in the order of ``ring_of``
-COEFFICIENTS = ("decay", "bias2_sqrt", "step_size", "weight1", "weight2", "beta2", "eps")
 NORM_BLOCK = 1024
 CHUNK = 1 << 15  # elements updated at once: in cache, and one thread each, as torch splits larger operations at a loss
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The operations
 
-torch.library.define("bhfast::clip_coefficient", "(Tensor[] grads, float max_norm) -> (Tensor, Tensor)")
-torch.library.define(
-    "bhfast::adam_",
-    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor coefficients,"
-    " Tensor? clip_coef, str rounding, Tensor(d!)[] rings, int[] ring_of, Tensor? step, int every) -> ()",
-)
-torch.library.define("bhfast::record_", "(Tensor[] values, Tensor(a!)[] rings, Tensor step, int every) -> ()")
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 
-def clip_coefficient(grads: Sequence[Tensor], max_norm: float) -> tuple[Tensor, Tensor]:
-    """Return the global norm of ``grads``, see :func:`grad_norm`, and the factor that clips it to ``max_norm``.
+def _operation(schema: str) -> Callable[[Callable[_Arguments, _Result]], Callable[_Arguments, _Result]]:
+    """Declare an operation of torch by its default kernel; return what calls the best kernel there is.
 
-    The factor is ``min(1, max_norm / (norm + 1e-6))``, as ``torch.nn.utils.clip_grad_norm_`` has it, rounded to
-    bfloat16 if any gradient is bfloat16.
-
-    Args:
-        grads: non-empty; any shapes; bfloat16 or float32; of one device.
-        max_norm: above 0; inf for a factor of 1.
-
-    Returns:
-        Two float32 scalars on the gradients' device.
+    The default kernel itself is that function's ``__wrapped__``.
     """
-    return torch.ops.bhfast.clip_coefficient(grads, max_norm)
 
+    def declare(default: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+        name = f"bhfast::{default.__name__}"
+        torch.library.define(name, schema)
+        torch.library.impl(name, "CompositeExplicitAutograd")(default)
+        operation = getattr(torch.ops.bhfast, default.__name__)
 
-def adam_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    coefficients: Tensor,
-    clip_coef: Tensor | None,
-    rounding: str,
-    rings: Sequence[Tensor] = (),
-    ring_of: Sequence[int] = (),
-    step: Tensor | None = None,
-    every: int = 1,
-) -> None:
-    """Advance ``params``, ``exp_avgs`` and ``exp_avg_sqs`` in place by one step; ``grads`` are only read.
+        @wraps(default)
+        def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+            return operation(*args, **kwargs)
 
-    What a step made of them is recorded on the way: the gradient as it came in, the rest after the step. Call it under
-    ``torch.no_grad()``.
+        return call
 
-    Args:
-        params, grads, exp_avgs, exp_avg_sqs: equally long, of equal shapes by index; one dtype (bfloat16 or float32),
-            one device.
-        coefficients: float32 ``[7]``, a row of :func:`adam_coefficients`; on the CPU, or on the parameters' device.
-        clip_coef: float32 scalar to multiply each gradient with on its way in, likewise; None: no clipping.
-        rounding: ``"per-op"`` or ``"opmath"``.
-        rings: where to record, each ``[slots, *shape]`` and contiguous, with one number of slots.
-        ring_of: for each ring what it records: 4 times the parameter's index plus the field's in ``FIELDS``.
-        step: int64 scalar, counted from 1, on the CPU or on the parameters' device; needed with rings. If it is a
-            multiple of ``every``, the record goes to slot ``step / every % slots``.
-        every: see ``step``.
-
-    Raises:
-        TypeError, ValueError: an argument is not as said; the message names it, what was wanted and what it got.
-    """
-    torch.ops.bhfast.adam_(
-        params, grads, exp_avgs, exp_avg_sqs, coefficients, clip_coef, rounding, rings, ring_of, step, every
-    )
-
-
-def record_(values: Sequence[Tensor], rings: Sequence[Tensor], step: Tensor, every: int) -> None:
-    """Copy each value to its ring's slot for ``step``, if that is recorded; see :func:`adam_`.
-
-    Args:
-        values: tensors of one device, any dtypes.
-        rings: for each value one, ``[slots, *shape]``, contiguous.
-    """
-    torch.ops.bhfast.record_(values, rings, step, every)
+    return declare
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -194,8 +145,23 @@ def grad_norm(grads: Sequence[Tensor]) -> Tensor:
     return sqrt(x.reshape(())).to(grads[0].device)
 
 
-def _clip_coefficient(grads: Sequence[Tensor], max_norm: float) -> tuple[Tensor, Tensor]:
-    """Do :func:`clip_coefficient` in pure torch."""
+@_operation("(Tensor[] grads, float max_norm) -> (Tensor, Tensor)")
+def clip_coefficient(grads: Sequence[Tensor], max_norm: float) -> tuple[Tensor, Tensor]:
+    """Return the global norm of ``grads``, see :func:`grad_norm`, and the factor that clips it to ``max_norm``.
+
+    The factor is ``min(1, max_norm / (norm + 1e-6))``, as ``torch.nn.utils.clip_grad_norm_`` has it, rounded to
+    bfloat16 if any gradient is bfloat16.
+
+    Args:
+        grads: non-empty; any shapes; bfloat16 or float32; of one device.
+        max_norm: above 0; inf for a factor of 1.
+
+    Returns:
+        Two float32 scalars on the gradients' device.
+
+    Raises:
+        TypeError, ValueError: an argument is not as said.
+    """
     _check(bool(grads), ValueError, "grads must be at least one, got none")
     for i, grad in enumerate(grads):
         _check_dense(f"grads[{i}]", grad)
@@ -235,7 +201,7 @@ def adam_coefficients(
     """Compute the coefficients of ``steps`` (counted from 1) in double precision, each rounded once to float32.
 
     Returns:
-        ``[steps, 7]`` on the CPU, its columns in the order of ``COEFFICIENTS``.
+        ``[steps, 7]`` on the CPU, its columns in the order of :class:`AdamCoefficients`.
     """
     beta1, beta2 = betas
     rows = [
@@ -296,7 +262,11 @@ def _lerp(start: Tensor, end: Tensor, weight: Tensor) -> Tensor:
     return torch.where(weight < 0.5, near_start, near_end)
 
 
-def _adam_(
+@_operation(
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor coefficients,"
+    " Tensor? clip_coef, str rounding, Tensor(d!)[] rings, int[] ring_of, Tensor? step, int every) -> ()"
+)
+def adam_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
@@ -309,7 +279,26 @@ def _adam_(
     step: Tensor | None,
     every: int,
 ) -> None:
-    """Do :func:`adam_` in pure torch."""
+    """Advance ``params``, ``exp_avgs`` and ``exp_avg_sqs`` in place by one step; ``grads`` are only read.
+
+    What a step made of them is recorded on the way: the gradient as it came in, the rest after the step. Call it under
+    ``torch.no_grad()``.
+
+    Args:
+        params, grads, exp_avgs, exp_avg_sqs: equally long, of equal shapes by index; one dtype (bfloat16 or float32),
+            one device.
+        coefficients: float32 ``[7]``, a row of :func:`adam_coefficients`; on the CPU, or on the parameters' device.
+        clip_coef: float32 scalar to multiply each gradient with on its way in, likewise; None: no clipping.
+        rounding: ``"per-op"`` or ``"opmath"``.
+        rings: where to record, each ``[slots, *shape]`` and contiguous, with one number of slots; maybe none.
+        ring_of: for each ring what it records: 4 times the parameter's index plus the field's in ``FIELDS``.
+        step: int64 scalar, counted from 1, on the CPU or on the parameters' device; needed with rings. If it is a
+            multiple of ``every``, the record goes to slot ``step / every % slots``.
+        every: see ``step``.
+
+    Raises:
+        TypeError, ValueError: an argument is not as said; the message names it, what was wanted and what it got.
+    """
     _check_adam(params, grads, exp_avgs, exp_avg_sqs, coefficients, clip_coef, rounding, rings, ring_of, step, every)
     if not params:
         return
@@ -332,7 +321,7 @@ def _adam_(
         if flat[i].data_ptr() != lists[i][0].data_ptr():
             torch._foreach_copy_(list(lists[i]), torch._utils._unflatten_dense_tensors(flat[i], lists[i]))
     if step is not None:
-        _record_([lists[which % len(FIELDS)][which // len(FIELDS)] for which in ring_of], rings, step, every)
+        _write([lists[which % len(FIELDS)][which // len(FIELDS)] for which in ring_of], rings, step, every)
 
 
 def _adam_torch_(p: Tensor, g: Tensor, m: Tensor, v: Tensor, coefficients: Tensor) -> None:
@@ -397,9 +386,24 @@ def _flatten(tensors: Sequence[Tensor]) -> Tensor:
 # Recording
 
 
-def _record_(values: Sequence[Tensor], rings: Sequence[Tensor], step: Tensor, every: int) -> None:
-    """Do :func:`record_` in pure torch; where ``step`` is on a GPU, it waits for it."""
-    _check_rings([(f"rings[{i}]", *pair) for i, pair in enumerate(zip(rings, values, strict=True))], step, every)
+@_operation("(Tensor[] values, Tensor(a!)[] rings, Tensor step, int every) -> ()")
+def record_(values: Sequence[Tensor], rings: Sequence[Tensor], step: Tensor, every: int) -> None:
+    """Copy each value to its ring's slot for ``step``, if that is recorded; see :func:`adam_`.
+
+    In pure torch it waits for ``step`` where that is on a GPU.
+
+    Args:
+        values: tensors of one device, any dtypes.
+        rings: for each value one, ``[slots, *shape]``, contiguous.
+
+    Raises:
+        TypeError, ValueError: an argument is not as said.
+    """
+    _check_record(values, rings, step, every)
+    _write(values, rings, step, every)
+
+
+def _write(values: Sequence[Tensor], rings: Sequence[Tensor], step: Tensor, every: int) -> None:
     number = int(step)
     if number % every:
         return
@@ -414,6 +418,10 @@ def _record_(values: Sequence[Tensor], rings: Sequence[Tensor], step: Tensor, ev
 def _check(holds: bool, kind: type[Exception], message: str) -> None:
     if not holds:
         raise kind(message)
+
+
+def _check_length(name: str, one: Sequence[object], like: str, other: Sequence[object]) -> None:
+    _check(len(one) == len(other), ValueError, f"{name} must be as many as {like} ({len(other)}), got {len(one)}")
 
 
 def _check_dense(name: str, grad: Tensor) -> None:
@@ -441,15 +449,9 @@ def _check_adam(params, grads, exp_avgs, exp_avg_sqs, coefficients, clip_coef, r
     lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     _check_dtype("params[0]", params[0])
     for name, tensors in lists.items():
-        _check(
-            len(tensors) == len(params),
-            ValueError,
-            f"{name} must be as many as params ({len(params)}), got {len(tensors)}",
-        )
+        _check_length(name, tensors, "params", params)
     _check(rounding in ROUNDINGS, ValueError, f"rounding must be per-op or opmath, got {rounding}")
-    _check(
-        len(ring_of) == len(rings), ValueError, f"ring_of must be as many as rings ({len(rings)}), got {len(ring_of)}"
-    )
+    _check_length("ring_of", ring_of, "rings", rings)
     for i, param in enumerate(params):
         _check_dense(f"grads[{i}]", grads[i])
         _check_same(f"params[{i}]", "be", param.dtype, params[0].dtype, "params[0]")
@@ -458,7 +460,7 @@ def _check_adam(params, grads, exp_avgs, exp_avg_sqs, coefficients, clip_coef, r
             _check_same(f"{name}[{i}]", "be", tensors[i].dtype, param.dtype, f"params[{i}]")
             _check_same(f"{name}[{i}]", "have shape", tensors[i].shape, param.shape, f"params[{i}]")
             _check_same(f"{name}[{i}]", "be on", tensors[i].device, param.device, f"params[{i}]")
-    _check_number("coefficients", coefficients, torch.float32, len(COEFFICIENTS))
+    _check_number("coefficients", coefficients, torch.float32, len(AdamCoefficients._fields))
     if clip_coef is not None:
         _check_number("clip_coef", clip_coef, torch.float32, 1)
     if rings:
@@ -467,8 +469,7 @@ def _check_adam(params, grads, exp_avgs, exp_avg_sqs, coefficients, clip_coef, r
         for j, which in enumerate(ring_of):
             message = f"ring_of[{j}] must be a field of one of the params (below {most}), got {which}"
             _check(0 <= which < most, ValueError, message)
-        values = [params[which // len(FIELDS)] for which in ring_of]
-        _check_rings([(f"rings[{j}]", *pair) for j, pair in enumerate(zip(rings, values, strict=True))], step, every)
+        _check_record([params[which // len(FIELDS)] for which in ring_of], rings, step, every)
 
 
 def _check_number(name: str, tensor: Tensor, dtype: torch.dtype, numel: int) -> None:
@@ -476,12 +477,13 @@ def _check_number(name: str, tensor: Tensor, dtype: torch.dtype, numel: int) -> 
     _check(tensor.numel() == numel, ValueError, f"{name} must have {numel} elements, got {tensor.numel()}")
 
 
-def _check_rings(rings: Sequence[tuple[str, Tensor, Tensor]], step: Tensor, every: int) -> None:
-    """Check triples of a name, a ring, and what it records."""
+def _check_record(values: Sequence[Tensor], rings: Sequence[Tensor], step: Tensor, every: int) -> None:
+    _check_length("rings", rings, "values", values)
     _check_number("step", step, torch.int64, 1)
     _check(every > 0, ValueError, f"every must be at least 1, got {every}")
-    slots = len(rings[0][1]) if rings and rings[0][1].dim() else 0
-    for name, ring, value in rings:
+    slots = len(rings[0]) if rings and rings[0].dim() else 0
+    for i, (value, ring) in enumerate(zip(values, rings, strict=True)):
+        name = f"rings[{i}]"
         _check_same(name, "be", ring.dtype, value.dtype, "what it records")
         message = f"{name} must have shape [slots, *{list(value.shape)}], got {list(ring.shape)}"
         _check(ring.dim() > 0 and ring.shape[1:] == value.shape, ValueError, message)
@@ -490,25 +492,13 @@ def _check_rings(rings: Sequence[tuple[str, Tensor, Tensor]], step: Tensor, ever
         _check(ring.is_contiguous(), ValueError, f"{name} must be contiguous")
 
 
-torch.library.impl("bhfast::clip_coefficient", "CompositeExplicitAutograd")(_clip_coefficient)
-torch.library.impl("bhfast::adam_", "CompositeExplicitAutograd")(_adam_)
-torch.library.impl("bhfast::record_", "CompositeExplicitAutograd")(_record_)
-
-
 @torch.library.register_fake("bhfast::clip_coefficient")
 def _clip_coefficient_fake(grads: Sequence[Tensor], max_norm: float) -> tuple[Tensor, Tensor]:
     scalar = grads[0].new_empty((), dtype=torch.float32)
     return scalar, torch.empty_like(scalar)
 
 
-@torch.library.register_fake("bhfast::adam_")
-def _adam_fake(*args: object) -> None:
-    _check_adam(*args)
-
-
-@torch.library.register_fake("bhfast::record_")
-def _record_fake(values: Sequence[Tensor], rings: Sequence[Tensor], step: Tensor, every: int) -> None:
-    _check_rings([(f"rings[{i}]", *pair) for i, pair in enumerate(zip(rings, values, strict=True))], step, every)
-
+torch.library.register_fake("bhfast::adam_", _check_adam)
+torch.library.register_fake("bhfast::record_", _check_record)
 
 _extension, _unavailable = _load()  # after the declarations, which its kernels are for

@@ -241,7 +241,7 @@ class _Batch:
         self.params = params
         self.grads: list[Any] = [p.grad for p in params]  # all Tensors: params are those that have one
         self.states = [state[p] for p in params]
-        self.recording: tuple[Any, ...] = ()  # the last arguments of _ops.adam_
+        self.recording: tuple[Any, ...] = ((), (), None, 1)  # the last arguments of _ops.adam_
         self._everyone = list(state.values())
         self._steps = [own["step"] for own in self.states]
         self._row = _ops.row_view(self._steps)

@@ -120,6 +120,7 @@ class Recorder:
         self._slots: dict[str, Tensor] = {}  # where the records are made: on the source's device, or in tensors itself
         self._rings: dict[tuple[torch.device, int], Ring] = {}  # by the size of a half
         self._fused: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)  # slots that the optimizer fills itself
+        self._end_fused: Callable[[], None] = lambda: None
         self._by_hand: list[_Source] = []  # what of the step at hand it does not fill
         self._sources = [
             _Source(field, keys[field].format(name=name), name, param)
@@ -159,7 +160,7 @@ class Recorder:
                 for source in self._sources:
                     if id(source.param) in own:
                         self._fused[source.param][source.field] = self._slots[source.key]
-                self._end_fused = self.optimizer.record_into(self._fused, self._step_tensor, self.every)
+                self._record_fused()
                 stack.callback(lambda: self._end_fused())
             stack.callback(self.optimizer.register_step_pre_hook(self._before_step).remove)
             stack.callback(self.optimizer.register_step_post_hook(self._after_step).remove)

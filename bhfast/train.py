@@ -270,7 +270,7 @@ class _Watch:
     def __init__(self, engine: Engine, bar: tqdm) -> None:
         self.engine = engine
         self.bar = bar
-        self.seen = 0  # steps that were asked for
+        self.first = self.seen = 0  # the steps that were asked for last: from first to before seen
         self.answer: Tensor | None = None  # loss, and the index of the first bad norm or -1; maybe on its way
         self.arrived: torch.cuda.Event | None = None
         self.is_finite = True

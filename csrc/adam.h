@@ -51,7 +51,7 @@ BHFAST_INLINE void store(bfloat16& to, float x) {
   to.bits = static_cast<uint16_t>(__builtin_bit_cast(uint32_t, x) >> 16);
 }
 
-// The coefficients of one step, in the order of _ops.COEFFICIENTS.
+// The coefficients of one step, in the order of _ops.AdamCoefficients.
 struct Coefficients {
   float decay;       // 1 - lr * weight_decay
   float bias2_sqrt;  // sqrt(1 - beta2^step)

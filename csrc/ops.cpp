@@ -55,9 +55,8 @@ void check_like(const char* name, size_t i, const Tensor& t, const Tensor& param
                     "], got ", t.device());
 }
 
-void check_length(const char* name, TensorList list, TensorList params) {
-  TORCH_CHECK_VALUE(list.size() == params.size(), name, " must be as many as params (", params.size(), "), got ",
-                    list.size());
+void check_length(const char* name, size_t length, const char* like, size_t wanted) {
+  TORCH_CHECK_VALUE(length == wanted, name, " must be as many as ", like, " (", wanted, "), got ", length);
 }
 
 // A number on the host, or in the memory of the parameters' device.
@@ -146,12 +145,11 @@ void adam_op(TensorList params, TensorList grads, TensorList exp_avgs, TensorLis
   if (params.empty()) return;
   const Tensor& first = params[0];
   const Dtype dtype = dtype_of("params", 0, first);
-  check_length("grads", grads, params);
-  check_length("exp_avgs", exp_avgs, params);
-  check_length("exp_avg_sqs", exp_avg_sqs, params);
+  check_length("grads", grads.size(), "params", params.size());
+  check_length("exp_avgs", exp_avgs.size(), "params", params.size());
+  check_length("exp_avg_sqs", exp_avg_sqs.size(), "params", params.size());
   TORCH_CHECK_VALUE(rounding == "per-op" || rounding == "opmath", "rounding must be per-op or opmath, got ", rounding);
-  TORCH_CHECK_VALUE(ring_of.size() == rings.size(), "ring_of must be as many as rings (", rings.size(), "), got ",
-                    ring_of.size());
+  check_length("ring_of", ring_of.size(), "rings", rings.size());
 
   const c10::DeviceGuard guard(first.device());
   Blocks blocks;
@@ -249,7 +247,7 @@ std::tuple<Tensor, Tensor> clip_coefficient_op(TensorList grads, double max_norm
 }
 
 void record_op(TensorList values, TensorList rings, const Tensor& step, int64_t every) {
-  check_length("rings", rings, values);
+  check_length("rings", rings.size(), "values", values.size());
   if (values.empty()) return;
   const c10::DeviceGuard guard(values[0].device());
   StepNumbers n{};

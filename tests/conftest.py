@@ -56,30 +56,31 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[SimpleNamespace]:
     That is pure torch on every device, and what the extension brings: on the CPU one for each instruction set.
     """
     name, device = request.param[0], _require(request.param[1])
-    operations = ("clip_coefficient", "adam_", "record_")
+    operations = {name: getattr(_ops, name) for name in ("clip_coefficient", "adam_", "record_")}
     if name == "torch":
-        pure = {operation: getattr(_ops, f"_{operation}") for operation in operations}
-        yield SimpleNamespace(device=device, **pure | {"adam_": partial(_bound, pure["adam_"])})
+        operations = {key: operation.__wrapped__ for key, operation in operations.items()}
+    operations["adam_"] = partial(_recording_nothing, operations["adam_"])
+    here = SimpleNamespace(device=device, **operations)
+    if name == "torch":
+        yield here
         return
     extension = request.getfixturevalue("extension")
-    compiled = {operation: getattr(_ops, operation) for operation in operations}
     if device.type == "cuda":
         assert _ops.backend(device)[0] == "CUDA", _ops.backend(device)[1]
-        yield SimpleNamespace(device=device, **compiled)
+        yield here
         return
     if name not in extension.instruction_sets():
         pytest.skip(f"this machine has no {name}")
     best = extension.instruction_set()
     extension.use_instruction_set(name)
-    yield SimpleNamespace(device=device, **compiled)
+    yield here
     extension.use_instruction_set(best)
 
 
-def _bound(function: Callable[..., None], *args: object, **kwargs: object) -> None:
-    """Call with the default arguments of the public function, of which the one behind it has none."""
-    named = dict(zip(inspect.signature(function).parameters, args, strict=False))
-    with torch.no_grad():
-        function(**{"rings": (), "ring_of": (), "step": None, "every": 1, **named, **kwargs})
+def _recording_nothing(adam_: Callable[..., None], *args: object, **kwargs: object) -> None:
+    """Call ``adam_``; by default without rings."""
+    named = dict(zip(inspect.signature(adam_).parameters, args, strict=False))
+    adam_(**{"rings": (), "ring_of": (), "step": None, "every": 1, **named, **kwargs})
 
 
 @pytest.fixture

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from lanes import SlowLane
+from traces import assert_same_data
 
 from bhfast import _ops, recorder
 from bhfast.engines import Job, graph, select_engine
 from bhfast.engines.graph import GraphEngine
 from bhfast.errors import BhfastError, ConfigError
-from bhfast.trace import open_trace
 from bhfast.train import TrainConfig, train
 from bhfast.verify import verify
 
@@ -56,14 +56,6 @@ def settings(tmp_path: Path, text: str, **changes) -> TrainConfig:
     return TrainConfig(**{**SETTINGS, "corpus": text, "out": str(tmp_path / "t.safetensors"), **changes})
 
 
-def assert_same_records(one: Path, other: Path) -> None:
-    a, b = open_trace(one), open_trace(other)
-    assert a.keys() == b.keys()
-    for name in a:
-        x, y = (t[name].contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
-        assert torch.equal(x, y), name
-
-
 @pytest.mark.parametrize(
     "changes", [{}, {"record_every": 3}, {"grad_accum": 3, "weight_decay": 0.1}, {"max_grad_norm": 0.1}], ids=str
 )
@@ -71,7 +63,7 @@ def test_its_records_are_those_of_the_torch_engine(changes, emulated, tmp_path: 
     config = settings(tmp_path, text, device="cpu", **changes)
     reference = train(replace(config, engine="torch", out=str(tmp_path / "reference.safetensors")))
     result = train(replace(config, engine="graph"))
-    assert_same_records(result.path, reference.path)
+    assert_same_data(result.path, reference.path)
     assert torch.equal(result.losses, reference.losses)
     for p, q in zip(result.model.parameters(), reference.model.parameters(), strict=True):
         assert torch.equal(p, q)
@@ -130,7 +122,7 @@ def test_on_a_gpu_it_records_what_the_torch_engine_does(changes, device, tmp_pat
     config = settings(tmp_path, text, device="cuda", **changes)
     eager = train(replace(config, engine="torch", out=str(tmp_path / "eager.safetensors")))
     captured = train(replace(config, engine="graph"))
-    assert_same_records(captured.path, eager.path)
+    assert_same_data(captured.path, eager.path)
     assert verify(captured.path).difference is None
 
 

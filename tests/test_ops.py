@@ -425,6 +425,12 @@ def test_adam_says_what_is_wrong(message, kernels, generator) -> None:
         kernels.adam_(**adam_arguments(generator, kernels.device) | wrong)
 
 
+def test_record_says_what_is_wrong(kernels) -> None:
+    values = [torch.zeros(3, device=kernels.device), torch.zeros(2, device=kernels.device)]
+    with pytest.raises(ValueError, match=r"rings must be as many as values \(2\), got 1"):
+        kernels.record_(values, [torch.zeros(4, 3, device=kernels.device)], torch.tensor(1), 1)
+
+
 def test_clip_coefficient_says_what_is_wrong(kernels) -> None:
     grads = [torch.zeros(2, dtype=dtype, device=kernels.device) for dtype in (torch.float32, torch.int64)]
     with pytest.raises(TypeError, match=r"grads\[1\] must be bfloat16 or float32, got int64"):

@@ -45,6 +45,7 @@ class TorchEngine:
         self.job = job
         self.windows = corpus_windows(job)
         self.offsets = job.offsets.to(self.windows.device)
+        self.lrs = torch.tensor(job.lrs, dtype=torch.float64)
         self.losses, self.grad_norms = torch.empty(2, len(job.lrs), device=self.windows.device).unbind()
         self.done = 0
 
@@ -63,7 +64,7 @@ class TorchEngine:
         job.recorder.log(
             losses=loss,
             logits=logits,
-            learning_rates=torch.tensor(lr, dtype=torch.float64),
+            learning_rates=self.lrs[self.done],
             clip_coefs=job.optimizer.clip_coef,
             grad_norms=norm,
         )
