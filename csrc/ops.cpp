@@ -99,12 +99,12 @@ void take(const Tensor& t, T& value, const T*& at) {
   }
 }
 
-void take_step(StepNumbers& n, const Tensor& step, int64_t every, int64_t slots, const Tensor& like) {
+void take_step(StepNumbers& n, const Tensor& step, int64_t every, const Tensor& ring, const Tensor& like) {
   check_number("step", step, at::kLong, 1, like);
   TORCH_CHECK_VALUE(every > 0, "every must be at least 1, got ", every);
   take(step, n.step, n.step_at);
   n.every = every;
-  n.slots = slots;
+  n.slots = ring.dim() ? ring.size(0) : 0;
 }
 
 // torch's autograd must see that a tensor was written to.
@@ -173,11 +173,7 @@ void adam_op(TensorList params, TensorList grads, TensorList exp_avgs, TensorLis
 
   StepNumbers n{};
   check_number("coefficients", coefficients, at::kFloat, sizeof(Coefficients) / sizeof(float), first);
-  if (coefficients.is_cpu()) {
-    n.coefficients = *static_cast<const Coefficients*>(coefficients.const_data_ptr());
-  } else {
-    n.coefficients_at = static_cast<const Coefficients*>(coefficients.const_data_ptr());
-  }
+  take(coefficients, n.coefficients, n.coefficients_at);
   n.clip_coef = 1;
   if (clip_coef) {
     check_number("clip_coef", *clip_coef, at::kFloat, 1, first);
@@ -185,7 +181,7 @@ void adam_op(TensorList params, TensorList grads, TensorList exp_avgs, TensorLis
   }
   if (!rings.empty()) {
     TORCH_CHECK_VALUE(step, "step must be given with rings, got None");
-    take_step(n, *step, every, rings[0].size(0), first);
+    take_step(n, *step, every, rings[0], first);
     for (size_t j = 0; j < rings.size(); ++j) {
       const int64_t param = ring_of[j] / kFields, field = ring_of[j] % kFields;
       TORCH_CHECK_VALUE(ring_of[j] >= 0 && param < static_cast<int64_t>(params.size()), "ring_of[", j,
@@ -251,7 +247,7 @@ void record_op(TensorList values, TensorList rings, const Tensor& step, int64_t 
   if (values.empty()) return;
   const c10::DeviceGuard guard(values[0].device());
   StepNumbers n{};
-  take_step(n, step, every, rings[0].size(0), values[0]);
+  take_step(n, step, every, rings[0], values[0]);
   Blocks blocks;
   std::vector<RecordTensor> list;
   for (size_t i = 0; i < values.size(); ++i) {

@@ -407,6 +407,7 @@ WRONG = {
     "step must be int64, got float32": {"step": torch.tensor(5.0)},
     "every must be at least 1, got 0": {"every": 0},
     "rings[1] must have shape [slots, *[70]], got [3, 71]": {"rings": [zeros(3, 70), zeros(3, 71)]},
+    "rings[0] must have shape [slots, *[70]], got []": {"rings": [zeros(), zeros(3, 70)]},
     "rings[1] must have as many slots as the first ring (3), at least 1, got 2": {
         "rings": [zeros(3, 70), zeros(2, 70)]
     },
