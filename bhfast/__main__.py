@@ -9,6 +9,7 @@ PROGRAMS = {
     "train": "run the experiment and record it",
     "corpus": "make a corpus to train on",
     "verify": "prove a trace by replaying it",
+    "recover": "make a trace of a run that was killed",
     "report": "print the figures of a trace",
     "doctor": "say what this machine has",
 }

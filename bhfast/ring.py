@@ -160,19 +160,24 @@ class Ring:
         self.half = half
         self.landed = 0  # records that are known to be on the host
         self._tracks: list[_Track] = []
-        self._tickets: deque[tuple[int, Ticket]] = deque(maxlen=2)  # the last copies, and where each ends
-        self._turned = first - first % half  # records that are copied out, or are on their way
+        self._start = first - first % half  # the first record of the half that is being filled
+        self._sent = self._start  # records that are on the host, or on their way
+        self._tickets: deque[tuple[int, Ticket]] = deque()  # the copies under way, and where each ends
+        self._last: Ticket | None = None  # of the last copy
+        self._before: Ticket | None = None  # of the last copy out of the other half
 
     def add(self, host: Tensor, device: torch.device, blank: float | None = None) -> Tensor:
         """Return slots for the records that shall go to ``host``, from the half that is now being filled.
 
         Args:
-            host: ``[records, ...]``; what it holds of that half already stays, unless it is recorded anew.
+            host: ``[records, ...]``, or a ring itself, whose length is a multiple of ``half``; what it holds of that
+                half already stays, unless it is recorded anew.
             blank: what records hold that are not written; None if every one is.
         """
         slots = torch.empty((2 * self.half, *host.shape[1:]), dtype=host.dtype, device=device)
-        now = host[self._turned : self._turned + self.half]
-        first = self._turned % (2 * self.half)
+        at = self._start % len(host)
+        now = host[at : at + self.half]
+        first = self._start % (2 * self.half)
         slots[first : first + len(now)] = now.to(device)
         self._tracks.append(_Track(host, slots, blank))
         self.lane.add(host)
@@ -181,15 +186,31 @@ class Ring:
     @property
     def room(self) -> int:
         """The number of the first record that needs a :meth:`turn` before it is written."""
-        return self._turned + self.half
+        return self._start + self.half
+
+    def send(self, records: int) -> Ticket | None:
+        """Send all records below ``records``, of the half at hand, to the host; return the ticket of the last copy."""
+        while self._tickets and self._tickets[0][1].query():
+            self.landed = self._tickets.popleft()[0]
+        if records > self._sent:
+            first, count = self._sent % (2 * self.half), records - self._sent
+            pairs = []
+            for host, slots, _ in self._tracks:
+                at = self._sent % len(host)
+                pairs.append((host[at : at + count], slots[first : first + count]))
+            self._last = self.lane.copy(pairs)
+            self._tickets.append((records, self._last))
+            self._sent = records
+        return self._last
 
     def turn(self) -> None:
-        """Send the full half to the host, and make the other one ready to be written to."""
-        before = self._tickets[-1][1] if self._tickets else None
-        self._send(self.half)
-        if before is not None:
-            self.lane.hold(before)
-        first = self._turned % (2 * self.half)
+        """Send what is left of the full half, and make the other one ready to be written to."""
+        self.send(self.room)
+        if self._before is not None:
+            self.lane.hold(self._before)
+        self._before = self._last
+        self._start += self.half
+        first = self._start % (2 * self.half)
         for track in self._tracks:
             if track.blank is not None:
                 track.slots[first : first + self.half].fill_(track.blank)
@@ -197,23 +218,9 @@ class Ring:
     def drain(self, records: int) -> None:
         """Bring everything up to ``records`` records to the host, and wait for it."""
         self.lane.drain()
-        self._send(max(0, records - self._turned))
+        self.send(records)
         self.lane.drain()
-        self.landed = self._turned
-
-    def _send(self, count: int) -> None:
-        for end, ticket in self._tickets:
-            if ticket.query():
-                self.landed = end
-        first = self._turned % (2 * self.half)
-        ticket = self.lane.copy(
-            [
-                (track.host[self._turned : self._turned + count], track.slots[first : first + count])
-                for track in self._tracks
-            ]
-        )
-        self._turned += count
-        self._tickets.append((self._turned, ticket))
+        self.landed = self._sent
 
 
 class _Track(NamedTuple):

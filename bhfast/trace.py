@@ -1,41 +1,39 @@
 """The trace file: a safetensors file whose tensors have the recorded step as axis 0.
 
-Writing: :class:`TraceWriter` reserves ``NAME.partial`` before the first step and turns it into ``NAME`` in one rename.
-Reading: :func:`open_trace` maps the file into memory; a slice reads just its own bytes.
+:func:`open_trace` maps a file into memory; a slice reads just its own bytes.
 
 The layout is safetensors' own: 8 bytes of header length, little-endian; a JSON header, padded with spaces so that the
-data starts at a multiple of 64; the tensors without gaps, those whose size is a multiple of 64 first, then by falling
-element size, so that every tensor is aligned to its elements. The metadata holds a CRC-32 of every record of every
-tensor, so that damage can be found, and located, also where a replay cannot see it.
+data starts at a multiple of 64; the tensors, each aligned to its elements. Where there are bytes between two of them, a
+tensor of bytes called ``_padding.N`` covers these, as the format has no gaps. The metadata holds a CRC-32 of every
+record of every tensor, so that damage can be found, and located, also where a replay cannot see it; in a file of many
+records, one for each few of them.
 """
 
 from __future__ import annotations
 
 import base64
-import contextlib
-import fcntl
 import json
 import math
 import mmap
 import os
-import shutil
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bhfast.errors import StorageError, TraceError
+from bhfast.errors import TraceError
 
 FORMAT = "bhfast-trace"
 FORMAT_VERSION = "1"
 ALIGNMENT = 64
 MAX_HEADER = 100_000_000  # the limit of the safetensors library
-CHUNK = 16 << 20
+MAX_CHECKSUMS = 1 << 17  # in one header: 0.7 MB of text
+MAX_SIZE = 1 << 62  # elements along one axis, or bytes
+PADDING = "_padding."
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -58,167 +56,149 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Writing
+# The header
 
 
-def encode_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, list[str]]:
-    """Return the length prefix and padded header of a file of ``tensors``, and their names in file order."""
+class Entry(NamedTuple):
+    """Where a tensor is: its data starts ``offset`` bytes after the header."""
 
-    def place(name: str) -> tuple[bool, int]:
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + math.prod(self.shape) * self.dtype.itemsize
+
+
+def place(tensors: Mapping[str, Tensor], offset: int = 0) -> dict[str, Entry]:
+    """Lay out tensors side by side from ``offset`` on, in file order.
+
+    Those whose size is a multiple of 64 come first, then by falling element size, so that each is aligned.
+    """
+
+    def rank(name: str) -> tuple[bool, int]:
         return tensors[name].nbytes % ALIGNMENT != 0, -tensors[name].itemsize
 
-    order = sorted(tensors, key=place)
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    offset = 0
-    for name in order:
+    entries = {}
+    for name in sorted(tensors, key=rank):
         tensor = tensors[name]
-        header[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + tensor.nbytes],
-        }
+        entries[name] = Entry(tensor.dtype, tuple(tensor.shape), offset)
         offset += tensor.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text, order
+    return entries
 
 
-def checksums(tensor: Tensor) -> np.ndarray:
-    """Return the CRC-32 of each record (entry along axis 0) of a contiguous tensor, or of the whole if it has one axis.
-
-    Returns:
-        Little-endian uint32, ``[R]`` or ``[1]``.
-    """
-    parts = tensor if tensor.dim() > 1 else tensor[None]
-    return np.array([zlib.crc32(_bytes_of(part)) for part in parts], dtype="<u4")
-
-
-class TraceWriter:
-    """Claims a trace file before a run and writes it whole at the end.
-
-    Entering creates ``NAME.partial`` and locks it against other runs. :meth:`commit` writes it, syncs it and renames it
-    to ``NAME``. Leaving without a commit removes it; ``NAME`` itself is never touched but by the rename.
+def encode_header(entries: Mapping[str, Entry], metadata: Mapping[str, str], size: int | None = None) -> bytes:
+    """Return the length prefix and padded header of a file.
 
     Args:
-        path: the final name.
-        overwrite: whether ``NAME``, and a ``NAME.partial`` that an earlier run left, may be replaced.
+        entries: by name; bytes between two of them become padding.
+        metadata: the header's ``__metadata__``.
+        size: how many bytes to return; None for as few as there are.
 
     Raises:
-        StorageError: on entering, if ``NAME`` or ``NAME.partial`` exists, or the folder is not writable.
+        TraceError: they do not fit into ``size``, or are more than safetensors allows.
     """
-
-    def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        self.path = Path(path)
-        self.partial = self.path.with_name(self.path.name + ".partial")
-        self.overwrite = overwrite
-
-    def __enter__(self) -> TraceWriter:
-        if self.path.is_dir():
-            raise StorageError(f"cannot write the trace {self.path}: it is a folder; name a file with --out")
-        if self.path.exists() and not self.overwrite:
-            raise StorageError(
-                f"the trace {self.path} exists; pass --overwrite to replace it, or choose another file with --out"
-            )
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._fd = self._open()
-        except OSError as error:
-            raise StorageError(
-                f"cannot write the trace {self.path}: {error.strerror}; choose another place with --out"
-            ) from None
-        return self
-
-    def _open(self) -> int:
-        exists = self.partial.exists()
-        fd = os.open(self.partial, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
-            raise StorageError(
-                f"{self.partial} is being written by another run; wait for it, or choose another file with --out"
-            ) from None
-        if exists and not self.overwrite:
-            os.close(fd)
-            raise StorageError(
-                f"{self.partial} was left by a run that did not finish; delete it or pass --overwrite to replace it, "
-                "or choose another file with --out"
-            )
-        return fd
-
-    def reserve(self, size: int) -> None:
-        """Reserve ``size`` bytes of disk in all, so that the commit cannot fail for want of space.
-
-        Raises:
-            StorageError: the disk is too small.
-        """
-        free = shutil.disk_usage(self.path.parent).free + os.fstat(self._fd).st_blocks * 512
-        if free < size:
-            raise StorageError(
-                f"the disk of {self.path.parent} is too small for the trace: {format_bytes(size)} wanted, "
-                f"{format_bytes(free)} free; free some, choose another place with --out, or record less with "
-                "--record-every or --steps"
-            )
-        if hasattr(os, "posix_fallocate"):
-            try:
-                os.posix_fallocate(self._fd, 0, size)
-            except OSError as error:
-                raise StorageError(
-                    f"cannot reserve {format_bytes(size)} for the trace {self.path}: {error.strerror}; "
-                    "choose another place with --out"
-                ) from None
-
-    def commit(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
-        """Write the file, sync it and give it its final name.
-
-        Nothing is copied: the bytes go from the tensors to the file. Nobody may write to the tensors meanwhile.
-
-        Args:
-            tensors: contiguous CPU tensors by name.
-            metadata: for the header's ``__metadata__``.
-            path: the final name, in the same folder.
-
-        Raises:
-            StorageError: the disk filled up or failed; the ``.partial`` is removed, the tensors are as they were.
-        """
-        sums = {name: base64.b64encode(checksums(tensor).tobytes()).decode() for name, tensor in tensors.items()}
-        header, order = encode_header(tensors, {**metadata, "crc32": json.dumps(sums)})
-        try:
-            os.lseek(self._fd, 0, os.SEEK_SET)
-            _write_all(self._fd, memoryview(header))
-            for name in order:
-                _write_all(self._fd, _bytes_of(tensors[name]))
-            size = os.lseek(self._fd, 0, os.SEEK_CUR)
-            os.ftruncate(self._fd, size)
-            os.fsync(self._fd)
-            os.replace(self.partial, path)
-            _sync_folder(path.parent)
-        except OSError as error:
-            raise StorageError(f"writing the trace {path} failed: {error.strerror}") from error
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        with contextlib.suppress(FileNotFoundError):  # gone if it was committed
-            self.partial.unlink()
-        os.close(self._fd)
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].end)):
+        if entry.offset > end:
+            header[f"{PADDING}{len(header)}"] = _describe(Entry(torch.uint8, (entry.offset - end,), end))
+        header[name] = _describe(entry)
+        end = entry.end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    padded = size - 8 if size is not None else len(text) + -(8 + len(text)) % ALIGNMENT
+    if len(text) > padded or padded > MAX_HEADER:
+        raise TraceError(f"the header has {len(text)} bytes, more than the {min(padded, MAX_HEADER)} there are for it")
+    return padded.to_bytes(8, "little") + text.ljust(padded)
 
 
-def _write_all(fd: int, data: memoryview) -> None:
-    while data:
-        data = data[os.write(fd, data[:CHUNK]) :]
+def _describe(entry: Entry) -> dict[str, Any]:
+    return {
+        "dtype": DTYPE_NAMES[entry.dtype],
+        "shape": list(entry.shape),
+        "data_offsets": [entry.offset, entry.end],
+    }
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+# ---------------------------------------------------------------------------------------------------------------------
+# Checksums
 
 
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def checksums(tensor: Tensor, records: int = 1) -> np.ndarray:
+    """Return the CRC-32 of each ``records`` entries along axis 0 of a tensor; of the whole if it has one axis.
+
+    Returns:
+        Little-endian uint32, ``[ceil(R / records)]`` or ``[1]``.
+    """
+    parts = tensor.split(records) if tensor.dim() > 1 and len(tensor) else (tensor,)
+    return np.array([zlib.crc32(bytes_of(part)) for part in parts], dtype="<u4")
+
+
+def records_per_checksum(records: int, tensors: int) -> int:
+    """Return how many records share a checksum, a power of two, so that the header stays small."""
+    each = max(1, MAX_CHECKSUMS // max(1, tensors))
+    return 1 << max(0, math.ceil(records / each) - 1).bit_length()
+
+
+def join_checksums(sums: np.ndarray, size: int, records: int) -> np.ndarray:
+    """Turn the CRC-32 of single records into those of each ``records`` of them.
+
+    Args:
+        sums: uint32 ``[R]``.
+        size: bytes of a record.
+        records: a power of two.
+
+    The CRC of A followed by B is that of A moved on by the length of B, plus (in GF(2)) that of B; see Mark Adler's
+    ``crc32_combine`` in zlib.
+    """
+    joined = sums.astype(np.uint32)
+    tail = size  # bytes that the last one covers
+    while records > 1:
+        if len(joined) % 2:
+            pairs, last = joined[:-1], joined[-1:]
+            new_tail = tail
+        else:
+            pairs, last = joined, joined[:0]
+            new_tail = size + tail
+        first, second = pairs[0::2].copy(), pairs[1::2]
+        if len(first):
+            full = len(first) - (len(last) == 0)  # all whose second half is whole
+            first[:full] = _moved_on(first[:full], size)
+            first[full:] = _moved_on(first[full:], tail)
+        joined = np.concatenate([first ^ second, last])
+        tail = new_tail
+        size, records = 2 * size, records // 2
+    return joined.astype("<u4")
+
+
+def _moved_on(sums: np.ndarray, count: int) -> np.ndarray:
+    """Return CRC-32s moved on by ``count`` bytes: a linear map over GF(2), raised to that power by squaring."""
+    columns = np.array([0xEDB88320, *(1 << np.arange(31))], dtype=np.uint32)  # one bit
+    for _ in range(3):
+        columns = _apply(columns, columns)
+    while count:
+        if count & 1:
+            sums = _apply(columns, sums)
+        columns = _apply(columns, columns)
+        count >>= 1
+    return sums
+
+
+def _apply(columns: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+    bits = (vectors[:, None] >> np.arange(32, dtype=np.uint32)) & 1
+    return np.bitwise_xor.reduce(np.where(bits == 1, columns, np.uint32(0)), axis=1)
+
+
+def checksum_metadata(sums: Mapping[str, np.ndarray], records: int) -> dict[str, str]:
+    """Return the metadata for checksums of each ``records`` records."""
+    own = {"crc32": json.dumps({name: base64.b64encode(x.tobytes()).decode() for name, x in sums.items()})}
+    return own if records == 1 else {**own, "crc32_records": str(records)}
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Return the bytes of a contiguous CPU tensor, without a copy."""
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
 def format_bytes(count: float) -> str:
@@ -230,28 +210,65 @@ def format_bytes(count: float) -> str:
 # Reading
 
 
-class Trace(Mapping[str, Tensor]):
+class TraceTensor(Tensor):
+    """A tensor of a trace, or part of one: a view of the file. What is computed from it is a plain tensor."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+        return result.as_subclass(cls) if func is Tensor.__getitem__ else result
+
+    def numpy(self, *, force: bool = False) -> np.ndarray:
+        """Return a numpy view of the same bytes.
+
+        Of bfloat16 and float8 it has the dtype of that name in ``ml_dtypes``, where that is installed, else uint16 or
+        uint8.
+        """
+        plain = self.as_subclass(Tensor)
+        name = str(self.dtype).removeprefix("torch.")
+        if name != "bfloat16" and not name.startswith("float8"):
+            return plain.numpy(force=force)
+        raw = plain.view(torch.uint16 if self.itemsize == 2 else torch.uint8).numpy(force=force)
+        try:
+            import ml_dtypes
+        except ImportError:
+            return raw
+        return raw.view(getattr(ml_dtypes, name))
+
+
+class Trace(Mapping[str, Any]):
     """A trace file, mapped into memory: a mapping of names to tensors, of which a slice reads just its own bytes.
 
     The tensors live as long as somebody holds them, whether or not the Trace does. Writing to one changes a private
-    copy in memory, never the file.
+    copy in memory, never the file. A tied parameter is found under each of its names, and listed under the first.
 
     Attributes:
         path: the file.
         metadata: the header's ``__metadata__``.
-        config: the run's settings; empty if the file is not bhfast's.
+        config: the settings of a run of ``bhfast.train``; empty if the file is of something else.
+        optimizer: what :class:`bhfast.Recorder` says of the optimizer and its parameters; empty likewise.
     """
 
-    def __init__(self, path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    def __init__(self, path: Path, tensors: dict[str, Any], metadata: dict[str, str]) -> None:
         self.path = path
         self.metadata = metadata
-        self.config: dict[str, Any] = json.loads(metadata.get("config", "{}"))
+        self.config: dict[str, Any] = self._json("config")
+        self.optimizer: dict[str, Any] = self._json("optimizer")
+        self._tied: dict[str, Any] = self._json("tied")
         self._tensors = tensors
 
-    def __getitem__(self, name: str) -> Tensor:
+    def _json(self, key: str) -> dict[str, Any]:
+        """Return what the metadata hold under ``key``; nothing if it is not there."""
+        value = parse_json(f"{self.path} is corrupted: the metadata's {key}", self.metadata.get(key, "{}"))
+        if not isinstance(value, dict):
+            raise TraceError(f"{self.path} is corrupted: the metadata's {key} is no JSON object")
+        return value
+
+    def __getitem__(self, name: str) -> Any:
         try:
-            return self._tensors[name]
-        except KeyError:
+            return self._tensors[self._tied.get(name, name)]
+        except (KeyError, TypeError):
             raise KeyError(f"{self.path} has no tensor {name!r}; it has {', '.join(self._tensors)}") from None
 
     def __iter__(self) -> Iterator[str]:
@@ -263,32 +280,54 @@ class Trace(Mapping[str, Tensor]):
     @property
     def steps(self) -> Tensor:
         """The recorded steps: int64 ``[R]``."""
-        return self["recorded_steps"]
+        return self["recorded_steps"][:]
 
     def damage(self) -> Iterator[tuple[str, int | None]]:
         """Compare all data with the checksums in the metadata; yield each damaged tensor and record.
 
-        The record is an index along axis 0; None for a tensor of one axis or none. Yields nothing if the file has no
-        checksums.
+        The record is an index along axis 0, the first of several if they share a checksum; None for a tensor of one
+        axis or none. Yields nothing if the file has no checksums.
+
+        Raises:
+            TraceError: the checksums themselves are damaged.
         """
-        for name, encoded in json.loads(self.metadata.get("crc32", "{}")).items():
-            wanted = np.frombuffer(base64.b64decode(encoded), dtype="<u4")
-            tensor = self[name]
-            for record in np.flatnonzero(checksums(tensor) != wanted):
-                yield name, int(record) if tensor.dim() > 1 else None
+        try:
+            each = int(self.metadata.get("crc32_records", "1"))
+            wanted = {k: np.frombuffer(base64.b64decode(v), dtype="<u4") for k, v in self._json("crc32").items()}
+            pairs = [(name, self._tensors[name], sums) for name, sums in wanted.items()]
+            fits = each > 0
+        except (KeyError, TypeError, ValueError):
+            fits = False
+        if not fits:
+            raise TraceError(f"{self.path} is corrupted: its checksums cannot be read")
+        for name, tensor, sums in pairs:
+            found = checksums(tensor, each)
+            if len(found) != len(sums):
+                raise TraceError(f"{self.path} is corrupted: {len(sums)} checksums for {name}, wanted {len(found)}")
+            for record in np.flatnonzero(found != sums):
+                yield name, int(record) * each if tensor.dim() > 1 else None
 
     def __repr__(self) -> str:
+        size = sum(math.prod(x.shape) * x.dtype.itemsize for x in self._tensors.values())
+        about = [str(self.path), format_bytes(size)]
+        steps = self._tensors.get("recorded_steps")
+        if steps is not None and len(steps):
+            about.insert(1, f"{len(steps):,} records, steps {int(steps[0]):,} to {int(steps[-1]):,}")
         rows = [f"  {name:<16} {DTYPE_NAMES[x.dtype]:<5} {list(x.shape)}" for name, x in self._tensors.items()]
-        return "\n".join([f"Trace({str(self.path)!r})", *rows])
+        return "\n".join([f"Trace({', '.join(about)})", *rows])
 
 
 def open_trace(path: str | os.PathLike[str]) -> Trace:
-    """Open a trace, or any safetensors file, without reading its data.
+    """Open a trace, or any safetensors file, or the ``.index.json`` of several, without reading its data.
 
     Raises:
         TraceError: it is not there, not safetensors, truncated, or its header does not fit its data.
     """
     path = Path(path)
+    if path.name.endswith(".index.json"):
+        from bhfast.index import open_index
+
+        return open_index(path)
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -299,16 +338,22 @@ def open_trace(path: str | os.PathLike[str]) -> Trace:
         raise TraceError(f"cannot open the trace {path}: {error.strerror}") from None
     header, start = _decode_header(path, data, size)
     metadata = header.pop("__metadata__", {})
-    spans = sorted((_span(path, name, entry), name) for name, entry in header.items())
+    if not isinstance(metadata, dict) or not all(isinstance(x, str) for x in metadata.values()):
+        raise TraceError(f"{path} is corrupted: its metadata are no JSON object of strings")
+    entries = sorted(((name, _entry(path, name, x)) for name, x in header.items()), key=lambda item: item[1][2:])
     end = 0
-    for (first, last), name in spans:
+    for name, (_, _, first, last) in entries:
         if first != end:
             raise TraceError(f"{path} is corrupted: {name} starts at byte {first} of the data, wanted {end}")
         end = last
     if start + end != size:
         what = "truncated" if start + end > size else "corrupted"
         raise TraceError(f"{path} is {what}: its header describes {start + end} bytes, the file has {size}")
-    tensors = {name: _view(data, start + first, header[name]) for (first, _), name in spans}
+    tensors = {
+        name: _view(data, start + first, dtype, shape)
+        for name, (dtype, shape, first, _) in entries
+        if not name.startswith(PADDING)
+    }
     return Trace(path, tensors, metadata)
 
 
@@ -318,13 +363,28 @@ def _decode_header(path: Path, data: mmap.mmap, size: int) -> tuple[dict[str, An
         raise TraceError(f"{path} is not a safetensors file: its header would have {length} bytes")
     if 8 + length > size:
         raise TraceError(f"{path} is truncated: its header ends at byte {8 + length}, the file at {size}")
-    try:
-        header = json.loads(data[8 : 8 + length], object_pairs_hook=_without_duplicates)
-    except ValueError as error:
-        raise TraceError(f"{path} is not a safetensors file: its header is not valid JSON ({error})") from None
+    header = parse_json(f"{path} is not a safetensors file: its header", data[8 : 8 + length])
     if not isinstance(header, dict):
         raise TraceError(f"{path} is not a safetensors file: its header is no JSON object")
     return header, 8 + length
+
+
+def parse_json(what: str, text: bytes | str) -> Any:
+    """Parse JSON that strangers may have written.
+
+    Args:
+        what: the beginning of the message, should it be wrong.
+        text: UTF-8.
+
+    Raises:
+        TraceError: it is not valid, or has a name twice.
+    """
+    try:
+        text = text.decode() if isinstance(text, bytes) else text
+        text.encode()  # no lone surrogates
+        return json.loads(text, object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise TraceError(f"{what} is not valid JSON ({error})") from None
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -334,24 +394,26 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _span(path: Path, name: str, entry: Any) -> tuple[int, int]:
-    """Return the first and last byte of a tensor, after checking its entry in the header."""
+def _entry(path: Path, name: str, entry: Any) -> tuple[torch.dtype, list[int], int, int]:
+    """Return dtype, shape, and first and last byte of a tensor, after checking its entry in the header."""
     try:
         dtype, shape, (first, last) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        fits = all(isinstance(n, int) and n >= 0 for n in [*shape, first])
+        fits = isinstance(shape, list) and all(type(n) is int and 0 <= n < MAX_SIZE for n in [*shape, first, last])
         fits = fits and last - first == math.prod(shape) * dtype.itemsize
     except (KeyError, TypeError, ValueError):
         fits = False
     if not fits:
-        raise TraceError(f"{path} is corrupted: the header's entry for {name} is {json.dumps(entry)}")
-    return first, last
+        raise TraceError(f"{path} is corrupted: the header's entry for {name} is {json.dumps(entry)[:200]}")
+    return dtype, shape, first, last
 
 
-def _view(data: mmap.mmap, offset: int, entry: dict[str, Any]) -> Tensor:
-    dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+def _view(data: mmap.mmap, offset: int, dtype: torch.dtype, shape: list[int]) -> TraceTensor:
     count = math.prod(shape)
     if count == 0:
-        return torch.empty(shape, dtype=dtype)
-    if offset % dtype.itemsize:  # foreign files need not align their tensors
-        return torch.frombuffer(bytearray(data[offset : offset + count * dtype.itemsize]), dtype=dtype).view(shape)
-    return torch.frombuffer(data, dtype=dtype, count=count, offset=offset).view(shape)
+        tensor = torch.empty(0, dtype=dtype).as_strided(shape, [0] * len(shape))
+    elif offset % dtype.itemsize:  # foreign files need not align their tensors
+        raw = bytearray(data[offset : offset + count * dtype.itemsize])
+        tensor = torch.frombuffer(raw, dtype=dtype).view(shape)
+    else:
+        tensor = torch.frombuffer(data, dtype=dtype, count=count, offset=offset).view(shape)
+    return tensor.as_subclass(TraceTensor)

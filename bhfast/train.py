@@ -15,13 +15,12 @@ import math
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from types import FrameType, ModuleType
+from types import ModuleType
 from typing import Any, get_type_hints
 
 import torch
@@ -37,10 +36,11 @@ from bhfast.model import GPTConfig, TiedGPT, build_model
 from bhfast.optim import FusedAdam
 from bhfast.recorder import NullRecorder, Recorder
 from bhfast.report import figures
-from bhfast.trace import FORMAT, FORMAT_VERSION, format_bytes, open_trace
+from bhfast.signals import deferred_signals
+from bhfast.storage import STORAGES
+from bhfast.trace import format_bytes, open_trace
 
 SCHEDULES = ("linear", "constant")
-STORAGES = ("auto", "memory")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 KEYS = {"param": "embeddings", "grad": "grads", "exp_avg": "momentum", "exp_avg_sq": "variance"}
 # What may differ between two runs of one experiment; corpus, device and engine are compared as the run resolved them.
@@ -92,7 +92,11 @@ class TrainConfig:
     out: str | None = _flag(None, "trace file (default: tensors/Lil_Gatsby/1.12b_training_data_sigmaSIGMA.safetensors)")
     device: str = _flag("auto", "auto takes cuda, then mps, then cpu", choices=DEVICES)
     engine: str = _flag("auto", "how a step is run; auto takes the fastest there is", choices=ENGINES)
-    storage: str = _flag("auto", "where the recording grows; auto: memory", choices=STORAGES)
+    storage: str = _flag(
+        "auto",
+        "where the recording grows: in memory, or straight in the file; auto streams if it is more than half of memory",
+        choices=STORAGES,
+    )
     overwrite: bool = _flag(False, "replace a trace of another run")
     quiet: bool = _flag(False, "print nothing but errors")
 
@@ -195,8 +199,6 @@ def train(config: TrainConfig | None = None) -> TrainResult:
         max_grad_norm=config.max_grad_norm,
     )
     metadata = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
         "records": "record k: gradient (unclipped), loss and logits of step k; embeddings and moments after step k",
         "config": json.dumps(asdict(config)),
         "corpus": corpus.name,
@@ -216,7 +218,7 @@ def train(config: TrainConfig | None = None) -> TrainResult:
     ).view(config.steps, config.grad_accum, config.batch_size)
     lrs = [config.learning_rate(step) for step in range(1, config.steps + 1)]
 
-    with _deferred_signals() as signals, recorder:
+    with deferred_signals() as signals, recorder:
         say(f"storage  {recorder.description}")
         recorder.constants.update(_constants(config, center))
         zero = torch.zeros((), device=device)
@@ -249,8 +251,8 @@ def train(config: TrainConfig | None = None) -> TrainResult:
     if signals:
         say(f"interrupted by {signals[0].name} at step {step:,} of {config.steps:,}")
     say(f"{step:,} steps in {elapsed:.1f} s: {step / elapsed:.1f} steps/s")
-    if recorder.stalls:
-        say(f"the run had to wait for the recording {recorder.stalls:,} times")
+    if waits := recorder.stats().waits:
+        say(f"the run had to wait for the recording {waits:,} times")
     if recorder.path is not None:
         say(f"saved steps 0 to {recorder.saved_steps:,}, {format_bytes(recorder.path.stat().st_size)}: {recorder.path}")
         say(figures(open_trace(recorder.path)))
@@ -370,6 +372,7 @@ def _make_recorder(
         steps=config.steps,
         path=config.path,
         every=config.record_every,
+        storage=config.storage,
         keys=KEYS,
         metadata=metadata,
         overwrite=config.overwrite or config.path.is_file(),
@@ -388,29 +391,6 @@ def _require_same_settings(path: Path, metadata: dict[str, str]) -> None:
     changed = [f"{k} {old.get(k)!r}, now {v!r}" for k, v in new.items() if old.get(k) != v and k not in NOT_SETTINGS]
     if changed:
         raise StorageError(f"{path} holds a run with other settings ({'; '.join(changed)}); {way_out}")
-
-
-@contextmanager
-def _deferred_signals() -> Iterator[list[signal.Signals]]:
-    """Collect SIGINT and SIGTERM instead of dying of them, until the trace is on disk.
-
-    Yields:
-        The signals received. Outside the main thread, where Python takes no handlers, it stays empty.
-    """
-    received: list[signal.Signals] = []
-    previous: dict[signal.Signals, Any] = {}
-
-    def receive(number: int, frame: FrameType | None) -> None:
-        received.append(signal.Signals(number))
-
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, receive)
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from bhfast import trace
 from bhfast.errors import StorageError, TraceError
-from bhfast.trace import TraceWriter, open_trace
+from bhfast.storage import Claim, write_trace
+from bhfast.trace import open_trace
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -34,9 +35,9 @@ def tensors() -> dict[str, torch.Tensor]:
 
 
 def write(path: Path, **options: bool) -> None:
-    with TraceWriter(path, **options) as writer:
-        writer.reserve(1000)
-        writer.commit(tensors(), {"config": '{"steps": 2}'}, path)
+    with Claim(path, **options) as claim:
+        claim.reserve(1000)
+        write_trace(claim, tensors(), {"config": '{"steps": 2}'}, path)
 
 
 def test_any_safetensors_reader_opens_it(tmp_path: Path) -> None:
@@ -52,14 +53,15 @@ def test_any_safetensors_reader_opens_it(tmp_path: Path) -> None:
 
 
 def test_golden_bytes() -> None:
-    header, order = trace.encode_header({"b": torch.ones(2, 2).bfloat16(), "a": torch.ones(16)}, {"k": "v"})
+    entries = trace.place({"b": torch.ones(2, 2).bfloat16(), "a": torch.ones(16)})
+    header = trace.encode_header(entries, {"k": "v"})
     text = (
         b'{"__metadata__":{"k":"v"},"a":{"dtype":"F32","shape":[16],"data_offsets":[0,64]},'
         b'"b":{"dtype":"BF16","shape":[2,2],"data_offsets":[64,72]}}'
     )
     padding = b" " * (-(8 + len(text)) % 64)
     assert header == struct.pack("<Q", len(text) + len(padding)) + text + padding
-    assert order == ["a", "b"]
+    assert list(entries) == ["a", "b"]
 
 
 def test_data_is_aligned(tmp_path: Path) -> None:
@@ -201,7 +203,7 @@ def test_every_truncation_is_noticed(tmp_path: Path, cut: int) -> None:
 
 def test_nothing_is_left_without_a_commit(tmp_path: Path) -> None:
     path = tmp_path / "new" / "t.safetensors"
-    with TraceWriter(path) as writer:
+    with Claim(path) as writer:
         writer.reserve(1 << 20)
         assert writer.partial.stat().st_size == 1 << 20
         assert not path.exists()
@@ -231,13 +233,13 @@ def test_refuses_the_partial_of_another_run(tmp_path: Path) -> None:
 
 def test_refuses_while_another_run_writes(tmp_path: Path) -> None:
     path = tmp_path / "t.safetensors"
-    with TraceWriter(path), pytest.raises(StorageError, match="is being written by another run"):
+    with Claim(path), pytest.raises(StorageError, match="is being written by another run"):
         write(path, overwrite=True)
 
 
 def test_refuses_a_disk_that_is_too_small(tmp_path: Path) -> None:
     path = tmp_path / "t.safetensors"
-    with TraceWriter(path) as writer, pytest.raises(StorageError, match=r"too small for the trace: 4611.* GB wanted"):
+    with Claim(path) as writer, pytest.raises(StorageError, match=r"too small for the trace: 4611.* GB wanted"):
         writer.reserve(1 << 62)
 
 
@@ -253,15 +255,15 @@ def test_refuses_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
 def test_a_failing_disk_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     path = tmp_path / "t.safetensors"
     path.write_text("precious")
-    real, calls = os.write, []
+    real, calls = os.pwrite, []
 
-    def failing(fd: int, data: memoryview) -> int:
+    def failing(fd: int, data: memoryview, offset: int) -> int:
         calls.append(len(data))
         if len(calls) == 3:
             raise OSError(code, os.strerror(code))
-        return real(fd, data)
+        return real(fd, data, offset)
 
-    monkeypatch.setattr(os, "write", failing)
+    monkeypatch.setattr(os, "pwrite", failing)
     with pytest.raises(StorageError, match=rf"writing the trace .* failed: {os.strerror(code)}"):
         write(path, overwrite=True)
     assert [x.name for x in tmp_path.iterdir()] == ["t.safetensors"]
@@ -269,8 +271,8 @@ def test_a_failing_disk_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = os.write
-    monkeypatch.setattr(os, "write", lambda fd, data: real(fd, data[:7]))
+    real = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: real(fd, data[:7], offset))
     path = tmp_path / "t.safetensors"
     write(path)
     assert torch.equal(load_file(path)["cube"], tensors()["cube"])

@@ -35,7 +35,7 @@ def test_passes_what_was_recorded(run: TrainResult, capsys: pytest.CaptureFixtur
     assert result.difference is None
     assert result.replayed == 130
     assert main([str(run.path)]) == 0
-    assert "130 steps replayed, all bits of moments and embeddings agree" in capsys.readouterr().out
+    assert "130 steps replayed, all bits of moments and parameters agree" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("chunk", [1, 8192 * 7, 8192 * 1000])
@@ -119,7 +119,8 @@ def test_gradients_that_are_not_finite_replay(text: str, tmp_path: Path) -> None
 def test_a_run_of_some_steps_has_its_checksums_compared(text: str, tmp_path: Path, capsys) -> None:
     path = tmp_path / "t"
     train(TrainConfig(steps=9, record_every=3, corpus=text, out=str(path), device="cpu", quiet=True))
-    assert verify(path) == module.Verification(replayed=0, difference=None)
+    reason = "a replay needs every step, and this run recorded some (--record-every)"
+    assert verify(path) == module.Verification(replayed=0, hindrance=reason, difference=None)
     assert main([str(path)]) == 0
     assert "a replay needs every step" in capsys.readouterr().out
     flip(path, "momentum", 2, 3, 4, bit=0)
@@ -129,7 +130,7 @@ def test_a_run_of_some_steps_has_its_checksums_compared(text: str, tmp_path: Pat
 def test_cannot_verify_other_files(tmp_path: Path, copy_of_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     foreign = tmp_path / "foreign.safetensors"
     save_file({"embeddings": torch.zeros(3, 2, 2).bfloat16(), "recorded_steps": torch.arange(3)}, foreign)
-    with pytest.raises(TraceError, match="cannot be verified: it is no trace that bhfast wrote, as it lacks momentum"):
+    with pytest.raises(TraceError, match="cannot be verified: it is no single file that bhfast wrote, as it lacks optimizer"):
         verify(foreign)
     assert main([str(tmp_path / "gone")]) == 2
     copy_of_run.write_bytes(copy_of_run.read_bytes()[:-1000])

@@ -1,0 +1,100 @@
+"""A valid trace of a run that was killed while it streamed.
+
+    python -m bhfast.recover FILE.partial
+
+Checks every committed record against its checksum, makes a trace of all up to the first damaged one, and says how many
+steps it holds. Exits 0 if it has made one, 2 if there is nothing to recover.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from bhfast.errors import BhfastError, StorageError, TraceError
+from bhfast.journal import Journal, check_records, finish, journal_path, read_journal
+from bhfast.storage import lock
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What :func:`recover` has made.
+
+    Attributes:
+        path: the trace.
+        records: how many it holds, step 0 included.
+        last_step: the last one recorded.
+        damaged: how many committed records were left out, as a checksum did not hold.
+    """
+
+    path: Path
+    records: int
+    last_step: int
+    damaged: int
+
+
+def recover(partial: str | os.PathLike[str]) -> Recovery:
+    """Turn ``NAME.partial`` and its journal into ``NAME``, or ``STEM.cut-at-STEP`` beside it if there is one already.
+
+    It may be interrupted, and run again.
+
+    Raises:
+        TraceError: there is nothing to recover.
+        StorageError: a run is still writing it, or the disk failed.
+    """
+    partial = Path(partial)
+    if partial.suffix != ".partial":
+        raise TraceError(f"{partial} is no .partial: a run that was killed leaves NAME.partial and its journal")
+    try:
+        fd = lock(partial)
+    except OSError as error:
+        raise TraceError(f"cannot open {partial}: {error.strerror}") from None
+    try:
+        if not journal_path(partial).exists():
+            raise TraceError(f"{partial} has no journal: its run kept the records in memory (--storage memory)")
+        state = read_journal(partial)
+        records = check_records(partial, state)
+        if records == 0:
+            raise TraceError(f"{partial} holds no committed record")
+        damaged = state.records - records
+        if damaged:
+            journal = Journal(journal_path(partial), state.end)
+            journal.append({"keep": records})
+            journal.close()
+        last_step = (records - 1) * state.start["every"]
+        path = partial.with_suffix("")
+        if path.exists():
+            path = path.with_name(f"{path.stem}.cut-at-{last_step}{path.suffix}")
+        if path.exists():
+            raise StorageError(f"{path} exists; move it away, then recover again")
+        finish(partial, path)
+    finally:
+        os.close(fd)
+    return Recovery(path, records, last_step, damaged)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the program; return its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="bhfast recover", description="Make a trace of the committed steps of a run that was killed."
+    )
+    parser.add_argument("file", metavar="FILE.partial", help="what the run has left; its journal lies beside it")
+    args = parser.parse_args(argv)
+    try:
+        result = recover(args.file)
+    except BhfastError as error:
+        print(f"bhfast recover: error: {error}", file=sys.stderr)
+        return 2
+    if result.damaged:
+        print(
+            f"{result.damaged:,} records after step {result.last_step:,} do not fit their checksums, and are left out"
+        )
+    print(f"{result.path}: {result.records:,} records, steps 0 to {result.last_step:,}; all checksums hold")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

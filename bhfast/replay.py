@@ -1,0 +1,108 @@
+"""What a trace says of its optimizer, so that :mod:`bhfast.verify` can replay it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SETTINGS = ("betas", "eps", "weight_decay")
+DTYPES = (torch.bfloat16, torch.float32)
+WITNESSES = 256  # elements that a clipping coefficient is found from
+
+
+class Description:
+    """Settings of an optimizer, and whether its arithmetic is one that a replay has.
+
+    Args:
+        optimizer: to be described, as it is now.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.settings = _settings(optimizer)
+        self.changed_at: int | None = None
+        self.steps_done: dict[str, int] = {}  # before the recording, by parameter
+
+    def look(self, step: int) -> None:
+        """Note if the settings, learning rates apart, have been changed before ``step``."""
+        if self.changed_at is None and _settings(self.optimizer) != self.settings:
+            self.changed_at = step
+
+    def describe(self, params: Mapping[str, Tensor], keys: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
+        """Return the description, for JSON; called before the first step, and again after the last.
+
+        Args:
+            params: the recorded parameters by name.
+            keys: for each of them, for each field the name of its tensor in the file.
+        """
+        for name, param in params.items():  # as it is at the first call
+            self.steps_done.setdefault(name, int(self.optimizer.state.get(param, {}).get("step", 0)))
+        arithmetic, reason = self._arithmetic(list(params.values()))
+        groups = {id(p): i for i, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
+        return {
+            "name": type(self.optimizer).__name__,
+            "arithmetic": arithmetic,
+            "reason": reason,
+            "groups": self.settings,
+            "params": {
+                name: {"group": groups[id(p)], "steps_done": self.steps_done[name], "keys": dict(keys[name])}
+                for name, p in params.items()
+            },
+        }
+
+    def _arithmetic(self, params: list[Tensor]) -> tuple[str | None, str]:
+        """Return the rounding of :func:`bhfast._ops.adam` that the optimizer's arithmetic equals, and why."""
+        optimizer, kind = self.optimizer, type(self.optimizer).__name__
+        if self.changed_at is not None:
+            return None, f"the optimizer's settings were changed before step {self.changed_at}"
+        if rounding := getattr(optimizer, "rounding", None):
+            return rounding, f"{kind} is specified to the bit"
+        groups = optimizer.param_groups
+        is_decoupled = isinstance(optimizer, torch.optim.AdamW) or not any(g.get("weight_decay") for g in groups)
+        if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW) or not is_decoupled:
+            return None, f"a replay knows AdamW, not {kind}" + ("" if is_decoupled else " with weight decay")
+        for flag in ("amsgrad", "maximize", "capturable", "differentiable", "fused"):
+            if any(group.get(flag) for group in groups):
+                return None, f"a replay does not know {kind} with {flag}"
+        if any(param.device.type != "cpu" for param in params):
+            return None, f"{kind} is only on a CPU known to the bit"
+        if any(param.dtype not in DTYPES for param in params):
+            return None, "a replay knows bfloat16 and float32"
+        return "per-op", f"{kind} on a CPU rounds after every operation"
+
+
+def _settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    return [{name: _plain(group[name]) for name in SETTINGS if name in group} for group in optimizer.param_groups]
+
+
+def _plain(value: Any) -> Any:
+    return [float(x) for x in value] if isinstance(value, tuple | list) else float(value)
+
+
+@torch.no_grad()
+def clip_coefficient(raw: Tensor, clipped: Tensor) -> Tensor:
+    """Return the factor by which a gradient was clipped, found from its bits.
+
+    Args:
+        raw: a gradient before clipping.
+        clipped: the same after it.
+
+    Returns:
+        A float32 scalar c with ``raw * c``, rounded to the dtype, equal to ``clipped`` in every bit, at the 256 largest
+        elements; 1 if nothing was changed, NaN if there is no such factor.
+    """
+    raw, clipped = raw.flatten(), clipped.flatten()
+    if len(raw) == 0:
+        return torch.ones(())
+    at = raw.abs().topk(min(WITNESSES, len(raw))).indices
+    raw, clipped = raw[at], clipped[at]
+    ratio = (clipped[0].double() / raw[0].double()).to(raw.dtype)
+    ulp = torch.finfo(raw.dtype).eps * ratio.abs()
+    steps = torch.arange(-2, 3, dtype=torch.float64, device=raw.device)
+    candidates = torch.cat([torch.ones_like(ratio)[None], (ratio.double() + steps * ulp.double() / 2).to(raw.dtype)])
+    fits = (raw * candidates[:, None] == clipped).all(dim=1)
+    return torch.where(fits.any(), candidates[fits.int().argmax()].float(), math.nan)

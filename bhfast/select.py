@@ -1,0 +1,134 @@
+"""Which parameters and rows a recorder records: found by name or pattern, each once, resolved before the first step."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from bhfast.errors import ConfigError
+
+Params = Mapping[str, Tensor] | str | re.Pattern[str] | Sequence[str | re.Pattern[str]]
+WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.")  # of torch.compile and FullyShardedDataParallel
+SHOWN = 8  # names in a message
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A parameter to record.
+
+    Attributes:
+        name: under which it is recorded.
+        param: the parameter; a DTensor if it is sharded over several processes.
+        rows: indices along axis 0, int64 ``[n]`` on the parameter's device; None for all of them.
+    """
+
+    name: str
+    param: Tensor
+    rows: Tensor | None
+
+
+def select(
+    params: Params,
+    *,
+    model: nn.Module | None,
+    optimizer: torch.optim.Optimizer,
+    rows: Mapping[str, Tensor | Sequence[int]],
+) -> tuple[list[Selection], dict[str, str]]:
+    """Resolve what a user asked for.
+
+    Args:
+        params: parameters by name; or names, globs and compiled regular expressions (which must match all of a name)
+            over ``model.named_parameters()``.
+        model: needed for names. Wrappers (``torch.compile``, ``DistributedDataParallel``) leave no trace in the names.
+        optimizer: which must update all of them.
+        rows: for names among them, indices along axis 0, or a mask over it.
+
+    Returns:
+        The selection, and for each further name of a tied parameter the one it is recorded under.
+
+    Raises:
+        ConfigError: nothing matches, a parameter is frozen or not the optimizer's, or rows do not fit.
+    """
+    named = _named(params, model)
+    updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if frozen := [name for name, param in named if not param.requires_grad]:
+        raise ConfigError(f"params must be trained, but {_listed(frozen)} are frozen (requires_grad=False)")
+    if foreign := [name for name, param in named if id(param) not in updated]:
+        raise ConfigError(f"params must be the optimizer's, but {_listed(foreign)} are in none of its groups")
+    first: dict[int, str] = {}
+    for name, param in named:
+        first.setdefault(id(param), name)
+    tied = {name: first[id(param)] for name, param in named if first[id(param)] != name}
+    chosen = {tied.get(name, name): which for name, which in rows.items()}
+    if unknown := chosen.keys() - set(first.values()):
+        raise ConfigError(f"rows are given for {_listed(sorted(unknown))}, which params do not name")
+    selections = [
+        Selection(name, param, _row_indices(name, param, chosen[name]) if name in chosen else None)
+        for name, param in named
+        if name not in tied
+    ]
+    return selections, tied
+
+
+def _named(params: Params, model: nn.Module | None) -> list[tuple[str, Tensor]]:
+    if isinstance(params, Mapping):
+        if not params:
+            raise ConfigError("params must name at least one parameter, got none")
+        return list(params.items())
+    patterns = [params] if isinstance(params, str | re.Pattern) else list(params)
+    if not patterns:
+        raise ConfigError("params must name at least one parameter, got none")
+    if model is None:
+        raise ConfigError("params are names or patterns, so model= must say whose")
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
+    everything = [(_plain(name), param) for name, param in model.named_parameters(remove_duplicate=False)]
+    found: dict[str, Tensor] = {}
+    for pattern in patterns:
+        matches = {name: param for name, param in everything if _matches(pattern, name)}
+        if not matches:
+            text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
+            raise ConfigError(f"params: nothing matches {text!r}; there are {_listed([n for n, _ in everything])}")
+        found |= matches
+    return [(name, param) for name, param in everything if name in found]
+
+
+def _plain(name: str) -> str:
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def _matches(pattern: str | re.Pattern[str], name: str) -> bool:
+    if isinstance(pattern, re.Pattern):
+        return pattern.fullmatch(name) is not None
+    return name == pattern or fnmatchcase(name, pattern)
+
+
+def _row_indices(name: str, param: Tensor, rows: Tensor | Sequence[int]) -> Tensor:
+    length = len(param) if param.dim() else 0
+    rows = torch.as_tensor(rows)
+    if rows.dtype == torch.bool:
+        if tuple(rows.shape) != (length,):
+            raise ConfigError(f"rows[{name!r}] as a mask must have shape [{length}], got {list(rows.shape)}")
+        return rows.nonzero()[:, 0].to(param.device)
+    if rows.numel() == 0:
+        rows = rows.to(torch.int64)
+    if rows.dim() != 1 or rows.is_floating_point() or rows.is_complex():
+        raise ConfigError(
+            f"rows[{name!r}] must be integers of one axis, or a mask, got {rows.dtype} {list(rows.shape)}"
+        )
+    if len(rows) and not (0 <= int(rows.min()) and int(rows.max()) < length):
+        raise ConfigError(f"rows[{name!r}] must be 0 to {length - 1}, got {int(rows.min())} to {int(rows.max())}")
+    return rows.to(param.device, torch.int64)
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
