@@ -65,21 +65,25 @@ def journal_path(partial: Path) -> Path:
 class Journal:
     """A journal that is being written.
 
-    It takes more of the disk than it needs, so that a line can be added to it, and the rest of the trace be written,
-    when the disk is full.
+    A new one takes more of the disk than it needs. :func:`finish` gives that back first, so that there is room for the
+    rest of the trace when the disk is full.
+
+    Args:
+        path: of the journal.
+        end: how much of it there is already; 0 for a new one.
     """
 
     def __init__(self, path: Path, end: int = 0) -> None:
         self.path = path
         self.end = end
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | (0 if end else os.O_TRUNC), 0o644)
-        self._reserved = 0
+        self._reserved = 0 if end == 0 and hasattr(os, "posix_fallocate") else sys.maxsize
 
     def append(self, event: Mapping[str, Any]) -> None:
         """Add a line, and wait until it is on the disk."""
         text = json.dumps(event, separators=(",", ":")).encode()
         line = b"%08x %s\n" % (zlib.crc32(text), text)
-        if self.end + len(line) > self._reserved - AHEAD and hasattr(os, "posix_fallocate"):
+        if self.end + len(line) > self._reserved - AHEAD:
             self._reserved = 2 * (self.end + len(line)) + 2 * AHEAD
             os.posix_fallocate(self._fd, 0, self._reserved)
         write_at(self._fd, memoryview(line), self.end)

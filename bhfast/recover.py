@@ -89,9 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"bhfast recover: error: {error}", file=sys.stderr)
         return 2
     if result.damaged:
-        print(
-            f"{result.damaged:,} records after step {result.last_step:,} do not fit their checksums, and are left out"
-        )
+        print(f"left out {result.damaged:,} records after step {result.last_step:,}: a checksum does not hold")
     print(f"{result.path}: {result.records:,} records, steps 0 to {result.last_step:,}; all checksums hold")
     return 0
 

@@ -130,7 +130,7 @@ def test_a_run_of_some_steps_has_its_checksums_compared(text: str, tmp_path: Pat
 def test_cannot_verify_other_files(tmp_path: Path, copy_of_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     foreign = tmp_path / "foreign.safetensors"
     save_file({"embeddings": torch.zeros(3, 2, 2).bfloat16(), "recorded_steps": torch.arange(3)}, foreign)
-    with pytest.raises(TraceError, match="cannot be verified: it is no single file that bhfast wrote, as it lacks optimizer"):
+    with pytest.raises(TraceError, match="no single file that bhfast wrote, as it lacks optimizer"):
         verify(foreign)
     assert main([str(tmp_path / "gone")]) == 2
     copy_of_run.write_bytes(copy_of_run.read_bytes()[:-1000])

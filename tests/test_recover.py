@@ -1,0 +1,267 @@
+"""Runs that are killed: at random moments, and at every call by which a trace is finished."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from streaming_run import record
+from test_stream import assert_begins_like, reference
+
+from bhfast import journal, recover, stream
+from bhfast import recorder as module
+from bhfast.errors import StorageError, TraceError
+from bhfast.journal import journal_path
+from bhfast.recover import main
+from bhfast.storage import Claim
+from bhfast.trace import open_trace
+
+if not hasattr(os, "fork"):
+    pytest.skip("needs fork", allow_module_level=True)
+
+STEPS = 1500
+KILLS = 30
+SLOTS = 48  # of a buffer of half a megabyte: as many steps as a kill may lose
+
+
+@pytest.fixture(autouse=True)
+def _own_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "BUFFER", stream.BUFFER)
+    monkeypatch.setattr(module, "half_size", module.half_size)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """A forked process must not wait for threads of OpenMP that it does not have."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def in_child(work: Callable[[], None]) -> int:
+    """Run ``work`` in a forked process; return its pid."""
+    if pid := os.fork():
+        return pid
+    try:
+        work()
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+
+def test_killed_at_random_moments(tmp_path: Path, one_thread: None) -> None:
+    """Every committed step is recovered, with the bits of an undisturbed run; at most one buffer is lost."""
+    whole = reference(tmp_path, STEPS)
+    generator = random.Random(0)
+    reached = mmap.mmap(-1, 8)  # shared with the child: the last step it has done
+    at_work = 0
+    for kill in range(KILLS):
+        path = tmp_path / f"{kill}.safetensors"
+        partial = path.with_name(path.name + ".partial")
+        reached[:] = bytes(8)
+
+        def run(path: Path = path, announced: int | None = (STEPS, 2 * STEPS, None)[kill % 3]) -> None:
+            def note(step: int, recorder: object) -> None:
+                reached[:] = step.to_bytes(8, "little")
+                time.sleep(0.0002)
+
+            record(path, STEPS, announced=announced, after_step=note)
+
+        child = in_child(run)
+        time.sleep(generator.uniform(0.02, 0.7))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        done = int.from_bytes(reached[:], "little")
+        if not path.exists():
+            try:
+                result = recover.recover(partial)
+            except TraceError:
+                assert done <= SLOTS, "steps were done, but nothing can be recovered"
+                partial.unlink(missing_ok=True)
+                continue
+            assert result.path == path
+            assert done - SLOTS <= result.last_step <= done + 1
+            assert result.damaged == 0
+            at_work += 1
+        assert_begins_like(path, whole)
+        assert not partial.exists()
+        journal_path(partial).unlink(missing_ok=True)  # killed between the last two calls
+        path.unlink()
+    assert at_work > KILLS / 2, "most kills must hit a run at work for this test to mean something"
+
+
+@pytest.mark.parametrize("collapses", [True, False], ids=["collapse", "copy"])
+def test_killed_at_every_call_that_finishes_a_trace(collapses, tmp_path: Path, monkeypatch, one_thread: None) -> None:
+    """Before and after each call that changes a file, and again while it is being recovered."""
+    whole = reference(tmp_path, 60)
+    if not collapses:
+        monkeypatch.setattr(journal, "_collapse_range", lambda *_: False)
+        monkeypatch.setattr(journal, "WORTH_COPYING", 0)
+    made = tmp_path / "made"
+    made.mkdir()
+    path, partial = made / "t.safetensors", made / "t.safetensors.partial"
+
+    def stop(*_: object) -> None:
+        os._exit(7)
+
+    def unfinished() -> None:
+        monkeypatch.setattr(stream, "finish", stop)
+        record(path, 60, announced=3000)
+
+    assert os.waitpid(in_child(unfinished), 0)[1] >> 8 == 7
+    for call in range(1000):
+        here = tmp_path / str(call)
+        shutil.copytree(made, here)
+
+        def finish(here: Path = here, call: int = call) -> None:
+            _die_at(call)
+            recover.recover(here / partial.name)
+
+        child = in_child(finish)
+        died = os.waitpid(child, 0)[1] >> 8 == 9
+        if (here / partial.name).exists():
+            recover.recover(here / partial.name)
+        assert_begins_like(here / path.name, whole)
+        assert open_trace(here / path.name).steps[-1] == 60
+        shutil.rmtree(here)
+        if not died:
+            break
+    assert 10 < call < 999
+
+
+def _die_at(number: int) -> None:
+    """Let this process die at its call ``number`` of what changes files: the even ones before it, odd ones after."""
+    calls = 0
+
+    def mortal(real: Callable[..., object]) -> Callable[..., object]:
+        def call(*args: object, **kwargs: object) -> object:
+            nonlocal calls
+            calls += 2
+            if calls - 2 == number:
+                os._exit(9)
+            result = real(*args, **kwargs)
+            if calls - 1 == number:
+                os._exit(9)
+            return result
+
+        return call
+
+    for name in ("pwrite", "ftruncate", "fsync", "fdatasync", "replace", "unlink"):
+        setattr(os, name, mortal(getattr(os, name)))
+    journal._collapse_range = mortal(journal._collapse_range)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The program
+
+
+@pytest.fixture
+def killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What a run leaves that was killed after its last step."""
+
+    def refuse(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stream, "finish", refuse)
+        with pytest.raises(KeyboardInterrupt):
+            record(tmp_path / "t.safetensors", 60, announced=300)
+    return tmp_path / "t.safetensors.partial"
+
+
+def test_says_what_it_made(killed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(killed)]) == 0
+    path = killed.with_suffix("")
+    assert capsys.readouterr().out == f"{path}: 61 records, steps 0 to 60; all checksums hold\n"
+    assert_begins_like(path, reference(killed.parent, 60))
+    assert sorted(x.name for x in killed.parent.iterdir()) == ["reference.safetensors", "t.safetensors"]
+
+
+def test_a_file_that_is_there_stays(killed: Path) -> None:
+    path = killed.with_suffix("")
+    path.write_text("precious")
+    assert recover.recover(killed).path.name == "t.cut-at-60.safetensors"
+    assert path.read_text() == "precious"
+
+
+def test_damaged_records_are_left_out(killed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = journal.read_journal(killed)
+    track = state.tracks["second.grad"]
+    with open(killed, "r+b") as file:
+        file.seek(state.start["header"] + track.offset + 40 * track.size)
+        file.write(b"damage")
+    assert main([str(killed)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("left out 21 records after step 39: a checksum does not hold\n")
+    assert_begins_like(killed.with_suffix(""), reference(killed.parent, 60))
+    assert len(open_trace(killed.with_suffix("")).steps) == 40
+
+
+def test_a_journal_that_was_cut_off_gives_the_steps_before(killed: Path) -> None:
+    """As a power failure leaves it."""
+    path = journal_path(killed)
+    lines = path.read_bytes().split(b"\n")
+    path.write_bytes(b"\n".join(lines[:-4]) + b"\n" + lines[-4][:50] + b"\0" * 4096)
+    recovery = recover.recover(killed)
+    assert 0 < recovery.last_step < 60
+    assert_begins_like(recovery.path, reference(killed.parent, 60))
+
+
+def test_refuses_what_it_cannot_recover(killed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = killed.parent
+    journal_path(killed).rename(folder / "away")
+    for name, message in [
+        ("t.safetensors", "is no .partial: a run that was killed leaves NAME.partial and its journal"),
+        ("gone.partial", "cannot open .*gone.partial: No such file or directory"),
+        ("t.safetensors.partial", "has no journal: its run kept the records in memory"),
+    ]:
+        with pytest.raises(TraceError, match=message):
+            recover.recover(folder / name)
+    assert main([str(folder / "gone.partial")]) == 2
+    assert capsys.readouterr().err.startswith("bhfast recover: error: cannot open")
+    journal_path(killed).write_bytes(b"nonsense\n")
+    with pytest.raises(TraceError, match="is no journal of version 1"):
+        recover.recover(killed)
+    with Claim(folder / "u"), pytest.raises(StorageError, match="is being written by another run"):
+        recover.recover(folder / "u.partial")
+
+
+def test_the_next_run_is_told_how_to_keep_the_steps(killed: Path) -> None:
+    with (
+        pytest.raises(StorageError, match=rf"keep its steps with python -m bhfast\.recover {killed}"),
+        Claim(killed.with_suffix("")),
+    ):
+        pass
+    assert json.loads(journal_path(killed).read_bytes().split(b"\n")[0][9:])["start"]["every"] == 1
+
+
+def test_a_killed_run_of_train_is_recovered_and_verified(tmp_path: Path, text: str) -> None:
+    out = tmp_path / "t.safetensors"
+    command = [sys.executable, "-m", "bhfast.train", "--steps", "20000", "--corpus", text, "--device", "cpu"]
+    command += ["--storage", "stream", "--out", str(out)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("storage"):
+                break
+        time.sleep(2)
+        process.kill()
+    recovery = recover.recover(tmp_path / "t.safetensors.partial")
+    assert recovery.path == out
+    assert recovery.last_step > 50
+    verified = subprocess.run([sys.executable, "-m", "bhfast.verify", str(out)], capture_output=True, text=True)
+    assert verified.returncode == 0
+    assert f"{recovery.last_step:,} steps replayed, all bits" in verified.stdout
