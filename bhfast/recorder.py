@@ -166,6 +166,11 @@ class Recorder:
             raise ConfigError(f"storage must be one of {', '.join(STORAGES)}, got {storage!r}")
         if storage == "memory" and steps is None:
             raise ConfigError("storage memory needs steps=; if it is not known, use storage stream")
+        if unclipped and getattr(optimizer, "max_grad_norm", None) is not None:
+            raise ConfigError(
+                f"unclipped is for loops that clip between backward() and step(); {type(optimizer).__name__} with "
+                "max_grad_norm clips inside, and its gradients are recorded unclipped anyway"
+            )
         fields = _default_fields(optimizer) if fields is None else fields
         if not fields:
             raise ConfigError("fields must name at least one field, got none")
@@ -382,7 +387,8 @@ class Recorder:
         if is_cut and path.exists() and not self._share.is_sharded:
             path = path.with_name(f"{path.stem}.cut-at-{self.saved_steps}{path.suffix}")
         self._storage.save({**self.metadata, **self._describe_replay()}, path)
-        self.path = self._share.finish(path, [*self._hosts, "recorded_steps", *self._kept], saved)
+        names = [*self._hosts, "recorded_steps", *self._kept, *(f"{name}.rows" for name in self._rows)]
+        self.path = self._share.finish(path, names, saved)
         if saved < self._complete and fault is None:
             fault = StorageError(
                 f"{self._storage.failure}; steps 0 to {self.saved_steps:,} of {self._step:,} were saved: {self.path}"
@@ -532,7 +538,8 @@ class Recorder:
         """Copy a value, or its rows, to the slot of the record at hand."""
         slot = self._slots[source.key][self._slot(source.key)]
         value = local(value)
-        if value.dtype != slot.dtype or value.shape[1:] != slot.shape[1:]:
+        shape = value.shape if source.rows is None else torch.Size([len(source.rows), *value.shape[1:]])
+        if value.dtype != slot.dtype or shape != slot.shape:
             raise BhfastError(
                 f"{source.field} of parameter {source.name} is {value.dtype} {list(value.shape)} at step {self._step}, "
                 f"wanted {slot.dtype} {list(slot.shape)}; open the recorder after the optimizer's first step"

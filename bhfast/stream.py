@@ -26,6 +26,7 @@ SMALL = 64  # bytes: records below it go to the journal
 BUFFER = 32 << 20  # bytes of records that may wait for the disk
 COMMIT_SECONDS = 1.0  # between two commits, where records are slow to come
 LEAST_RECORDS = 16  # that a disk must have room for
+MOST_RECORDS = 1 << 24  # that room is made for, if their number is not known
 HEADER_ENTRY = 200  # bytes, beside the name
 HEADER_SLACK = 64 << 10  # bytes for what is logged, and constants
 HEADER_BLOCK = 4096
@@ -134,7 +135,8 @@ class StreamStorage:
         """Return how many records the disk can hold, and half of a file of the size that is allowed."""
         limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
         free = min(self.claim.free(), MAX_REGIONS)
-        return (free if limit == resource.RLIM_INFINITY else min(free, limit // 2)) // size
+        free = free if limit == resource.RLIM_INFINITY else min(free, limit // 2)
+        return min(free // size, MOST_RECORDS)
 
     # -----------------------------------------------------------------------------------------------------------------
     # The recorder's side
@@ -186,17 +188,19 @@ class StreamStorage:
 
     def wait(self, record: int) -> None:
         if record >= self.capacity:
-            raise StorageError(f"the disk of {self.claim.path.parent} had room for {self.capacity} records: it is full")
+            raise StorageError(
+                f"the trace {self.claim.path} is full: it has the {self.capacity:,} records that the disk had room for "
+                "when it was begun; say steps= if you know it"
+            )
         with self._changed:
             self.waits += record >= self.room
             while record >= self.room:
                 self._check()
-                self._changed.wait(timeout=1)
+                self._changed.wait()
             self._check()
 
     def is_due(self, records: int) -> bool:
-        if self._error is not None or not self._thread.is_alive():
-            self._check()
+        self._check()
         new = records - self._submitted
         return new >= self.slots // 4 or (new > 0 and time.monotonic() - self._submitted_at >= COMMIT_SECONDS)
 
@@ -209,24 +213,27 @@ class StreamStorage:
             self._changed.notify_all()
 
     def _check(self) -> None:
-        if self._error is not None or not self._thread.is_alive():
-            raise StorageError(
-                f"{self.failure}; {self.committed:,} records are safe in {self.claim.partial}, and become a shorter "
-                "trace when the recording ends"
-            ) from self._error
+        """Raise what has befallen the writer."""
+        if self._error is not None:
+            safe = "nothing was committed yet"
+            if self.committed:
+                safe = (
+                    f"{self.committed:,} records are safe in {self.claim.partial}, and become a shorter trace when the "
+                    "recording ends"
+                )
+            raise StorageError(f"{self.failure}; {safe}") from self._error
 
     @property
     def failure(self) -> str | None:
-        if self._error is None and (self._thread.is_alive() or self._stopping):
+        if self._error is None:
             return None
-        reason = getattr(self._error, "strerror", None) or repr(self._error or "the writer has died")
+        reason = getattr(self._error, "strerror", None) or repr(self._error)
         return f"writing the trace {self.claim.path} failed: {reason}"
 
     def settle(self, records: int) -> int:
-        is_alive = self._thread.is_alive()
         with self._changed:
             self._submitted = max(records, self.committed)
-            self._stopping = is_alive
+            self._stopping = True
             self._changed.notify_all()
         self._thread.join()
         return self.committed

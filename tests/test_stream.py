@@ -285,7 +285,7 @@ record(Path({str(tmp_path / "t.safetensors")!r}), 5000, announced={announced})
         assert "File too large" in run.stderr
         assert list(tmp_path.iterdir()) == []
     else:
-        assert "StorageError: the disk of" in run.stderr
+        assert "is full:" in run.stderr
         assert_begins_like(tmp_path / "t.safetensors", reference(tmp_path, 5000))
 
 
@@ -300,7 +300,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
         with pytest.raises(StorageError, match="is too small for the trace"):
             record(mount / "t.safetensors", 5000, announced=5000)
         assert list(mount.iterdir()) == []
-        with pytest.raises(StorageError, match=r"No space left on device|it is full"):
+        with pytest.raises(StorageError, match=r"No space left on device|is full"):
             record(mount / "t.safetensors", 5000)
         assert_begins_like(mount / "t.safetensors", reference(tmp_path, 5000))
         assert len(open_trace(mount / "t.safetensors").steps) > 100
