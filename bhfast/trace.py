@@ -16,6 +16,7 @@ import json
 import math
 import mmap
 import os
+import reprlib
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -33,6 +34,7 @@ ALIGNMENT = 64
 MAX_HEADER = 100_000_000  # the limit of the safetensors library
 MAX_CHECKSUMS = 1 << 17  # in one header: 0.7 MB of text
 MAX_SIZE = 1 << 62  # elements along one axis, or bytes
+MAX_AXES = 32  # of a tensor; numpy had no more before 2.0
 PADDING = "_padding."
 
 DTYPES = {
@@ -41,6 +43,8 @@ DTYPES = {
     "I8": torch.int8,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
     "I16": torch.int16,
     "U16": torch.uint16,
     "F16": torch.float16,
@@ -51,7 +55,10 @@ DTYPES = {
     "I64": torch.int64,
     "U64": torch.uint64,
     "F64": torch.float64,
+    "C64": torch.complex64,
 }
+if hasattr(torch, "float8_e8m0fnu"):  # since 2.7
+    DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -198,7 +205,8 @@ def checksum_metadata(sums: Mapping[str, np.ndarray], records: int) -> dict[str,
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """Return the bytes of a contiguous CPU tensor, without a copy."""
-    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+    flat = tensor.detach().as_strided((tensor.numel(),), (1,))  # one element is contiguous, whatever its stride
+    return flat.view(torch.uint8).numpy().data
 
 
 def format_bytes(count: float) -> str:
@@ -260,14 +268,20 @@ class Trace(Mapping[str, Any]):
 
     def _json(self, key: str) -> dict[str, Any]:
         """Return what the metadata hold under ``key``; nothing if it is not there."""
-        value = parse_json(f"{self.path} is corrupted: the metadata's {key}", self.metadata.get(key, "{}"))
-        if not isinstance(value, dict):
-            raise TraceError(f"{self.path} is corrupted: the metadata's {key} is no JSON object")
+        what = f"{self.path} is corrupted: the metadata's {key}"
+        try:
+            value = parse_json(what, self.metadata.get(key, "{}"))
+            if not isinstance(value, dict):
+                raise TraceError(f"{what} is no JSON object")
+        except TraceError:
+            if self.metadata.get("format") == FORMAT:
+                raise
+            return {}  # another program's files may have anything there
         return value
 
     def __getitem__(self, name: str) -> Any:
         try:
-            return self._tensors[self._tied.get(name, name)]
+            return self._tensors[name if name in self._tensors else self._tied[name]]
         except (KeyError, TypeError):
             raise KeyError(f"{self.path} has no tensor {name!r}; it has {', '.join(self._tensors)}") from None
 
@@ -295,23 +309,23 @@ class Trace(Mapping[str, Any]):
             each = int(self.metadata.get("crc32_records", "1"))
             wanted = {k: np.frombuffer(base64.b64decode(v), dtype="<u4") for k, v in self._json("crc32").items()}
             pairs = [(name, self._tensors[name], sums) for name, sums in wanted.items()]
-            fits = each > 0
+            fits = 0 < each < MAX_SIZE
         except (KeyError, TypeError, ValueError):
             fits = False
         if not fits:
             raise TraceError(f"{self.path} is corrupted: its checksums cannot be read")
         for name, tensor, sums in pairs:
-            found = checksums(tensor, each)
-            if len(found) != len(sums):
-                raise TraceError(f"{self.path} is corrupted: {len(sums)} checksums for {name}, wanted {len(found)}")
-            for record in np.flatnonzero(found != sums):
+            wants = -(-len(tensor) // each) if tensor.dim() > 1 and len(tensor) else 1
+            if len(sums) != wants:
+                raise TraceError(f"{self.path} is corrupted: {len(sums)} checksums for {name}, wanted {wants}")
+            for record in np.flatnonzero(checksums(tensor, each) != sums):
                 yield name, int(record) * each if tensor.dim() > 1 else None
 
     def __repr__(self) -> str:
         size = sum(math.prod(x.shape) * x.dtype.itemsize for x in self._tensors.values())
         about = [str(self.path), format_bytes(size)]
         steps = self._tensors.get("recorded_steps")
-        if steps is not None and len(steps):
+        if steps is not None and steps.dim() == 1 and len(steps) and steps.dtype == torch.int64:
             about.insert(1, f"{len(steps):,} records, steps {int(steps[0]):,} to {int(steps[-1]):,}")
         rows = [f"  {name:<16} {DTYPE_NAMES[x.dtype]:<5} {list(x.shape)}" for name, x in self._tensors.items()]
         return "\n".join([f"Trace({', '.join(about)})", *rows])
@@ -337,7 +351,8 @@ def open_trace(path: str | os.PathLike[str]) -> Trace:
     except OSError as error:
         raise TraceError(f"cannot open the trace {path}: {error.strerror}") from None
     header, start = _decode_header(path, data, size)
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(x, str) for x in metadata.values()):
         raise TraceError(f"{path} is corrupted: its metadata are no JSON object of strings")
     entries = sorted(((name, _entry(path, name, x)) for name, x in header.items()), key=lambda item: item[1][2:])
@@ -382,12 +397,13 @@ def parse_json(what: str, text: bytes | str) -> Any:
     try:
         text = text.decode() if isinstance(text, bytes) else text
         text.encode()  # no lone surrogates
-        return json.loads(text, object_pairs_hook=_without_duplicates)
+        return json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise TraceError(f"{what} is not valid JSON ({error})") from None
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    "".join(text for pair in pairs for text in pair if isinstance(text, str)).encode()  # nor escaped ones
     result = dict(pairs)
     if len(result) != len(pairs):
         raise ValueError("a name stands twice")
@@ -399,11 +415,13 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[torch.dtype, list[int], i
     try:
         dtype, shape, (first, last) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
         fits = isinstance(shape, list) and all(type(n) is int and 0 <= n < MAX_SIZE for n in [*shape, first, last])
+        fits = fits and len(shape) <= MAX_AXES
+        fits = fits and math.prod(n or 1 for n in shape) * dtype.itemsize < MAX_SIZE  # numpy wants this of empty ones
         fits = fits and last - first == math.prod(shape) * dtype.itemsize
     except (KeyError, TypeError, ValueError):
         fits = False
     if not fits:
-        raise TraceError(f"{path} is corrupted: the header's entry for {name} is {json.dumps(entry)[:200]}")
+        raise TraceError(f"{path} is corrupted: the header's entry for {name} is {reprlib.repr(entry)}")
     return dtype, shape, first, last
 
 

@@ -8,18 +8,26 @@ import os
 import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import safetensors
+import safetensors.numpy
+import safetensors.torch
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from bhfast import trace
 from bhfast.errors import StorageError, TraceError
+from bhfast.optim import FusedAdam
+from bhfast.recorder import Recorder
 from bhfast.storage import Claim, write_trace
-from bhfast.trace import open_trace
+from bhfast.trace import TraceTensor, open_trace
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -50,6 +58,68 @@ def test_any_safetensors_reader_opens_it(tmp_path: Path) -> None:
         assert torch.equal(loaded[name], wanted)
     with safetensors.safe_open(path, "pt") as file:
         assert json.loads(file.metadata()["config"]) == {"steps": 2}
+
+
+RECORDINGS: dict[str, dict[str, Any]] = {
+    "memory": {"steps": 9, "storage": "memory"},
+    "memory, cut short": {"steps": 50, "storage": "memory"},
+    "stream": {"steps": 9, "storage": "stream"},
+    "stream, cut short": {"steps": 5000, "storage": "stream"},
+    "stream of unknown length": {"steps": None},
+    "every third, in memory": {"steps": 9, "every": 3, "storage": "memory"},
+    "every third, streamed": {"steps": 10, "every": 3, "storage": "stream"},
+}
+
+
+def record(path: Path, **options: Any) -> None:
+    """Nine steps of two parameters, of one of them some rows; values logged late, and a constant."""
+    torch.manual_seed(0)
+    params = {"w": torch.nn.Parameter(torch.randn(33, 7).bfloat16()), "v": torch.nn.Parameter(torch.randn(5, 3))}
+    optimizer = FusedAdam(params.values(), max_grad_norm=1.0)
+    with Recorder(optimizer, params, path=path, rows={"w": [32, 0, 5]}, metadata={"of": "π"}, **options) as recorder:
+        for step in range(1, 10):
+            for param in params.values():
+                param.grad = torch.randn_like(param)
+            optimizer.step()
+            recorder.log(loss=torch.tensor(step / 7))
+            if step > 4:
+                recorder.log(late=torch.full((5, 9), step, dtype=torch.int32), flag=torch.tensor(True))
+        recorder.constants["frequencies"] = torch.arange(3).bfloat16()
+
+
+def raw(values: torch.Tensor | np.ndarray) -> bytes:
+    return values.tobytes() if isinstance(values, np.ndarray) else bytes(trace.bytes_of(values.contiguous()))
+
+
+@pytest.mark.parametrize("options", RECORDINGS.values(), ids=RECORDINGS)
+def test_any_safetensors_reader_opens_every_recording(options: dict[str, Any], tmp_path: Path) -> None:
+    """Mapped into memory or not, by torch and by numpy, whole and in slices, with the same bytes."""
+    pytest.importorskip("ml_dtypes")
+    path = tmp_path / "t.safetensors"
+    record(path, **options)
+    ours = open_trace(path)
+    assert ours.steps.tolist() == list(range(0, 10, options.get("every", 1)))
+    assert len(ours["w"]) == len(ours["late"]) == len(ours.steps)
+    assert ours["w.rows"].tolist() == [32, 0, 5]
+    assert list(ours.damage()) == []
+    for load in (
+        safetensors.torch.load_file,
+        lambda path: safetensors.torch.load(path.read_bytes()),
+        safetensors.numpy.load_file,
+    ):
+        theirs = {name: x for name, x in load(path).items() if not name.startswith(trace.PADDING)}
+        assert theirs.keys() == ours.keys()
+        for name, x in theirs.items():
+            assert tuple(x.shape) == ours[name].shape
+            assert x.dtype == (ours[name].numpy() if isinstance(x, np.ndarray) else ours[name]).dtype
+            assert raw(x) == raw(ours[name]), name
+    for framework in ("pt", "np"):
+        with safetensors.safe_open(path, framework) as file:
+            assert file.metadata() == ours.metadata
+            assert file.metadata()["of"] == "π"
+            for name, wanted in ours.items():
+                assert raw(file.get_tensor(name)) == raw(wanted)
+                assert raw(file.get_slice(name)[1:3]) == raw(wanted[1:3])
 
 
 def test_golden_bytes() -> None:
@@ -108,8 +178,12 @@ def test_opens_what_the_notebook_writes(tmp_path: Path) -> None:
     assert torch.equal(opened.steps, torch.arange(2))
     assert opened.metadata == opened.config == {}
     assert "embeddings       BF16  [2, 3]" in repr(opened)
-    with pytest.raises(KeyError, match="has no tensor 'losses'; it has"):
+    with pytest.raises(
+        KeyError, match=r"foreign\.safetensors has no tensor 'losses'; it has recorded_steps, embeddings"
+    ):
         opened["losses"]
+    assert "losses" not in opened
+    assert ["unhashable"] not in opened
 
 
 def test_opens_misaligned_tensors(tmp_path: Path) -> None:
@@ -118,7 +192,13 @@ def test_opens_misaligned_tensors(tmp_path: Path) -> None:
         b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"b":{"dtype":"F32","shape":[1],"data_offsets":[1,5]}}'
     )
     path.write_bytes(len(header).to_bytes(8, "little") + header + b"\7" + struct.pack("<f", 2.5))
-    assert open_trace(path)["b"].tolist() == [2.5]
+    before = path.read_bytes()
+    odd = open_trace(path)["b"]
+    assert odd.tolist() == [2.5]
+    assert odd.numpy().tolist() == [2.5]
+    odd += 1
+    assert odd.tolist() == [3.5]
+    assert path.read_bytes() == before
 
 
 def test_damage_is_located(tmp_path: Path) -> None:
@@ -129,6 +209,106 @@ def test_damage_is_located(tmp_path: Path) -> None:
     damaged["cube"][1, 0, 0] = 99.0
     damaged["losses"][2] = 99.0
     assert sorted(damaged.damage()) == [("cube", 1), ("losses", None)]
+
+
+@pytest.mark.parametrize("storage", ["memory", "stream"])
+def test_damage_is_located_where_records_share_a_checksum(storage, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(trace, "MAX_CHECKSUMS", 40)
+    path = tmp_path / "t.safetensors"
+    record(path, steps=9, storage=storage)
+    each = int(open_trace(path).metadata["crc32_records"])
+    assert each in (4, 8)
+    assert list(open_trace(path).damage()) == []
+    for record_, first in ((0, 0), (each - 1, 0), (each, each), (9, 9 // each * each)):
+        damaged = open_trace(path)
+        damaged["v.grad"][record_, 4, 2] += 1
+        damaged["late"][record_, 0, 0] += 1
+        assert set(damaged.damage()) == {("v.grad", first), ("late", first)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tensors
+
+
+VALUES = {
+    "bfloat16": torch.tensor([[1.5, -2.0], [float("inf"), 1e-3], [0.0, 7.0]]).bfloat16(),
+    "float8_e4m3fn": torch.tensor([[1.5, -2.0], [448.0, 0.5]]).to(torch.float8_e4m3fn),
+    "float8_e5m2": torch.tensor([[1.5, -2.0], [float("inf"), 0.5]]).to(torch.float8_e5m2),
+    "float16": torch.tensor([[1.5, -2.0], [3.0, 4.0]]).half(),
+    "float64": torch.tensor([[1.5, -2.0], [3.0, 4.0]]).double(),
+    "int64": torch.tensor([[1, 2], [3, -(1 << 62)]]),
+    "uint8": torch.tensor([[1, 2], [3, 255]], dtype=torch.uint8),
+    "bool": torch.tensor([[True, False], [False, True]]),
+    "complex64": torch.tensor([[1j, 2.0], [3.0, 4 - 1j]]),
+}
+
+
+@pytest.fixture
+def values(tmp_path: Path) -> trace.Trace:
+    """A file with tensors of many dtypes."""
+    path = tmp_path / "values.safetensors"
+    with Claim(path) as claim:
+        write_trace(claim, VALUES, {"tied": '{"half": "float16", "bool": "int64", "lost": "gone"}'}, path)
+    return open_trace(path)
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_numpy_has_the_same_memory(name: str, values: trace.Trace) -> None:
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    tensor = values[name]
+    for part in (tensor, tensor[1:], tensor[1], tensor[:, 1], tensor[1, 1]):
+        array = part.numpy()
+        assert array.ctypes.data == part.data_ptr()
+        assert array.dtype == (getattr(ml_dtypes, name) if hasattr(ml_dtypes, name) else np.dtype(name))
+        assert array.shape == part.shape
+        assert array.tobytes() == bytes(trace.bytes_of(part.contiguous()))
+    if not name.startswith(("bool", "int", "uint", "complex")):
+        assert tensor.numpy().astype(np.float64).tolist() == VALUES[name].double().tolist()
+    tensor.numpy()[0, 0] = 0
+    assert tensor[0, 0] == 0
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("bfloat16", np.uint16), ("float8_e4m3fn", np.uint8), ("int64", np.int64)])
+def test_numpy_without_ml_dtypes_has_the_bits(name: str, dtype: type, values: trace.Trace, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    for part in (values[name], values[name][1:, 0]):
+        assert part.numpy().dtype == dtype
+        assert part.numpy().ctypes.data == part.data_ptr()
+        assert part.numpy().tobytes() == bytes(trace.bytes_of(part.contiguous()))
+
+
+def test_what_is_computed_is_a_plain_tensor(values: trace.Trace) -> None:
+    x = values["float64"]
+    assert type(x) is type(x[0]) is type(x[0, 1:]) is type(x[x > 2]) is type(x[torch.tensor([1, 0])]) is TraceTensor
+    for result in (x + 1, 2 * x, x.clone(), x.float(), x.view(-1), x.sum(), torch.stack([x, x]), x @ x, x == x):
+        assert type(result) is torch.Tensor
+    assert torch.equal(x, VALUES["float64"])
+    assert torch.equal(x[x > 2], torch.tensor([3.0, 4.0], dtype=torch.float64))
+    assert x[torch.tensor([1, 0])].tolist() == [[3.0, 4.0], [1.5, -2.0]]
+    assert x[None, ..., -1:].shape == (1, 2, 1)
+    assert x[x > 2].numpy().tolist() == [3.0, 4.0]
+
+
+def test_writes_stay_in_memory(values: trace.Trace) -> None:
+    before = values.path.read_bytes()
+    x = values["bfloat16"]
+    x[1:] = 9
+    x[0].mul_(2)
+    x[x > 8.5] -= 1
+    x.numpy()[2, 1] = 5
+    assert x.tolist() == [[3.0, -4.0], [8.0, 8.0], [8.0, 5.0]]
+    assert values.path.read_bytes() == before
+    assert torch.equal(open_trace(values.path)["bfloat16"], VALUES["bfloat16"])
+
+
+def test_tied_names_are_found_but_not_listed(values: trace.Trace) -> None:
+    assert torch.equal(values["half"], VALUES["float16"])
+    assert "half" in values
+    assert list(values) == list(trace.place(VALUES))
+    assert len(values) == len(VALUES)
+    assert values["bool"].dtype == torch.bool  # its own, whatever else may have that name
+    with pytest.raises(KeyError, match="has no tensor 'lost'"):
+        values["lost"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -280,5 +460,40 @@ def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_checksums_are_crc32() -> None:
     assert trace.checksums(torch.tensor([ord(c) for c in "123456789"], dtype=torch.uint8)) == [0xCBF43926]
+    column = torch.arange(6).view(1, 6)[:, 3]  # contiguous, with a stride
+    assert trace.checksums(column) == [zlib.crc32(struct.pack("<q", 3))]
     assert trace.checksums(torch.zeros(2, 3)).dtype == np.dtype("<u4")
     assert trace.checksums(torch.zeros(2, 3)).shape == (2,)
+
+
+@settings(deadline=1000)
+@given(count=st.integers(0, 40), size=st.integers(1, 200), power=st.integers(0, 6), seed=st.integers(0, 1 << 32))
+def test_checksums_of_several_records_come_from_those_of_one(count: int, size: int, power: int, seed: int) -> None:
+    data = np.random.default_rng(seed).integers(0, 256, (count, size), dtype=np.uint8)
+    single = np.array([zlib.crc32(row) for row in data], dtype="<u4")
+    joined = trace.join_checksums(single, size, 1 << power)
+    assert joined.dtype == np.dtype("<u4")
+    assert joined.tolist() == [zlib.crc32(data[i : i + (1 << power)]) for i in range(0, count, 1 << power)]
+
+
+@settings(deadline=1000)
+@given(shape=st.lists(st.integers(0, 5), max_size=3), records=st.integers(1, 7), dtype=st.sampled_from([*trace.DTYPES]))
+def test_checksums_are_of_the_bytes(shape: list[int], records: int, dtype: str) -> None:
+    empty = torch.empty(shape, dtype=trace.DTYPES[dtype])
+    data = np.random.default_rng(0).integers(0, 2, empty.nbytes, dtype=np.uint8)
+    tensor = torch.tensor(data.tolist(), dtype=torch.uint8).view(empty.dtype).view(shape)
+    wanted = [zlib.crc32(data)]
+    if len(shape) > 1 and shape[0]:
+        size = empty.nbytes // shape[0]
+        wanted = [zlib.crc32(data[i * size : (i + records) * size]) for i in range(0, shape[0], records)]
+    assert trace.checksums(tensor, records).tolist() == wanted
+
+
+@settings(max_examples=300, deadline=1000)
+@given(records=st.integers(0, 1 << 40), tensors=st.integers(0, 1 << 20))
+def test_as_few_records_share_a_checksum_as_the_header_allows(records: int, tensors: int) -> None:
+    each = trace.records_per_checksum(records, tensors)
+    allowed = max(1, trace.MAX_CHECKSUMS // max(1, tensors))
+    assert each.bit_count() == 1
+    assert -(-records // each) <= allowed
+    assert each == 1 or -(-records // (each // 2)) > allowed

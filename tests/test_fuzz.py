@@ -1,0 +1,392 @@
+"""Files that strangers wrote, or that were damaged: a reader says so, or reads them; and never anything else."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from bhfast import trace
+from bhfast.errors import TraceError
+from bhfast.journal import VERSION, Journal, State, journal_path, read_journal
+from bhfast.trace import Entry, Trace, bytes_of, open_trace
+
+SECOND = 1000.0  # milliseconds
+OURS = re.compile(r"a name stands twice|the metadata's (config|optimizer|tied) is")  # what only we refuse, by message
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where each example is written anew."""
+    return tmp_path_factory.mktemp("fuzz") / "t.safetensors"
+
+
+def valid_file() -> bytes:
+    """All that a file of ours may have: dtypes, empty tensors, scalars, padding, checksums, several names."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "w": torch.randn(3, 2, 4, generator=generator).bfloat16(),
+        "w.exp_avg": torch.randn(3, 2, 4, generator=generator),
+        "flags": torch.tensor([True, False, True]),
+        "eighths": torch.randn(3, 2, generator=generator).to(torch.float8_e4m3fn),
+        "none": torch.zeros(3, 0),
+        "nothing": torch.zeros(0, 4, dtype=torch.float16),
+        "scalar": torch.tensor(1e-8, dtype=torch.float64),
+        "recorded_steps": torch.arange(3),
+    }
+    places = trace.place(tensors)
+    end = max(entry.end for entry in places.values())
+    places["scalar"] = Entry(torch.float64, (), end + -end % 8 + 16)
+    metadata = {
+        "format": trace.FORMAT,
+        "config": '{"steps": 2}',
+        "optimizer": '{"name": "AdamW"}',
+        "tied": '{"head": "w"}',
+        **trace.checksum_metadata({name: trace.checksums(x) for name, x in tensors.items()}, 1),
+    }
+    header = trace.encode_header(places, metadata)
+    content = bytearray(header).ljust(len(header) + places["scalar"].end, b"\0")
+    for name, entry in places.items():
+        content[len(header) + entry.offset : len(header) + entry.end] = bytes_of(tensors[name])
+    return bytes(content)
+
+
+VALID = valid_file()
+VALID_HEADER = json.loads(VALID[8 : 8 + int.from_bytes(VALID[:8], "little")])
+DATA = VALID[8 + int.from_bytes(VALID[:8], "little") :]
+
+
+def with_header(header: object, data: bytes = DATA) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def header_of(content: bytes) -> dict[str, Any]:
+    return json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+
+
+def check(path: Path, content: bytes) -> Trace | None:
+    """Refuse the file with a TraceError, and nothing else; or open it, and then everything in it can be used.
+
+    What safetensors accepts we accept too, with the same bytes; but for headers that name something twice or give a
+    tensor more than 32 axes or more elements than numpy could count, dtypes that torch lacks, and metadata of our own
+    that do not hold what we write there.
+    """
+    path.unlink(missing_ok=True)
+    path.write_bytes(content)
+    try:
+        theirs = dict(safetensors.deserialize(content))
+    except safetensors.SafetensorError:
+        theirs = None
+    opened, refusal = opened_or_refused(path)
+    if opened is None:
+        assert theirs is None or OURS.search(refusal) or not all(map(is_usual, theirs.values())), refusal
+        return None
+    entries = {n: x for n, x in header_of(content).items() if n != "__metadata__" and not n.startswith(trace.PADDING)}
+    assert opened.keys() == entries.keys()
+    repr(opened).encode()
+    for name, tensor in opened.items():
+        assert trace.DTYPE_NAMES[tensor.dtype] == entries[name]["dtype"]
+        assert list(tensor.shape) == list(tensor.numpy().shape) == entries[name]["shape"]
+        assert type(tensor.clone()) is torch.Tensor
+        assert theirs is None or bytes(bytes_of(tensor)) == theirs[name]["data"]
+        if tensor.dim():
+            assert tensor[:1].clone().shape == tensor[-1:].numpy().shape
+    try:
+        for name, record in opened.damage():
+            assert name in opened
+            assert record is None or 0 <= record < len(opened[name])
+    except TraceError:
+        pass
+    return opened
+
+
+def opened_or_refused(path: Path) -> tuple[Trace | None, str]:
+    try:
+        return open_trace(path), ""
+    except TraceError as error:
+        return None, str(error)
+
+
+def is_usual(entry: dict[str, Any]) -> bool:
+    """Whether torch and numpy can hold a tensor that safetensors accepts."""
+    elements = math.prod(n or 1 for n in entry["shape"])
+    return entry["dtype"] in trace.DTYPES and len(entry["shape"]) <= 32 and elements < 1 << 58
+
+
+def test_a_file_as_we_write_it_passes(path: Path) -> None:
+    opened = check(path, VALID)
+    assert opened is not None
+    assert list(opened.damage()) == []
+    assert any(name.startswith(trace.PADDING) for name in VALID_HEADER)
+    assert torch.equal(opened["head"], opened["w"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bytes
+
+
+@settings(max_examples=300, deadline=SECOND)
+@given(content=st.binary(max_size=200), has_length=st.booleans())
+def test_arbitrary_bytes(path: Path, content: bytes, has_length: bool) -> None:
+    check(path, with_header(content, b"") if has_length else content)
+
+
+def mutated(content: bytes, changes: list[tuple[str, int, bytes]]) -> bytes:
+    """Replace, insert or delete some bytes, or cut off the end; each at a position modulo the length."""
+    result = bytearray(content)
+    for kind, position, new in changes:
+        at = position % (len(result) + 1)
+        if kind == "replace":
+            result[at : at + len(new)] = new
+        elif kind == "insert":
+            result[at:at] = new
+        elif kind == "delete":
+            del result[at : at + len(new)]
+        else:
+            del result[at:]
+    return bytes(result)
+
+
+CHANGES = st.lists(
+    st.tuples(
+        st.sampled_from(["replace", "insert", "delete", "cut"]),
+        st.integers(0, 1 << 16),
+        st.binary(min_size=1, max_size=9),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(max_examples=500, deadline=SECOND)
+@given(changes=CHANGES)
+@example(changes=[("delete", 100, b"1")])
+@example(changes=[("cut", len(VALID) - 1, b"")])
+def test_damaged_bytes(path: Path, changes: list[tuple[str, int, bytes]]) -> None:
+    check(path, mutated(VALID, changes))
+
+
+@settings(max_examples=200, deadline=SECOND)
+@given(at=st.integers(0, len(DATA) - 1), bit=st.integers(0, 7))
+def test_every_flipped_bit_of_the_data_is_found(path: Path, at: int, bit: int) -> None:
+    """All but those of padding, which nobody reads."""
+    content = bytearray(VALID)
+    content[-len(DATA) + at] ^= 1 << bit
+    opened = check(path, bytes(content))
+    assert opened is not None
+    within = {
+        n for n, x in VALID_HEADER.items() if n != "__metadata__" and x["data_offsets"][0] <= at < x["data_offsets"][1]
+    }
+    assert {name for name, _ in opened.damage()} == {name for name in within if not name.startswith(trace.PADDING)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Headers
+
+LEAVES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-5, 100),
+    st.integers(-(1 << 70), 1 << 70),
+    st.sampled_from([1 << 31, 1 << 32, (1 << 61) - 1, 1 << 62, (1 << 63) - 1, 1 << 63, (1 << 64) - 1]),
+    st.floats(),
+    st.sampled_from(["", "w", "\ud800", "\ufeff", "\0", "__metadata__", *trace.DTYPES, "F4", "F6_E2M3", "F33", "f32"]),
+    st.text(max_size=5),
+)
+JUNK = st.recursive(
+    LEAVES,
+    lambda x: st.one_of(st.lists(x, max_size=4), st.dictionaries(st.text(max_size=4), x, max_size=3)),
+    max_leaves=6,
+)
+NAMES = sorted(VALID_HEADER.keys() - {"__metadata__"})
+ENTRY_CHANGES = st.lists(
+    st.tuples(st.sampled_from(NAMES), st.sampled_from(["dtype", "shape", "data_offsets", None, "more"]), JUNK),
+    max_size=3,
+)
+
+
+@settings(max_examples=500, deadline=SECOND)
+@given(changes=ENTRY_CHANGES, swapped=st.tuples(st.sampled_from(NAMES), st.sampled_from(NAMES)))
+def test_entries_of_anything(path: Path, changes: list[tuple[str, str | None, Any]], swapped: tuple[str, str]) -> None:
+    header = json.loads(json.dumps(VALID_HEADER))
+    one, other = (header[name] for name in swapped)
+    one["data_offsets"], other["data_offsets"] = other["data_offsets"], one["data_offsets"]
+    for name, field, junk in changes:
+        if field is None or not isinstance(header[name], dict):
+            header[name] = junk
+        else:
+            header[name][field] = junk
+    check(path, with_header(header))
+
+
+SIZES = st.lists(st.one_of(st.integers(0, 4), st.sampled_from([1 << 31, 1 << 40, 1 << 61])), max_size=5)
+
+
+@settings(max_examples=300, deadline=SECOND)
+@given(
+    shape=SIZES,
+    dtype=st.sampled_from([*trace.DTYPES]),
+    shift=st.integers(0, 9),
+    sums=st.integers(0, 3),
+    each=st.sampled_from(["1", "2", "0", "-1", "1" * 30, "9" * 5000, "x", ""]),
+)
+@example(shape=[1 << 61, 0], dtype="U8", shift=0, sums=1, each="1")  # not 2**61 checksums
+@example(shape=[1 << 61, 1 << 61, 0], dtype="U8", shift=0, sums=1, each="1")
+@example(shape=[0, 1 << 61, 1 << 61], dtype="F64", shift=0, sums=1, each="1")
+@example(shape=[1 << 61, 0], dtype="U8", shift=0, sums=1, each=str(1 << 61))
+def test_any_shape_dtype_and_alignment(
+    path: Path, shape: list[int], dtype: str, shift: int, sums: int, each: str
+) -> None:
+    size = torch.empty(0, dtype=trace.DTYPES[dtype]).itemsize
+    for n in shape:
+        size *= n
+    size = min(size, 4096)
+    header = {
+        "__metadata__": {
+            "crc32": json.dumps({"x": "AAAAAA==" if sums == 1 else "A" * 16 * sums}),
+            "crc32_records": each,
+        },
+        "before": {"dtype": "U8", "shape": [shift], "data_offsets": [0, shift]},
+        "x": {"dtype": dtype, "shape": shape, "data_offsets": [shift, shift + size]},
+    }
+    opened = check(path, with_header(header, bytes(shift + size)))
+    assert opened is not None or not is_usual({"dtype": dtype, "shape": shape}) or size == 4096
+
+
+@settings(max_examples=300, deadline=SECOND)
+@given(
+    key=st.sampled_from(["config", "optimizer", "tied", "crc32", "crc32_records", "format", "other", None]),
+    value=st.one_of(
+        JUNK, JUNK.map(json.dumps), st.dictionaries(st.sampled_from(NAMES), JUNK, max_size=3).map(json.dumps)
+    ),
+)
+@example(key="tied", value='{"w": "gone"}')  # a tensor is found under its own name all the same
+@example(key="crc32", value='{"w": "AAAA"}')
+@example(key="crc32", value='{"w": "\ud800"}')
+def test_metadata_of_anything(path: Path, key: str | None, value: Any) -> None:
+    metadata = value if key is None else {**VALID_HEADER["__metadata__"], key: value}
+    check(path, with_header({**VALID_HEADER, "__metadata__": metadata}))
+
+
+ENTRY = b'{"dtype":"U8","shape":[1],"data_offsets":[0,1]}'
+
+
+@pytest.mark.parametrize(
+    ("header", "is_good"),
+    [
+        (b"[" * 100_000 + b"]" * 100_000, False),
+        (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, False),
+        (b'{"a":{"dtype":"U8","shape":' + b"[" * 960 + b"]" * 960 + b',"data_offsets":[0,1]}}', False),
+        (b'{"a":{"dtype":"U8","shape":[' + b"9" * 4000 + b'],"data_offsets":[0,1]}}', False),
+        (b'{"a":{"dtype":"U8","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,1]}}', False),
+        (b'{"a":{"dtype":"U8","shape":[' + b"1," * 31 + b'1],"data_offsets":[0,1]}}', True),
+        (b'{"a":{"dtype":"U8","shape":[' + b"1," * 1000 + b'1],"data_offsets":[0,1]}}', False),
+        (b'{"a":{"dtype":"U8","shape":[1e0],"data_offsets":[0,1]}}', False),
+        (b'{"a":{"dtype":"U8","shape":[true],"data_offsets":[false,true]}}', False),
+        (b'{"a":{"dtype":"U8","shape":[NaN],"data_offsets":[0,Infinity]}}', False),
+        (b'{"a":{"dtype":"U8","dtype":"U8","shape":[1],"data_offsets":[0,1]}}', False),
+        (b'{"a":' + ENTRY + b',"a":' + ENTRY + b"}", False),
+        (b'{"\\ud800":' + ENTRY + b"}", False),
+        (b'{"a":' + ENTRY + b',"__metadata__":{"b":"\\ud800"}}', False),
+        (b'{"\xed\xa0\x80":' + ENTRY + b"}", False),
+        (b'{"a":' + ENTRY + b',"__metadata__":{"b":null}}', False),
+        (b'{"a":' + ENTRY + b',"__metadata__":null}', True),
+        (b'{"a":' + ENTRY + b',"__metadata__":{"config":"of another program","tied":"[]"}}', True),
+        (b'{"a":' + ENTRY + b',"__metadata__":{"config":"","format":"bhfast-trace"}}', False),
+        (b'  {"a":' + ENTRY + b"}\t\n", True),
+        (b'{"a":' + ENTRY + b"}\0", False),
+        (b'\xef\xbb\xbf{"a":' + ENTRY + b"}", False),
+        (('{"a":' + ENTRY.decode() + "}").encode("utf-16"), False),
+        (b"", False),
+    ],
+    ids=lambda x: str(x)[2:34],
+)
+def test_peculiar_headers(path: Path, header: bytes, is_good: bool) -> None:
+    assert (check(path, with_header(header, b"\0")) is not None) == is_good
+
+
+@pytest.mark.parametrize("length", [3, 1 << 20, 100_000_000, 100_000_001, 1 << 31, 1 << 63, (1 << 64) - 1])
+def test_lengths_that_lie(path: Path, length: int) -> None:
+    assert check(path, length.to_bytes(8, "little") + b"{}") is None
+
+
+def test_a_long_header_of_zeros(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    with open(path, "wb") as file:
+        file.write((100_000_000).to_bytes(8, "little"))
+        file.truncate(8 + 100_000_000)
+    with pytest.raises(TraceError, match="its header is not valid JSON"):
+        open_trace(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Journals
+
+EVENTS: list[dict[str, Any]] = [
+    {"start": {"version": VERSION, "every": 1, "records": 9, "header": 4096, "metadata": {"format": trace.FORMAT}}},
+    {"tensor": "w", "dtype": "F32", "shape": [4, 8], "blank": 0.0, "offset": 0},
+    {"tensor": "loss", "dtype": "F32", "shape": [], "blank": float("nan"), "offset": None},
+    {"constant": "rows", "dtype": "I64", "shape": [1], "data": "BQAAAAAAAAA="},
+    {"records": 2, "crc32": {"w": "AAAAAAEAAAA="}, "values": {"loss": "AAAAAAAAAAA="}},
+    {"metadata": {"more": "of it"}},
+    {"records": 3, "crc32": {"w": "AgAAAA=="}, "values": {"loss": "AAAAAA=="}},
+    {"keep": 2},
+    {"collapse": [8192, 4096], "size": 65536},
+    {"tail": True},
+]
+
+
+@pytest.fixture(scope="module")
+def journal(path: Path) -> tuple[Path, bytes]:
+    """The file that is streamed into, and the journal beside it."""
+    partial = path.with_name("j.safetensors.partial")
+    partial.write_bytes(b"\0" * 100)
+    writer = Journal(journal_path(partial))
+    for event in EVENTS:
+        writer.append(event)
+    writer.release()
+    writer.close()
+    return partial, journal_path(partial).read_bytes()
+
+
+def read(partial: Path, content: bytes) -> State | None:
+    journal_path(partial).write_bytes(content)
+    try:
+        return read_journal(partial)
+    except TraceError:
+        return None
+
+
+def test_a_journal_is_read_up_to_its_first_bad_line(journal: tuple[Path, bytes]) -> None:
+    partial, content = journal
+    ends = [i + 1 for i, byte in enumerate(content) if byte == ord("\n")]
+    assert len(ends) == len(EVENTS)
+    for cut in range(0, len(content), 3):
+        state = read(partial, content[:cut])
+        whole = [end for end in ends if end <= cut]
+        if not whole:
+            assert state is None
+        else:
+            assert state is not None
+            assert state.end == whole[-1]
+            assert state.records == [0, 0, 0, 0, 2, 2, 3, 2, 2, 2][len(whole) - 1]
+
+
+@settings(max_examples=400, deadline=SECOND)
+@given(changes=CHANGES)
+def test_damaged_journals(journal: tuple[Path, bytes], changes: list[tuple[str, int, bytes]]) -> None:
+    partial, content = journal
+    state = read(partial, mutated(content, changes))
+    if state is not None:
+        assert state.start == EVENTS[0]["start"]
+        assert 0 <= state.records <= 3
+        assert state.tracks.keys() <= {"w", "loss"}
