@@ -306,7 +306,7 @@ def adam_(
         clip_coef = None  # it would change nothing
     lists = (params, grads, exp_avgs, exp_avg_sqs)
     flat = [_flatten(x) for x in lists]
-    is_plain = rounding == "per-op" and flat[0].device.type == "cpu" and _torch_rounds_per_op(flat[0].dtype)
+    is_plain = rounding == "per-op" and flat[0].device.type == "cpu" and torch_rounds_per_op(flat[0].dtype)
     coefficients = coefficients.to(flat[0].device)[None]
     for param, grad, exp_avg, exp_avg_sq in zip(*(x.split(CHUNK) for x in flat), strict=True):
         if clip_coef is not None:
@@ -336,7 +336,7 @@ def _adam_torch_(p: Tensor, g: Tensor, m: Tensor, v: Tensor, coefficients: Tenso
 
 
 @cache
-def _torch_rounds_per_op(dtype: torch.dtype) -> bool:
+def torch_rounds_per_op(dtype: torch.dtype) -> bool:
     """Try whether torch's operations on this CPU round as :func:`adam` specifies.
 
     For bfloat16 they do where there is FMA; for float32 they need a correctly rounded square root besides.

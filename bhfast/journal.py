@@ -187,21 +187,27 @@ def read_journal(partial: Path) -> State:
         raise TraceError(f"cannot read the journal {path}: {error.strerror}") from None
     state = None
     end = 0
-    for event, end in _events(data):
-        try:
+    try:
+        for event, end in _events(data):
             if state is None:
                 state = State(event["start"], dict(event["start"]["metadata"]))
                 if event["start"]["version"] != VERSION:
                     break
             else:
                 _apply(state, event)
-        except (KeyError, TypeError, ValueError) as error:
-            raise TraceError(f"{path} is corrupted: its line that ends at byte {end} is no event ({error!r})") from None
-    if state is None or state.start["version"] != VERSION:
-        raise TraceError(f"{path} is no journal of version {VERSION}")
-    state.end = end
-    if state.collapse is not None and partial.stat().st_size < state.collapse[2]:
-        _collapsed(state, *state.collapse[:2])
+            state.end = end
+        if state is None or state.start["version"] != VERSION:
+            raise TraceError(f"{path} is no journal of version {VERSION}")
+        if state.collapse is not None and partial.stat().st_size < state.collapse[2]:
+            _collapsed(state, *state.collapse[:2])
+    except OSError as error:
+        raise TraceError(f"cannot open {partial}, which the journal is of: {error.strerror}") from None
+    except TraceError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+        raise TraceError(
+            f"{path} is corrupted: what ends at byte {end} or follows is no event ({error!r:.200})"
+        ) from None
     return state
 
 

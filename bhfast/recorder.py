@@ -357,7 +357,7 @@ class Recorder:
         tied = {
             key.replace(name, other, 1): key
             for other, name in self._tied.items()
-            for key in keys.get(name, {}).values()
+            for key in [*keys.get(name, {}).values(), *([f"{name}.rows"] if name in self._rows else [])]
             if key.startswith(name)
         }
         return {**own, "tied": json.dumps(tied)} if tied else own

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bhfast import _ops
+
 SETTINGS = ("betas", "eps", "weight_decay")
 DTYPES = (torch.bfloat16, torch.float32)
 WITNESSES = 256  # elements that a clipping coefficient is found from
@@ -72,6 +74,8 @@ class Description:
             return None, f"{kind} is only on a CPU known to the bit"
         if any(param.dtype not in DTYPES for param in params):
             return None, "a replay knows bfloat16 and float32"
+        if inexact := [p.dtype for p in params if not _ops.torch_rounds_per_op(p.dtype)]:
+            return None, f"torch's {kind} of {inexact[0]} is not exact to the bit on this CPU"
         return "per-op", f"{kind} on a CPU rounds after every operation"
 
 

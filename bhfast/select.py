@@ -85,6 +85,7 @@ def _named(params: Params, model: nn.Module | None) -> list[tuple[str, Tensor]]:
         raise ConfigError("params must name at least one parameter, got none")
     if model is None:
         raise ConfigError("params are names or patterns, so model= must say whose")
+    model = getattr(model, "_orig_mod", model)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
     everything = [(_plain(name), param) for name, param in model.named_parameters(remove_duplicate=False)]
@@ -111,7 +112,9 @@ def _matches(pattern: str | re.Pattern[str], name: str) -> bool:
 
 
 def _row_indices(name: str, param: Tensor, rows: Tensor | Sequence[int]) -> Tensor:
-    length = len(param) if param.dim() else 0
+    if param.dim() == 0:
+        raise ConfigError(f"rows[{name!r}] cannot be: a scalar has no rows")
+    length = len(param)
     rows = torch.as_tensor(rows)
     if rows.dtype == torch.bool:
         if tuple(rows.shape) != (length,):

@@ -101,7 +101,7 @@ class Claim:
                 f"{format_bytes(free)} free; free some, choose another place with --out, or record less with "
                 "--record-every or --steps"
             )
-        if hasattr(os, "posix_fallocate"):
+        if size and hasattr(os, "posix_fallocate"):  # which takes no 0
             try:
                 os.posix_fallocate(self.fd, 0, size)
             except OSError as error:

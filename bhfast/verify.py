@@ -77,13 +77,14 @@ def verify(path: str | os.PathLike[str]) -> Verification:
         raise TraceError(f"{path} cannot be verified: it is no single file that bhfast wrote, as it lacks {lacking}")
     try:
         hindrance = _hindrance(trace)
-        difference = None if hindrance else _replay(trace)
+        difference = (None if hindrance else _replay(trace)) or _compare_checksums(trace)
+        return Verification(0 if hindrance else len(trace.steps) - 1, hindrance, difference)
+    except TraceError:
+        raise
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise TraceError(
             f"{path} is corrupted: what it says of its optimizer does not fit its tensors ({error})"
         ) from None
-    difference = difference or _compare_checksums(trace)
-    return Verification(0 if hindrance else len(trace.steps) - 1, hindrance, difference)
 
 
 def _hindrance(trace: Trace) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -390,3 +391,37 @@ def test_damaged_journals(journal: tuple[Path, bytes], changes: list[tuple[str, 
         assert state.start == EVENTS[0]["start"]
         assert 0 <= state.records <= 3
         assert state.tracks.keys() <= {"w", "loss"}
+
+
+@settings(max_examples=400, deadline=SECOND)
+@given(
+    changes=st.lists(
+        st.tuples(st.sampled_from(range(len(EVENTS))), st.sampled_from(sorted({k for e in EVENTS for k in e})), JUNK),
+        min_size=1,
+        max_size=2,
+    )
+)
+def test_journals_of_anything(journal: tuple[Path, bytes], changes: list[tuple[int, str, Any]]) -> None:
+    events = [dict(event) for event in EVENTS]
+    for line, key, junk in changes:
+        events[line][key] = junk
+    read(journal[0], lines(*(json.dumps(event).encode() for event in events)))
+
+
+def lines(*texts: bytes) -> bytes:
+    return b"".join(b"%08x %s\n" % (zlib.crc32(text), text) for text in texts)
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"{x}", b"\xff", b"[" * 100_000, b"[]", b'"tensor"', b"{}"], ids=lambda x: str(x)[:20]
+)
+def test_peculiar_lines_of_journals(journal: tuple[Path, bytes], text: bytes) -> None:
+    assert read(journal[0], lines(text)) is None
+    assert read(journal[0], lines(json.dumps(EVENTS[0]).encode(), text)) is None
+
+
+def test_a_journal_of_a_file_that_is_gone(journal: tuple[Path, bytes]) -> None:
+    gone = journal[0].with_name("gone.partial")
+    journal_path(gone).write_bytes(lines(*(json.dumps(event).encode() for event in EVENTS[:-1])))
+    with pytest.raises(TraceError, match=r"cannot open .*gone\.partial"):
+        read_journal(gone)

@@ -184,7 +184,7 @@ def test_clip_coefficient_of_a_nan_norm_is_nan(kernels) -> None:
 @pytest.mark.parametrize("finite", [True, False], ids=["finite", "awkward"])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1, 50.0])
 def test_adam_per_op_equals_torch_operations_in_bfloat16(weight_decay, finite, generator) -> None:
-    if not _ops._torch_rounds_per_op(torch.bfloat16):
+    if not _ops.torch_rounds_per_op(torch.bfloat16):
         pytest.skip("this CPU has no fused multiply-add, so torch's operations round in other places")
     c = coefficients(weight_decay=weight_decay)
     for n in SIZES:

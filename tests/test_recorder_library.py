@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bhfast import _ops, replay
 from bhfast.errors import BhfastError
 from bhfast.optim import FusedAdam
 from bhfast.recorder import Recorder
@@ -45,6 +46,11 @@ def state_of(optimizer: torch.optim.Optimizer, param: Tensor) -> dict[str, Tenso
     """What a record holds of a parameter, by field; copied."""
     own = {key: value for key, value in optimizer.state.get(param, {}).items() if key in STATES}
     return {key: value.detach().clone() for key, value in {"": param, ".grad": param.grad, **own}.items()}
+
+
+def replays(optimizer: torch.optim.Optimizer, dtype: torch.dtype) -> bool:
+    """Whether the optimizer's arithmetic is known to the bit: torch's is where its square root is exact."""
+    return isinstance(optimizer, FusedAdam) or (dtype in replay.DTYPES and _ops.torch_rounds_per_op(dtype))
 
 
 def compare(trace: Trace, name: str, wanted: list[dict[str, Tensor]], rows: Tensor | None = None) -> None:
@@ -88,10 +94,11 @@ def test_rows_of_every_field(make, tmp_path: Path) -> None:
     assert verify(tmp_path / "t").difference is None
 
 
-def test_no_rows_at_all(tmp_path: Path) -> None:
+@pytest.mark.parametrize("storage", ["memory", "stream"])
+def test_no_rows_at_all(storage: str, tmp_path: Path) -> None:
     model = linear()
     optimizer = FusedAdam(model.parameters())
-    with Recorder(optimizer, {"w": model.weight}, rows={"w": []}, steps=2, storage="stream", path=tmp_path / "t"):
+    with Recorder(optimizer, {"w": model.weight}, rows={"w": []}, steps=2, storage=storage, path=tmp_path / "t"):
         for _ in range(2):
             backward(model)
             optimizer.step()
@@ -165,7 +172,8 @@ def test_every_dtype_of_a_parameter(dtype: torch.dtype, tmp_path: Path) -> None:
     trace = open_trace(tmp_path / "t")
     compare(trace, "weight", wanted)
     assert trace["weight"].dtype == dtype
-    assert list(trace.damage()) == []
+    result = verify(tmp_path / "t")
+    assert (result.replayed, result.difference) == (4 if replays(optimizer, dtype) else 0, None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,11 +223,8 @@ def test_refuses_a_closure_that_is_called_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
-@pytest.mark.parametrize(
-    ("make", "dtype"),
-    [(FusedAdam, torch.bfloat16), (FusedAdam, torch.float32), (torch.optim.AdamW, torch.bfloat16)],
-    ids=str,
-)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("make", [FusedAdam, torch.optim.AdamW])
 def test_unclipped_gradients_replay(make, dtype: torch.dtype, accumulate: int, tmp_path: Path) -> None:
     model = linear(dtype)
     optimizer = make(model.parameters())
@@ -239,7 +244,7 @@ def test_unclipped_gradients_replay(make, dtype: torch.dtype, accumulate: int, t
     for coef, norm in zip(coefs.tolist(), norms, strict=True):
         assert coef == pytest.approx(min(1.0, limit / norm), rel=4 * torch.finfo(dtype).eps)
     result = verify(tmp_path / "t")
-    assert (result.replayed, result.difference) == (40, None)
+    assert (result.replayed, result.difference) == (40 if replays(optimizer, dtype) else 0, None)
 
 
 def test_a_gradient_that_was_changed_otherwise_has_no_factor(tmp_path: Path) -> None:

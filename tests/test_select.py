@@ -90,7 +90,7 @@ def test_distributed_models_have_the_names_of_their_own(tmp_path: Path) -> None:
     try:
         for inner in (Tied(), torch.compile(Tied())):
             ddp = nn.parallel.DistributedDataParallel(inner)
-            assert names_of("*", ddp) == NAMES[:-1]
+            assert names_of("*", ddp) == names_of("*", torch.compile(ddp)) == NAMES[:-1]
     finally:
         torch.distributed.destroy_process_group()
 
@@ -120,7 +120,7 @@ def test_tied_parameters_are_found_in_the_file_under_each_name(tmp_path: Path) -
     for field in ("grad", "exp_avg", "exp_avg_sq"):
         assert torch.equal(trace[f"head.weight.{field}"], trace[f"wte.weight.{field}"])
         assert trace[f"head.weight.{field}"][2].any()
-    assert trace["wte.weight.rows"].tolist() == [4, 1]
+    assert trace["wte.weight.rows"].tolist() == trace["head.weight.rows"].tolist() == [4, 1]
 
 
 def test_what_cannot_be_selected() -> None:
@@ -200,9 +200,10 @@ def test_refuses_rows(rows, message: str) -> None:
         rows_of(rows)
 
 
-def test_a_scalar_has_no_rows() -> None:
-    with pytest.raises(ConfigError, match=r"rows\['w'\] must be 0 to -1, got 0 to 0"):
-        rows_of([0], shape=())
+@pytest.mark.parametrize("rows", [[0], [], torch.tensor(True)], ids=str)
+def test_a_scalar_has_no_rows(rows) -> None:
+    with pytest.raises(ConfigError, match=r"rows\['w'\] cannot be: a scalar has no rows"):
+        rows_of(rows, shape=())
 
 
 def test_refuses_rows_of_what_is_not_selected() -> None:

@@ -138,3 +138,11 @@ def test_cannot_verify_other_files(tmp_path: Path, copy_of_run: Path, capsys: py
     error = capsys.readouterr().err
     assert "bhfast verify: error: cannot open the trace" in error
     assert "is truncated" in error
+
+
+def test_checksums_of_records_that_have_no_step(tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    metadata = {"optimizer": '{"arithmetic": null, "reason": "none"}', "crc32": '{"x": "AAAAAAAAAAAAAAAA"}'}
+    save_file({"x": torch.ones(3, 2), "recorded_steps": torch.arange(0)}, path, metadata)
+    with pytest.raises(TraceError, match="is corrupted: what it says of its optimizer does not fit its tensors"):
+        verify(path)
