@@ -122,7 +122,7 @@ def open_index(path: Path) -> Trace:
 
 def _join(name: str, shard: dict[str, Any], opened: Any) -> ShardedTensor:
     """Return a tensor that several files share, after checking that they cover it."""
-    parts, covered = [], 0
+    parts, boxes = [], []
     _, *shape = shard["shape"]
     for part in shard["parts"]:
         tensor = opened(part["file"])[name]
@@ -132,8 +132,20 @@ def _join(name: str, shard: dict[str, Any], opened: Any) -> ShardedTensor:
             raise ValueError(f"{part['file']} has {name} with records of {own}, wanted {part['shape'][1:]}")
         if any(start < 0 or start + size > whole for start, size, whole in zip(offset, own, shape, strict=True)):
             raise ValueError(f"the part of {name} in {part['file']} lies outside of it")
-        covered += math.prod(own)
+        boxes.append([(start, start + size) for start, size in zip(offset, own, strict=True)])
         parts.append((tensor, [0, *offset]))
+    covered = sum(math.prod(high - low for low, high in box) for box in boxes)
     if covered != math.prod(shape):
         raise ValueError(f"the parts of {name} have {covered} elements, wanted {math.prod(shape)}")
+    if _overlap(boxes):
+        raise ValueError(f"the parts of {name} overlap")
     return ShardedTensor(parts, [min(len(tensor) for tensor, _ in parts), *shape])
+
+
+def _overlap(boxes: Sequence[Sequence[tuple[int, int]]]) -> bool:
+    """Return whether two boxes, each from and to along every axis, have an element in common."""
+    cuts = [sorted({end for span in spans for end in span}) for spans in zip(*boxes, strict=True)]
+    cells = np.zeros([len(ends) for ends in cuts], dtype=int)  # between one cut and the next
+    for box in boxes:
+        cells[tuple(slice(ends.index(low), ends.index(high)) for ends, (low, high) in zip(cuts, box, strict=True))] += 1
+    return bool((cells > 1).any())

@@ -245,6 +245,7 @@ class Recorder:
             {source.key: source.shape for source in self._sources},
         )
         if self._share.is_empty:
+            self.path = self._share.index or self.path
             return
         with ExitStack() as stack:
             self._stack = stack

@@ -60,6 +60,7 @@ class Share:
     Attributes:
         pieces: this process's part.
         path: of its file; final after :meth:`meet`.
+        index: of the index of all files; None if there is one file.
         is_empty: whether it records nothing, and writes no file.
     """
 
@@ -70,6 +71,7 @@ class Share:
         )
         self.whole_path = self.path = path
         self.is_sharded = self.world > 1 and any(_is_sharded(selection.param) for selection in selections)
+        self.index = path.with_name(path.name + INDEX_SUFFIX) if self.is_sharded else None
         found = [_piece(selection, self.rank) for selection in selections]
         self.pieces = [piece for piece in found if piece is not None]
         self.is_empty = self.rank > 0 and not self.pieces
@@ -104,7 +106,7 @@ class Share:
 
     def metadata(self) -> dict[str, str]:
         """Return what the metadata of this process's file say of the whole."""
-        if not self.is_sharded:
+        if self.index is None:
             return {}
         own = {
             key: {name: part[name] for name in ("shape", "offset")}
@@ -112,7 +114,7 @@ class Share:
             for part in parts
             if part["file"] == self.path.name
         }
-        return {"shard": json.dumps({"index": self.whole_path.name + INDEX_SUFFIX, "tensors": own})}
+        return {"shard": json.dumps({"index": self.index.name, "tensors": own})}
 
     @contextmanager
     def agreement(self) -> Iterator[None]:
@@ -146,9 +148,8 @@ class Share:
         Returns:
             Where the whole trace is.
         """
-        if not self.is_sharded:
+        if self.index is None:
             return path
-        index = self.whole_path.with_name(self.whole_path.name + INDEX_SUFFIX)
         if self.rank == 0:
             weight_map = {name: self.path.name for name in names} | {
                 key: parts[0]["file"] for key, parts in self._parts.items()
@@ -164,10 +165,10 @@ class Share:
                 for key, parts in self._parts.items()
             }
             content = {"metadata": {"format": INDEX_FORMAT}, "weight_map": weight_map, "shards": shards}
-            temporary = index.with_name(index.name + ".partial")
+            temporary = self.index.with_name(self.index.name + ".partial")
             temporary.write_text(json.dumps(content, indent=1))
-            temporary.replace(index)
-        return index
+            temporary.replace(self.index)
+        return self.index
 
 
 def _is_sharded(param: Tensor) -> bool:
