@@ -3,8 +3,8 @@
     python benchmarks/stream.py --json benchmarks/results/stream.json
 
 Each contestant trains the same network on the same random tokens in a process of its own, so that the peak memory is
-its own. ``none`` and ``bhfast`` run in turn, several rounds, with the disk's own speed measured in each; then the others,
-fewer steps, as they take longer. Times per step leave out the first ones.
+its own. ``none`` and ``bhfast`` run in turn, several rounds, with the disk's own speed measured in each; then the
+others, fewer steps, as they take longer. Times per step leave out the first ones.
 """
 
 from __future__ import annotations

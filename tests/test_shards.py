@@ -121,7 +121,8 @@ def test_the_index_follows_the_convention(sharded: Path) -> None:
 
 INDICES = [
     3, -1, slice(2, 9), slice(None, None, 4), (5, 7), (5, -2), (slice(1, 3), slice(4, 9)),
-    (0, slice(7, 11), slice(2, 5)), (slice(None), slice(8, 3)), (slice(None), slice(None, None, 2)), (slice(2), [0, 10, 6]), [0, 20, 7],
+    (0, slice(7, 11), slice(2, 5)), (slice(None), slice(8, 3)),
+    (slice(None), slice(None, None, 2)), (slice(2), [0, 10, 6]), [0, 20, 7],
     torch.tensor([4, 4]), (..., 3), (2, ..., 1), (slice(None), 10, 5), (), None,
 ]  # fmt: skip
 
