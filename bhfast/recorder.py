@@ -185,6 +185,7 @@ class Recorder:
         self._records = None if steps is None else steps // every + 1
         self._step = 0  # steps begun, or on their way
         self._step_tensor = torch.zeros((), dtype=torch.int64)  # the same, for the operations
+        self._in_closure = False  # which calls backward() inside the step
         self._row: int | None = 0  # the record that log() writes to; None: the last step is not recorded
         self._complete = 0  # records that are whole
         self._entered_at = time.monotonic()
@@ -460,7 +461,11 @@ class Recorder:
                     f"the recorder cannot follow {type(optimizer).__name__}, which calls the closure of a step more "
                     "than once"
                 )
-            loss = closure()
+            self._in_closure = True
+            try:
+                loss = closure()
+            finally:
+                self._in_closure = False
             self._record_gradients()
             return loss
 
@@ -471,7 +476,7 @@ class Recorder:
         if self._row is None:
             return
         self._by_hand = []
-        coefficients = []
+        clipped: list[tuple[Tensor, Tensor]] = []  # before and after
         for source in self._sources:
             grad = source.param.grad
             if grad is not None and source.field in self._fused.get(source.param, ()):
@@ -486,12 +491,11 @@ class Recorder:
                 )
             if raw is not None:
                 self._slots[source.key][self._slot(source.key)] = raw
-                coefficients.append(replay.clip_coefficient(raw, _rows_of(source, grad)))
+                clipped.append((raw, _rows_of(source, grad)))
             else:
                 self._write(source, grad)
-        if coefficients:
-            same = torch.stack(coefficients)
-            self.log(clip_coefs=torch.where((same == same[0]).all(), same[0], math.nan))
+        if clipped:
+            self.log(clip_coefs=replay.clip_coefficient(clipped))
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._row is None:
@@ -526,7 +530,8 @@ class Recorder:
         """Keep the gradient that each ``backward()`` leaves; return what ends that."""
 
         def keep(param: Tensor) -> None:
-            if (self._step + 1) % self.every == 0:
+            step = self._step if self._in_closure else self._step + 1
+            if step % self.every == 0:
                 assert param.grad is not None
                 self._raw_grads[source.key] = _rows_of(source, param.grad).clone()
 

@@ -87,13 +87,8 @@ def _plain(value: Any) -> Any:
     return [float(x) for x in value] if isinstance(value, tuple | list) else float(value)
 
 
-def clip_coefficient(raw: Tensor, clipped: Tensor) -> Tensor:
-    """Return :func:`common_clip_coefficient` of one gradient, before and after clipping."""
-    return common_clip_coefficient([(raw, clipped)])
-
-
 @torch.no_grad()
-def common_clip_coefficient(gradients: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+def clip_coefficient(gradients: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """Return the factor by which gradients were clipped together, found from their bits.
 
     A gradient of few elements, or of zeros, allows several factors; so one is looked for that fits them all.

@@ -227,6 +227,9 @@ class TraceTensor(Tensor):
             result = func(*args, **(kwargs or {}))
         return result.as_subclass(cls) if func is Tensor.__getitem__ else result
 
+    def __format__(self, spec: str) -> str:
+        return format(self.as_subclass(Tensor), spec)
+
     def numpy(self, *, force: bool = False) -> np.ndarray:
         """Return a numpy view of the same bytes.
 

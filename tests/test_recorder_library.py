@@ -280,3 +280,40 @@ def test_unclipped_rows(tmp_path: Path) -> None:
     assert torch.equal(open_trace(tmp_path / "t")["weight.grad"][1:], torch.stack(raw))
     result = verify(tmp_path / "t")
     assert (result.replayed, result.difference) == (3, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_rows_and_parameters_that_fit_several_factors(dtype: torch.dtype, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, 1)).to(dtype)
+    optimizer = FusedAdam(model.parameters())
+    rows = {"0.weight": [1, 49]}  # of which the latter has no gradient but zeros
+    with Recorder(optimizer, "*", model=model, rows=rows, unclipped=True, steps=30, path=tmp_path / "t"):
+        for _ in range(30):
+            optimizer.zero_grad()
+            model(torch.randint(5, (6,))).float().square().sum().backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+            optimizer.step()
+    assert open_trace(tmp_path / "t")["clip_coefs"][1:].max() < 1
+    result = verify(tmp_path / "t")
+    assert (result.replayed, result.hindrance, result.difference) == (30, None, None)
+
+
+def test_unclipped_gradients_of_every_third_step_with_a_closure(tmp_path: Path) -> None:
+    model = linear()
+    optimizer = FusedAdam(model.parameters())
+    raw = []
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = backward(model)
+        raw.append(model.weight.grad.clone())
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        return loss
+
+    with Recorder(optimizer, "weight", model=model, unclipped=True, every=3, steps=6, path=tmp_path / "t"):
+        for _ in range(6):
+            optimizer.step(closure)
+    trace = open_trace(tmp_path / "t")
+    assert torch.equal(trace["weight.grad"][1:], torch.stack([raw[2], raw[5]]))
+    assert not trace["clip_coefs"][1:].isnan().any()

@@ -279,6 +279,7 @@ def test_numpy_without_ml_dtypes_has_the_bits(name: str, dtype: type, values: tr
 
 def test_what_is_computed_is_a_plain_tensor(values: trace.Trace) -> None:
     x = values["float64"]
+    assert f"{x[0, 0]:.2f}" == f"{float(x[0, 0]):.2f}"
     assert type(x) is type(x[0]) is type(x[0, 1:]) is type(x[x > 2]) is type(x[torch.tensor([1, 0])]) is TraceTensor
     for result in (x + 1, 2 * x, x.clone(), x.float(), x.view(-1), x.sum(), torch.stack([x, x]), x @ x, x == x):
         assert type(result) is torch.Tensor
