@@ -17,7 +17,7 @@ import bhfast
 from bhfast import _ops
 from bhfast.engines import select_engine
 from bhfast.optim import FusedAdam
-from bhfast.recorder import available_memory
+from bhfast.storage import available_memory
 from bhfast.trace import format_bytes
 from bhfast.train import select_device
 

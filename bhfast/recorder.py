@@ -9,10 +9,9 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +20,14 @@ from bhfast import _ops, replay
 from bhfast.errors import BhfastError, ConfigError, StorageError
 from bhfast.ring import Ring, half_size, make_lane, populator
 from bhfast.select import Params, select
-from bhfast.shards import Piece, Share, local
+from bhfast.shards import Share, local
 from bhfast.signals import deferred_signals, terminable
-from bhfast.storage import STORAGES, Claim, MemoryStorage, Storage
-from bhfast.stream import StreamStorage, slots_of
+from bhfast.sources import KEY, Source, default_fields, source_of
+from bhfast.storage import STORAGES, Claim, Stats, Storage
+from bhfast.stream import open_storage
 from bhfast.trace import FORMAT, FORMAT_VERSION, format_bytes
 
 FIELDS = _ops.FIELDS
-KEY = "{name}.{field}"  # of a tensor in the file; a parameter's own has its bare name
 
 
 @runtime_checkable
@@ -38,46 +37,6 @@ class RecordsItself(Protocol):
     def record_into(self, rings: Mapping[Tensor, Mapping[str, Tensor]], step: Tensor, every: int) -> Callable[[], None]:
         """See :meth:`bhfast.FusedAdam.record_into`."""
         ...
-
-
-class _Source(NamedTuple):
-    field: str
-    key: str  # of its tensor in the file
-    name: str
-    param: Tensor
-    rows: Tensor | None
-    shape: torch.Size  # of a record
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return self.shape.numel() * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
-class Stats:
-    """Figures of a recording.
-
-    Attributes:
-        steps: the last step that is recorded.
-        records: how many records there are, step 0 included.
-        committed: how many of them are safe in the file, whatever happens to the process.
-        bytes: of all records.
-        waits: how often the run had to wait for the recording: for the disk, or for copies from a GPU. Complete after
-            the block.
-        seconds: since the block was entered, up to its end.
-    """
-
-    steps: int
-    records: int
-    committed: int
-    bytes: int
-    waits: int
-    seconds: float
-
-    @property
-    def bytes_per_second(self) -> float:
-        return self.bytes / self.seconds if self.seconds else 0.0
 
 
 class Recorder:
@@ -171,7 +130,7 @@ class Recorder:
                 f"unclipped is for loops that clip between backward() and step(); {type(optimizer).__name__} with "
                 "max_grad_norm clips inside, and its gradients are recorded unclipped anyway"
             )
-        fields = _default_fields(optimizer) if fields is None else fields
+        fields = default_fields(optimizer) if fields is None else fields
         if not fields:
             raise ConfigError("fields must name at least one field, got none")
         self.optimizer = optimizer
@@ -199,7 +158,7 @@ class Recorder:
         self._rings: dict[tuple[torch.device, int], Ring] = {}  # by the size of a half
         self._fused: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)  # slots that the optimizer fills itself
         self._end_fused: Callable[[], None] = lambda: None
-        self._by_hand: list[_Source] = []  # what of the step at hand it does not fill
+        self._by_hand: list[Source] = []  # what of the step at hand it does not fill
         self._own: set[str] | None = None  # what the recorder logs by itself
         self._raw_grads: dict[str, Tensor] = {}  # by parameter, as backward() left them; if they are wanted unclipped
         self._replay = replay.Description(optimizer)
@@ -208,7 +167,7 @@ class Recorder:
         self._share = Share(selections, self.path)
         keys = keys or {}
         self._sources = [
-            self._source(piece, field, keys.get(field, "{name}" if field == "param" else KEY))
+            source_of(piece, field, keys.get(field, KEY if field != "param" else "{name}"), optimizer)
             for piece in self._share.pieces
             for field in fields
         ]
@@ -217,15 +176,6 @@ class Recorder:
         self._reserved = {*names, "recorded_steps", *(f"{name}.rows" for name in self._rows)}
         if twice := {key for key in names if names.count(key) > 1}:
             raise ConfigError(f"keys must give every tensor a name of its own, got {', '.join(sorted(twice))} twice")
-
-    def _source(self, piece: Piece, field: str, key: str) -> _Source:
-        """Describe one field of a parameter; its dtype is that of the optimizer's state, where there is one already."""
-        state = self.optimizer.state.get(piece.param, {})
-        like = local(state[field]) if field in state else local(piece.param)
-        shape = like.shape if piece.rows is None else torch.Size([len(piece.rows), *like.shape[1:]])
-        return _Source(
-            field, key.format(name=piece.name, field=field), piece.name, piece.param, piece.rows, shape, like.dtype
-        )
 
     # -----------------------------------------------------------------------------------------------------------------
     # Life
@@ -253,7 +203,17 @@ class Recorder:
             self._populator = populator()
             stack.callback(self._populator.close)
             claim = stack.enter_context(Claim(self._share.path, overwrite=self._overwrite))
-            self._storage = self._make_storage(claim)
+            self.metadata = {**self.metadata, **self._describe_replay(), **self._share.metadata()}
+            sizes = {source.key: source.nbytes for source in self._sources}
+            self._storage, self._where = open_storage(
+                claim,
+                self._wanted_storage,
+                records=self._records,
+                every=self.every,
+                sizes=sizes,
+                group=self._half(0),
+                metadata=self.metadata,
+            )
             stack.callback(self._storage.close)
             for source in self._sources:
                 self._add(source.key, source.shape, source.dtype, local(source.param).device, None)
@@ -276,40 +236,6 @@ class Recorder:
             stack.enter_context(terminable())
             self._entered_at = time.monotonic()
             self._stack = stack.pop_all()
-
-    def _make_storage(self, claim: Claim) -> Storage:
-        sizes = {source.key: source.nbytes for source in self._sources}
-        record = sum(sizes.values())
-        memory = available_memory()
-        kind, why = self._wanted_storage, "as asked"
-        size = math.inf if self._records is None else record * self._records
-        if kind == "auto":
-            kind = "stream" if size > memory / 2 else "memory"
-            why = f"it fits into the {format_bytes(memory)} of free memory"
-            if kind == "stream":
-                why = "the number of steps is not known"
-                if self._records is not None:
-                    why = f"{format_bytes(size)} are more than half of the {format_bytes(memory)} of free memory"
-        self.metadata = {**self.metadata, **self._describe_replay(), **self._share.metadata()}
-        if kind == "stream":
-            storage: Storage = StreamStorage(
-                claim, records=self._records, every=self.every, names=sizes, metadata=self.metadata
-            )
-            needs = slots_of(record, self._half(record), storage.capacity) * record
-            way_out = "record fewer parameters or rows"
-        else:
-            assert self._records is not None
-            storage = MemoryStorage(claim, records=self._records, every=self.every)
-            claim.reserve(int(size))
-            needs, way_out = int(size), "record less with --record-every or --steps, or use --storage stream"
-        if needs > memory:
-            storage.close()
-            raise StorageError(
-                f"memory is too small for the recording: {format_bytes(needs)} wanted, {format_bytes(memory)} "
-                f"available; {way_out}"
-            )
-        self._where = f"{kind} ({why})"
-        return storage
 
     def _add(
         self, key: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device, blank: float | None
@@ -336,7 +262,7 @@ class Recorder:
             self._rings[device, half] = Ring(lane, half, first=self._row or 0)
         return self._rings[device, half].add(self._hosts[key], device, blank)
 
-    def _fill_record_0(self, source: _Source) -> None:
+    def _fill_record_0(self, source: Source) -> None:
         state = self.optimizer.state.get(source.param, {})
         if source.field == "param":
             self._write(source, source.param.detach())
@@ -345,7 +271,7 @@ class Recorder:
         else:
             self._slots[source.key][0] = 0
 
-    def _is_fused(self, source: _Source) -> bool:
+    def _is_fused(self, source: Source) -> bool:
         is_raw = self._unclipped and source.field == "grad"
         return source.field in FIELDS and source.rows is None and source.dtype == source.param.dtype and not is_raw
 
@@ -491,7 +417,7 @@ class Recorder:
                 )
             if raw is not None:
                 self._slots[source.key][self._slot(source.key)] = raw
-                clipped.append((raw, _rows_of(source, grad)))
+                clipped.append((raw, source.rows_of(grad)))
             else:
                 self._write(source, grad)
         if clipped:
@@ -526,21 +452,21 @@ class Recorder:
             values["grad_norms"], values["clip_coefs"] = self.optimizer.grad_norm, self.optimizer.clip_coef  # type: ignore[attr-defined]
         self.log(**{name: value for name, value in values.items() if name in self._own})
 
-    def _keep_raw_grads(self, source: _Source) -> Callable[[], None]:
+    def _keep_raw_grads(self, source: Source) -> Callable[[], None]:
         """Keep the gradient that each ``backward()`` leaves; return what ends that."""
 
         def keep(param: Tensor) -> None:
             step = self._step if self._in_closure else self._step + 1
             if step % self.every == 0:
                 assert param.grad is not None
-                self._raw_grads[source.key] = _rows_of(source, param.grad).clone()
+                self._raw_grads[source.key] = source.rows_of(param.grad).clone()
 
         return source.param.register_post_accumulate_grad_hook(keep).remove
 
     def _slot(self, key: str) -> int:
         return self._step // self.every % len(self._slots[key])
 
-    def _write(self, source: _Source, value: Tensor) -> None:
+    def _write(self, source: Source, value: Tensor) -> None:
         """Copy a value, or its rows, to the slot of the record at hand."""
         slot = self._slots[source.key][self._slot(source.key)]
         value = local(value)
@@ -648,18 +574,6 @@ class Recorder:
             _ops.record_(sources, rings, self._step_tensor, self.every)
 
 
-def _default_fields(optimizer: torch.optim.Optimizer) -> Sequence[str]:
-    if not isinstance(optimizer, torch.optim.SGD):
-        return FIELDS
-    has_momentum = any(group["momentum"] for group in optimizer.param_groups)
-    return ("param", "grad", "momentum_buffer") if has_momentum else ("param", "grad")
-
-
-def _rows_of(source: _Source, value: Tensor) -> Tensor:
-    value = local(value.detach())
-    return value if source.rows is None else value.index_select(0, source.rows)
-
-
 def _blank(dtype: torch.dtype) -> float:
     """What records without a logged value hold."""
     return math.nan if dtype.is_floating_point else 0
@@ -696,21 +610,3 @@ class NullRecorder:
 
     def log(self, **values: Tensor) -> None:
         pass
-
-
-def available_memory() -> int:
-    """Return how many bytes of memory this process may still take: the machine's, or its control group's if less."""
-    limits = []
-    try:
-        with open("/proc/meminfo") as file:
-            fields = dict(line.split(":") for line in file)
-        limits.append(int(fields["MemAvailable"].split()[0]) * 1024)
-    except (OSError, KeyError):
-        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    try:
-        group = Path("/sys/fs/cgroup")
-        used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        limits.append(int((group / "memory.max").read_text()) - int(used["anon"]))
-    except (OSError, KeyError, ValueError):
-        pass  # no control group, or one without a limit ("max")
-    return min(limits)

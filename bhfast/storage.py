@@ -11,6 +11,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -223,6 +224,32 @@ class Storage(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Stats:
+    """Figures of a recording.
+
+    Attributes:
+        steps: the last step that is recorded.
+        records: how many records there are, step 0 included.
+        committed: how many of them are safe in the file, whatever happens to the process.
+        bytes: of all records.
+        waits: how often the run had to wait for the recording: for the disk, or for copies from a GPU. Complete after
+            the block.
+        seconds: since the block was entered, up to its end.
+    """
+
+    steps: int
+    records: int
+    committed: int
+    bytes: int
+    waits: int
+    seconds: float
+
+    @property
+    def bytes_per_second(self) -> float:
+        return self.bytes / self.seconds if self.seconds else 0.0
+
+
 class MemoryStorage:
     """Keeps all records in memory, and writes them as a whole. See :class:`Storage`."""
 
@@ -298,3 +325,21 @@ def write_trace(claim: Claim, tensors: Mapping[str, Tensor], metadata: Mapping[s
         sync_folder(path.parent)
     except OSError as error:
         raise StorageError(f"writing the trace {path} failed: {error.strerror}; nothing was saved") from error
+
+
+def available_memory() -> int:
+    """Return how many bytes of memory this process may still take: the machine's, or its control group's if less."""
+    limits = []
+    try:
+        with open("/proc/meminfo") as file:
+            fields = dict(line.split(":") for line in file)
+        limits.append(int(fields["MemAvailable"].split()[0]) * 1024)
+    except (OSError, KeyError):
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    try:
+        group = Path("/sys/fs/cgroup")
+        used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        limits.append(int((group / "memory.max").read_text()) - int(used["anon"]))
+    except (OSError, KeyError, ValueError):
+        pass  # no control group, or one without a limit ("max")
+    return min(limits)

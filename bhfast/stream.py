@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import threading
@@ -19,7 +20,7 @@ from torch import Tensor
 from bhfast.errors import ConfigError, StorageError
 from bhfast.journal import VERSION, Journal, Track, encode, finish, journal_path, sync, write_at
 from bhfast.ring import Ticket, host_tensor
-from bhfast.storage import Claim
+from bhfast.storage import Claim, MemoryStorage, Storage, available_memory
 from bhfast.trace import MAX_CHECKSUMS, bytes_of, checksums, format_bytes
 
 SMALL = 64  # bytes: records below it go to the journal
@@ -312,3 +313,53 @@ class StreamStorage:
         for first in range(0, self.committed, each):
             blanks = track.blanks(min(each, self.committed - first))
             write_at(self.claim.fd, bytes_of(blanks), self._header + track.offset + first * track.size)
+
+
+def open_storage(
+    claim: Claim,
+    wanted: str,
+    *,
+    records: int | None,
+    every: int,
+    sizes: Mapping[str, int],
+    group: int,
+    metadata: Mapping[str, str],
+) -> tuple[Storage, str]:
+    """Return the storage for a recording, and which it is and why, for people.
+
+    Args:
+        claim: of the file.
+        wanted: ``memory``, ``stream``, or ``auto``, which takes memory for up to half of what is free.
+        records, every, metadata: see :class:`StreamStorage`.
+        sizes: of the tensors whose size is known, by name the bytes of a record.
+        group: records that are sent from a device together.
+
+    Raises:
+        StorageError: memory or disk are too small.
+    """
+    memory, record = available_memory(), sum(sizes.values())
+    size = math.inf if records is None else record * records
+    free = f"the {format_bytes(memory)} of free memory"
+    kind, why = wanted, "as asked"
+    if wanted == "auto" and records is None:
+        kind, why = "stream", "the number of steps is not known"
+    elif wanted == "auto" and size > memory / 2:
+        kind, why = "stream", f"{format_bytes(size)} are more than half of {free}"
+    elif wanted == "auto":
+        kind, why = "memory", f"it fits into {free}"
+    storage: Storage
+    if kind == "memory":
+        assert records is not None
+        needs, way_out = record * records, "record less with --record-every or --steps, or use --storage stream"
+        claim.reserve(needs)
+        storage = MemoryStorage(claim, records=records, every=every)
+    else:
+        storage = StreamStorage(claim, records=records, every=every, names=sizes, metadata=metadata)
+        needs, way_out = slots_of(record, group, storage.capacity) * record, "record fewer parameters or rows"
+    if needs > memory:
+        storage.close()
+        raise StorageError(
+            f"memory is too small for the recording: {format_bytes(needs)} wanted, {format_bytes(memory)} available; "
+            f"{way_out}"
+        )
+    return storage, f"{kind} ({why})"

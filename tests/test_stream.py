@@ -103,7 +103,7 @@ def test_auto_streams_what_outgrows_memory_and_says_why(tmp_path: Path, monkeypa
         (158e6, 1200, "memory (it fits into the 158.0 MB of free memory): 78.7 MB for 1,201 records"),
         (1e9, None, "stream (the number of steps is not known): 0.1 MB a step"),
     ]:
-        monkeypatch.setattr(module, "available_memory", lambda memory=memory: memory)
+        monkeypatch.setattr(stream, "available_memory", lambda memory=memory: memory)
         with Recorder(optimizer, {"w": weight}, steps=steps, path=tmp_path / "t", overwrite=True) as recorder:
             assert recorder.description.startswith(said)
 
