@@ -78,11 +78,16 @@ def test_parameters_by_names_of_ones_own() -> None:
     assert names_of({"b": model.layers[0].bias, "a": model.wte.weight}, model, model=None) == ["b", "a"]
 
 
-@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel, lambda m: nn.Sequential(torch.compile(m))])
-def test_compiled_models_have_the_names_of_their_own(wrap) -> None:
-    wrapped = wrap(Tied())
-    prefix = {nn.DataParallel: "module.", torch.compile: ""}.get(wrap, "0.")
-    assert names_of("*", wrapped) == [prefix + name for name in NAMES[:-1]]
+@pytest.mark.parametrize(
+    ("wrap", "prefix"),
+    [
+        (lambda model: torch.compile(model), ""),
+        (nn.DataParallel, "module."),
+        (lambda model: nn.Sequential(torch.compile(model)), "0."),
+    ],
+)
+def test_compiled_models_have_the_names_of_their_own(wrap, prefix: str) -> None:
+    assert names_of("*", wrap(Tied())) == [prefix + name for name in NAMES[:-1]]
 
 
 def test_distributed_models_have_the_names_of_their_own(tmp_path: Path) -> None:
