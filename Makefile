@@ -11,7 +11,7 @@
 
 PYTHON ?= python3
 TORCH_CPU := torch==2.13.0
-SOURCES := setup.py $(wildcard csrc/* csrc/*/*)
+SOURCES := setup.py $(wildcard csrc/* csrc/*/* csrc/*/*/*)
 
 ENVIRONMENT := $(shell $(PYTHON) -c 'import sys, torch; print(sys.implementation.cache_tag, torch.__version__, sep="-torch")' 2>/dev/null)
 ifneq ($(ENVIRONMENT),)

@@ -18,7 +18,19 @@ from pathlib import Path
 
 from setuptools import setup
 
-SOURCES = ["csrc/module.cpp", "csrc/ops.cpp", "csrc/cpu/kernels.cpp", "csrc/cpu/run.cpp"]
+SOURCES = [
+    "csrc/module.cpp",
+    "csrc/ops.cpp",
+    "csrc/cpu/kernels.cpp",
+    "csrc/cpu/run.cpp",
+    "csrc/native/binding.cpp",
+    "csrc/native/engine.cpp",
+    "csrc/native/update.cpp",
+    "csrc/native/instruction_sets/avx2.cpp",
+    "csrc/native/instruction_sets/avx512.cpp",
+    "csrc/native/instruction_sets/avx512bf16.cpp",
+    "csrc/native/instruction_sets/portable.cpp",
+]
 CUDA_SOURCES = ["csrc/cuda/adam.cu", "csrc/cuda/norm.cu", "csrc/cuda/record.cu"]
 HEADERS = sorted(map(str, Path("csrc").rglob("*.h")))
 ARCHITECTURES = ("80", "90", "100")  # the last one also as PTX, for the GPUs to come

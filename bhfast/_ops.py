@@ -21,7 +21,7 @@ import importlib
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, wraps
 from types import ModuleType
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -78,6 +78,17 @@ def backend(device: torch.device | str = "cpu") -> tuple[str, str]:
     if kind == "cuda" and _extension.cuda_architectures:
         return "CUDA", f"compiled for {_extension.cuda_architectures}"
     return "torch", f"the extension was built without kernels for {kind}"
+
+
+def native_instruction_sets() -> list[str]:
+    """Return the instruction sets that the native engine can use here, best first; none if it is not built."""
+    return [] if _extension is None else _extension.native_instruction_sets()
+
+
+def native_engine(**arguments: Any) -> Any:
+    """Return a new object that runs training steps; see :mod:`bhfast.engines.native`, its only user."""
+    assert _extension is not None
+    return _extension.NativeEngine(**arguments)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -137,34 +137,35 @@ class FusedAdam(torch.optim.Optimizer):
         return loss
 
     @torch.no_grad()
-    def schedule(self, lrs: Sequence[float]) -> list[Tensor]:
-        """Return the coefficients of the next ``len(lrs)`` steps, for :meth:`scheduled_step`.
+    def schedule(self, lrs: Sequence[float]) -> list[Schedule]:
+        """Return what the next ``len(lrs)`` steps need, for whoever performs them: see :meth:`scheduled_step`.
 
         Returns:
-            For each set of parameters that is updated as one (and now has gradients): float32 ``[steps, 7]``, on its
-            device.
+            One entry for each set of parameters that is updated as one, of those that now have gradients.
         """
-        tables = []
+        schedules = []
         for batch in self._batches():
             first = batch.steps_done() + 1
-            tables.append(_schedule(batch, range(first, first + len(lrs)), lrs).to(batch.params[0].device))
-        return tables
+            table = _schedule(batch, range(first, first + len(lrs)), lrs).to(batch.params[0].device)
+            exp_avgs, exp_avg_sqs = ([state[key] for state in batch.states] for key in ("exp_avg", "exp_avg_sq"))
+            schedules.append(Schedule(batch.params, exp_avgs, exp_avg_sqs, table, *batch.recording[:2]))
+        return schedules
 
     @torch.no_grad()
-    def scheduled_step(self, tables: Sequence[Tensor], index: Tensor) -> None:
+    def scheduled_step(self, schedules: Sequence[Schedule], index: Tensor) -> None:
         """Perform a step without the host: what a CUDA graph captures.
 
         Steps and moments advance, but not ``state["step"]``: see :meth:`count`.
 
         Args:
-            tables: from :meth:`schedule`.
-            index: int64 scalar on the device: which row of the tables this step uses.
+            schedules: from :meth:`schedule`.
+            index: int64 scalar on the device: which row of the coefficients this step uses.
         """
-        self._update(self._batches(), [table.index_select(0, index.view(1))[0] for table in tables])
+        self._update(self._batches(), [own.coefficients.index_select(0, index.view(1))[0] for own in schedules])
 
     @torch.no_grad()
     def count(self, steps: int) -> None:
-        """Add the ``steps`` that a graph has performed to ``state["step"]``."""
+        """Add the ``steps`` that somebody else has performed to ``state["step"]``."""
         for batch in self._batches():
             batch.count(steps)
 
@@ -217,6 +218,23 @@ class FusedAdam(torch.optim.Optimizer):
             steps = torch.zeros(len(alike)).unbind()
             for p, step, exp_avg, exp_avg_sq in zip(alike, steps, exp_avgs, exp_avg_sqs, strict=True):
                 self.state[p].update(step=step, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+
+
+class Schedule(NamedTuple):
+    """Parameters that are updated as one, over some steps to come; see :func:`bhfast._ops.adam_`.
+
+    Attributes:
+        params, exp_avgs, exp_avg_sqs: equally long.
+        coefficients: float32 ``[steps, 7]``, on the parameters' device.
+        rings, ring_of: where the steps are recorded.
+    """
+
+    params: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    coefficients: Tensor
+    rings: Sequence[Tensor]
+    ring_of: Sequence[int]
 
 
 class _Recording(NamedTuple):

@@ -556,22 +556,41 @@ class Recorder:
         # Those with rings of one size together.
         records: dict[tuple[torch.device, int], tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
         for name, value in values.items():
-            if name in self._reserved:
-                raise ConfigError(f"log({name}=...) must have a name of its own, but {name} is recorded already")
             value = local(value.detach())
-            if name not in self._hosts:
-                self._add(name, value.shape, value.dtype, value.device, _blank(value.dtype))
-            elif value.shape != self._hosts[name].shape[1:]:
-                wanted, got = list(self._hosts[name].shape[1:]), list(value.shape)
-                raise ConfigError(f"log({name}=...) must have one shape throughout: wanted {wanted}, got {got}")
-            elif value.device.type == "cuda" and self._slots[name].device.type != "cuda":
-                self._slots[name] = self._make_slots(name, value.device, _blank(value.dtype))
-            slots = self._slots[name]
+            slots = self._slots_of(name, value)
             sources, rings = records[slots.device, len(slots)]
             sources.append(value.to(slots.device, slots.dtype))
             rings.append(slots)
         for sources, rings in records.values():
             _ops.record_(sources, rings, self._step_tensor, self.every)
+
+
+    def log_into(self, **values: Tensor) -> dict[str, Tensor]:
+        """Make room for values as :meth:`log` does, but record nothing: for engines that write records themselves.
+
+        Args:
+            values: see :meth:`log`; only shape, dtype and device matter.
+
+        Returns:
+            For each name ``[slots, *shape]``; record k goes to slot ``k % slots``. Nothing if no values are recorded in
+            this process.
+        """
+        if self._share.is_empty or self._share.rank > 0:
+            return {}
+        return {name: self._slots_of(name, value) for name, value in values.items()}
+
+    def _slots_of(self, name: str, value: Tensor) -> Tensor:
+        """Return where records of a logged value are made, after :meth:`_add` if it is new."""
+        if name in self._reserved:
+            raise ConfigError(f"log({name}=...) must have a name of its own, but {name} is recorded already")
+        if name not in self._hosts:
+            self._add(name, value.shape, value.dtype, value.device, _blank(value.dtype))
+        elif value.shape != self._hosts[name].shape[1:]:
+            wanted, got = list(self._hosts[name].shape[1:]), list(value.shape)
+            raise ConfigError(f"log({name}=...) must have one shape throughout: wanted {wanted}, got {got}")
+        elif value.device.type == "cuda" and self._slots[name].device.type != "cuda":
+            self._slots[name] = self._make_slots(name, value.device, _blank(value.dtype))
+        return self._slots[name]
 
 
 def _blank(dtype: torch.dtype) -> float:
@@ -583,6 +602,7 @@ class NullRecorder:
     """Stands in for a Recorder where nothing is recorded."""
 
     path = None
+    every = 1
     saved_steps = 0
     description = "nothing is recorded"
 
@@ -610,3 +630,6 @@ class NullRecorder:
 
     def log(self, **values: Tensor) -> None:
         pass
+
+    def log_into(self, **values: Tensor) -> dict[str, Tensor]:
+        return {}

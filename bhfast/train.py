@@ -178,7 +178,7 @@ def train(config: TrainConfig | None = None) -> TrainResult:
     say = _print_nothing if config.quiet else _print
 
     device, device_reason = select_device(config.device)
-    engine_name, engine_reason = select_engine(config.engine, device)
+    engine_name, engine_reason = select_engine(config.engine, device, config.model_config())
     backend, backend_reason = _ops.backend(device)
     corpus = load_corpus(config.corpus, vocab_size=config.vocab_size, window=config.context + 1)
     say(f"corpus   {corpus.name}: {len(corpus.data):,} bytes")

@@ -198,7 +198,7 @@ void adam_op(TensorList params, TensorList grads, TensorList exp_avgs, TensorLis
     cuda::adam(list, dtype, how, n, stream_of(first));
   } else
 #endif
-    cpu::adam(list, dtype, how, n);
+    cpu::adam(std::move(list), dtype, how, n);
   blocks.put_back();
 }
 
@@ -236,7 +236,7 @@ std::tuple<Tensor, Tensor> clip_coefficient_op(TensorList grads, double max_norm
   } else
 #endif
   {
-    *norm_at = cpu::grad_norm(list);
+    *norm_at = cpu::grad_norm(std::move(list));
     *clip_coef_at = clip_coefficient(*norm_at, max_norm, any_bfloat16);
   }
   return {norm, clip_coef};

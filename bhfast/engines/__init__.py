@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from bhfast import _ops
-from bhfast.errors import ConfigError
-from bhfast.model import TiedGPT
+from bhfast.errors import BhfastError, ConfigError
+from bhfast.model import GPTConfig, TiedGPT
 from bhfast.optim import FusedAdam
 from bhfast.recorder import NullRecorder, Recorder
 
-ENGINES = ("auto", "torch", "graph")
+ENGINES = ("auto", "torch", "graph", "native")
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,42 @@ class Job:
     lrs: Sequence[float]
     target_offset: int
 
+    def account(self, done: int, steps: int) -> None:
+        """Tell the optimizer that ``steps`` were performed for it, which makes ``done`` in all."""
+        self.optimizer.count(steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lrs[done - 1]
+
+
+class Addresses:
+    """Where the tensors lie that an engine holds on to.
+
+    Args:
+        job: whose parameters, gradients and optimizer state are meant.
+        holder: since when, and who goes on with them.
+    """
+
+    def __init__(self, job: Job, holder: str) -> None:
+        self.job = job
+        self.holder = holder
+        self._then = self._now()
+
+    def _now(self) -> list[int | None]:
+        state = self.job.optimizer.state
+        return [
+            None if x is None else x.data_ptr()
+            for p in self.job.model.parameters()
+            for x in (p, p.grad, state[p].get("exp_avg"), state[p].get("exp_avg_sq"))
+        ]
+
+    def check(self) -> None:
+        """Raise BhfastError if any of them has been moved or replaced."""
+        if self._now() != self._then:
+            raise BhfastError(
+                f"a parameter, its gradient or its optimizer state was moved or replaced {self.holder} goes on with "
+                "the old one; use --engine torch to do that"
+            )
+
 
 class Engine(Protocol):
     """What ``train`` needs of an engine.
@@ -57,8 +93,11 @@ class Engine(Protocol):
         ...
 
 
-def select_engine(name: str, device: torch.device) -> tuple[str, str]:
+def select_engine(name: str, device: torch.device, model: GPTConfig | None = None) -> tuple[str, str]:
     """Return the engine to use and why. ``auto`` takes the fastest there is.
+
+    Args:
+        model: what it is to run; None: the reference network.
 
     Raises:
         ConfigError: there is no such engine, or it cannot run here.
@@ -67,15 +106,37 @@ def select_engine(name: str, device: torch.device) -> tuple[str, str]:
         raise ConfigError(f"engine must be one of {', '.join(ENGINES)}, got {name!r}")
     if name == "torch":
         return name, "as asked"
+    fastest = {"cuda": "graph", "cpu": "native"}.get(device.type, "torch")
+    wanted = fastest if name == "auto" else name
+    if wanted == "torch":
+        return wanted, f"the only engine for {device.type}"
+    hindrance = {"graph": _graph_hindrance, "native": _native_hindrance}[wanted](device, model or GPTConfig())
+    if hindrance is None:
+        return wanted, "as asked" if wanted == name else f"the fastest for {device.type}"
+    if wanted == name:
+        raise ConfigError(f"engine {name} cannot run here: {hindrance}; use --engine torch")
+    return "torch", hindrance
+
+
+def _graph_hindrance(device: torch.device, model: GPTConfig) -> str | None:
     if device.type != "cuda":
-        hindrance = f"a CUDA graph needs a CUDA device, not {device.type}"
-    elif _ops.backend(device)[0] != "CUDA":
-        hindrance = f"a CUDA graph needs the CUDA kernels: {_ops.backend(device)[1]}"
-    else:
-        return "graph", "as asked" if name == "graph" else f"the fastest for {device.type}"
-    if name == "graph":
-        raise ConfigError(f"engine graph cannot run here: {hindrance}; use --engine torch")
-    return "torch", hindrance if device.type == "cuda" else f"the only engine for {device.type}"
+        return f"a CUDA graph needs a CUDA device, not {device.type}"
+    if _ops.backend(device)[0] != "CUDA":
+        return f"a CUDA graph needs the CUDA kernels: {_ops.backend(device)[1]}"
+    return None
+
+
+def _native_hindrance(device: torch.device, model: GPTConfig) -> str | None:
+    if device.type != "cpu":
+        return f"the native engine runs on the CPU, not on {device.type}"
+    if not _ops.native_instruction_sets():
+        return f"the native engine needs the C++ kernels: {_ops.backend(device)[1]}"
+    if model.hidden_dim % 32 or model.hidden_dim // model.heads % 16:
+        return (
+            "the native engine needs a hidden_dim divisible by 32, and by 16 times heads, got "
+            f"{model.hidden_dim} and {model.heads}"
+        )
+    return None
 
 
 def make_engine(name: str, job: Job) -> Engine:
@@ -84,6 +145,10 @@ def make_engine(name: str, job: Job) -> Engine:
         from bhfast.engines.graph import GraphEngine
 
         return GraphEngine(job)
+    if name == "native":
+        from bhfast.engines.native import NativeEngine
+
+        return NativeEngine(job)
     from bhfast.engines.torch import TorchEngine
 
     return TorchEngine(job)

@@ -12,9 +12,8 @@ from contextlib import contextmanager
 
 import torch
 
-from bhfast.engines import Job
+from bhfast.engines import Addresses, Job
 from bhfast.engines.torch import corpus_windows, gradients
-from bhfast.errors import BhfastError
 
 WARM_UP = 3  # steps
 
@@ -52,7 +51,7 @@ class GraphEngine:
         with job.recorder.counted_by(self.step):
             self._warm_up()
             self._replay = capture(self._step, device)
-        self._addresses = self._current_addresses()
+        self._addresses = Addresses(job, "after the CUDA graph was captured, which")
         self.done = 0
 
     def _warm_up(self) -> None:
@@ -64,7 +63,7 @@ class GraphEngine:
         job = self.job
         with side_stream(self.step.device):
             gradients(job.model, self.windows[self.offsets[0]], job.target_offset)
-            self.coefficients = job.optimizer.schedule(job.lrs)
+            self.schedules = job.optimizer.schedule(job.lrs)
             state = [
                 x
                 for param in job.model.parameters()
@@ -87,7 +86,7 @@ class GraphEngine:
         index = self.step.view(1) - 1
         windows = self.windows[self.offsets.index_select(0, index)[0]]  # [grad_accum, batch, context + 1]
         loss, logits = gradients(job.model, windows, job.target_offset)
-        job.optimizer.scheduled_step(self.coefficients, index)
+        job.optimizer.scheduled_step(self.schedules, index)
         clip_coef, norm = job.optimizer.clip_coef, job.optimizer.grad_norm
         job.recorder.log(
             losses=loss,
@@ -100,11 +99,7 @@ class GraphEngine:
         self.grad_norms.index_copy_(0, index, norm.view(1))
 
     def run(self, steps: int) -> None:
-        if self._current_addresses() != self._addresses:
-            raise BhfastError(
-                "a parameter, its gradient or its optimizer state was moved or replaced after the CUDA graph was "
-                "captured, which goes on with the old one; use --engine torch to do that"
-            )
+        self._addresses.check()
         left = steps
         while left:
             burst = self.job.recorder.begin(left)
@@ -112,15 +107,5 @@ class GraphEngine:
                 self._replay()
             self.job.recorder.end()
             left -= burst
-        self.job.optimizer.count(steps)
         self.done += steps
-        for group in self.job.optimizer.param_groups:
-            group["lr"] = self.job.lrs[self.done - 1]
-
-    def _current_addresses(self) -> list[int | None]:
-        state = self.job.optimizer.state
-        return [
-            None if x is None else x.data_ptr()
-            for p in self.job.model.parameters()
-            for x in (p, p.grad, state[p].get("exp_avg"), state[p].get("exp_avg_sq"))
-        ]
+        self.job.account(self.done, steps)

@@ -1,57 +1,39 @@
 #include "kernels.h"
 
-#include <cstring>
 #include <stdexcept>
 
 namespace bhfast::cpu {
 namespace {
 
-constexpr int64_t kChunk = 4096;  // elements advanced before they are recorded: they stay in the first cache
-
 template <class T, class Op, bool kDecays>
-BHFAST_INLINE void adam_chunk(const AdamRange& r, int64_t begin, int64_t end) {
+BHFAST_INLINE void adam_elements(const AdamRange& r) {
   T* __restrict param = static_cast<T*>(r.tensors.param);
   const T* __restrict grad = static_cast<const T*>(r.tensors.grad);
   T* __restrict exp_avg = static_cast<T*>(r.tensors.exp_avg);
   T* __restrict exp_avg_sq = static_cast<T*>(r.tensors.exp_avg_sq);
   const Coefficients c = r.coefficients;
   const float clip_coef = r.clip_coef;
-  for (int64_t i = begin; i < end; ++i) {
+  for (int64_t i = r.begin; i < r.end; ++i) {
     adam_element<T, Op, kDecays>(param[i], grad[i], exp_avg[i], exp_avg_sq[i], clip_coef, c);
   }
 }
 
-void record_chunk(const AdamRange& r, int64_t begin, int64_t end, int64_t itemsize) {
-  const AdamTensors& t = r.tensors;
-  const void* const sources[kFields] = {t.param, t.grad, t.exp_avg, t.exp_avg_sq};
-  for (int field = 0; field < kFields; ++field) {
-    if (!t.rings[field]) continue;
-    const char* from = static_cast<const char*>(sources[field]) + begin * itemsize;
-    char* to = static_cast<char*>(t.rings[field]) + (r.slot * t.numel + begin) * itemsize;
-    std::memcpy(to, from, (end - begin) * itemsize);
-  }
-}
-
 template <class T, class Op>
-BHFAST_INLINE void adam_chunks(const AdamRange& r) {
-  for (int64_t begin = r.begin; begin < r.end; begin += kChunk) {
-    const int64_t end = begin + kChunk < r.end ? begin + kChunk : r.end;
-    if (r.coefficients.decay == 1) {
-      adam_chunk<T, Op, false>(r, begin, end);
-    } else {
-      adam_chunk<T, Op, true>(r, begin, end);
-    }
-    if (r.slot >= 0) record_chunk(r, begin, end, sizeof(T));
+BHFAST_INLINE void adam_elements(const AdamRange& r) {
+  if (r.coefficients.decay == 1) {
+    adam_elements<T, Op, false>(r);
+  } else {
+    adam_elements<T, Op, true>(r);
   }
 }
 
 BHFAST_INLINE void adam_range(const AdamRange& r) {
   if (r.dtype == Dtype::float32) {
-    adam_chunks<float, float>(r);
+    adam_elements<float, float>(r);
   } else if (r.rounding == Rounding::per_op) {
-    adam_chunks<bfloat16, bfloat16>(r);
+    adam_elements<bfloat16, bfloat16>(r);
   } else {
-    adam_chunks<bfloat16, float>(r);
+    adam_elements<bfloat16, float>(r);
   }
 }
 

@@ -7,10 +7,14 @@
 #include <vector>
 
 #include "../tensors.h"
+#include "ranges.h"
 
 namespace bhfast::cpu {
 
-// Elements [begin, end) of one step of Adam. Records go to their slot when the elements are done.
+constexpr int64_t kNormBlock = 1024;  // _ops.NORM_BLOCK
+constexpr int64_t kChunk = 4096;      // elements advanced before they are recorded: they stay in the first cache
+
+// Elements [begin, end) of one step of Adam.
 struct AdamRange {
   const AdamTensors& tensors;
   int64_t begin, end;
@@ -18,7 +22,6 @@ struct AdamRange {
   Rounding rounding;
   const Coefficients& coefficients;
   float clip_coef;
-  int64_t slot;  // -1: the step is not recorded
 };
 
 struct Kernels {
@@ -35,8 +38,17 @@ std::vector<std::string> instruction_sets();  // those that run here, best first
 const Kernels& kernels();                     // those in use
 void use_instruction_set(const std::string& name);
 
-void adam(const std::vector<AdamTensors>&, Dtype, Rounding, const StepNumbers&);
-float grad_norm(const std::vector<GradTensor>&);
+// Copy elements [begin, end) to a slot of their rings.
+void record(const AdamTensors&, int64_t begin, int64_t end, Dtype, int64_t slot);
+
+// The parts of grad_norm: the sum of the squares of kNormBlock elements, for each block; the norm, of these sums.
+inline int64_t norm_blocks(const Ranges<GradTensor>& grads) { return (grads.numel() + kNormBlock - 1) / kNormBlock; }
+float sum_squares(const Ranges<GradTensor>&, int64_t block);
+float norm_of(std::vector<float> sums);
+
+// Whole operations, on torch's threads.
+void adam(std::vector<AdamTensors>, Dtype, Rounding, const StepNumbers&);
+float grad_norm(std::vector<GradTensor>);
 void record(const std::vector<RecordTensor>&, const StepNumbers&);
 
 }  // namespace bhfast::cpu

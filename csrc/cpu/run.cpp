@@ -11,55 +11,47 @@
 namespace bhfast::cpu {
 namespace {
 
-constexpr int64_t kNormBlock = 1024;  // _ops.NORM_BLOCK
-constexpr int64_t kGrain = 1 << 16;   // elements below which another thread costs more than it saves
-
-// Call visit(index, begin, end) for each tensor's share of elements [begin, end), counted through all tensors in order.
-template <class Tensors, class Visit>
-void visit_range(const Tensors& tensors, const std::vector<int64_t>& starts, int64_t begin, int64_t end, Visit visit) {
-  size_t i = std::upper_bound(starts.begin(), starts.end(), begin) - starts.begin() - 1;
-  for (; i < tensors.size() && starts[i] < end; ++i) {
-    const int64_t first = std::max(begin - starts[i], int64_t{0});
-    const int64_t last = std::min(end - starts[i], tensors[i].numel);
-    if (first < last) visit(tensors[i], first, last);
-  }
-}
-
-template <class Tensors>
-std::vector<int64_t> starts_of(const Tensors& tensors) {  // [n + 1]
-  std::vector<int64_t> starts{0};
-  for (const auto& tensor : tensors) starts.push_back(starts.back() + tensor.numel);
-  return starts;
-}
+constexpr int64_t kGrain = 1 << 16;  // elements below which another thread costs more than it saves
 
 }  // namespace
 
-void adam(const std::vector<AdamTensors>& tensors, Dtype dtype, Rounding rounding, const StepNumbers& n) {
+void adam(std::vector<AdamTensors> tensors, Dtype dtype, Rounding rounding, const StepNumbers& n) {
   const int64_t slot = n.slots ? slot_of(n.step, n.every, n.slots) : -1;
-  const std::vector<int64_t> starts = starts_of(tensors);
-  at::parallel_for(0, starts.back(), kGrain, [&](int64_t begin, int64_t end) {
-    visit_range(tensors, starts, begin, end, [&](const AdamTensors& t, int64_t first, int64_t last) {
-      kernels().adam({t, first, last, dtype, rounding, n.coefficients, n.clip_coef, slot});
+  const Ranges<AdamTensors> ranges(std::move(tensors));
+  at::parallel_for(0, ranges.numel(), kGrain, [&](int64_t begin, int64_t end) {
+    ranges.visit(begin, end, [&](const AdamTensors& t, int64_t first, int64_t last) {
+      for (int64_t chunk = first; chunk < last; chunk += kChunk) {
+        const int64_t chunk_end = std::min(chunk + kChunk, last);
+        kernels().adam({t, chunk, chunk_end, dtype, rounding, n.coefficients, n.clip_coef});
+        if (slot >= 0) record(t, chunk, chunk_end, dtype, slot);
+      }
     });
   });
 }
 
-float grad_norm(const std::vector<GradTensor>& grads) {
-  const std::vector<int64_t> starts = starts_of(grads);
-  std::vector<float> sums((starts.back() + kNormBlock - 1) / kNormBlock);
-  at::parallel_for(0, sums.size(), kGrain / kNormBlock, [&](int64_t begin, int64_t end) {
-    alignas(64) float x[kNormBlock];
-    for (int64_t block = begin; block < end; ++block) {
-      int64_t filled = 0;
-      visit_range(grads, starts, block * kNormBlock, (block + 1) * kNormBlock,
-                  [&](const GradTensor& grad, int64_t first, int64_t last) {
-                    kernels().square(grad, first, last - first, x + filled);
-                    filled += last - first;
-                  });
-      std::fill(x + filled, x + kNormBlock, 0.0f);
-      sums[block] = kernels().halve(x, kNormBlock);
-    }
+void record(const AdamTensors& t, int64_t begin, int64_t end, Dtype dtype, int64_t slot) {
+  const int64_t itemsize = dtype == Dtype::bfloat16 ? 2 : 4;
+  const void* const sources[kFields] = {t.param, t.grad, t.exp_avg, t.exp_avg_sq};
+  for (int field = 0; field < kFields; ++field) {
+    if (!t.rings[field]) continue;
+    const char* from = static_cast<const char*>(sources[field]) + begin * itemsize;
+    char* to = static_cast<char*>(t.rings[field]) + (slot * t.numel + begin) * itemsize;
+    std::memcpy(to, from, (end - begin) * itemsize);
+  }
+}
+
+float sum_squares(const Ranges<GradTensor>& grads, int64_t block) {
+  alignas(64) float x[kNormBlock];
+  int64_t filled = 0;
+  grads.visit(block * kNormBlock, (block + 1) * kNormBlock, [&](const GradTensor& grad, int64_t first, int64_t last) {
+    kernels().square(grad, first, last - first, x + filled);
+    filled += last - first;
   });
+  std::fill(x + filled, x + kNormBlock, 0.0f);
+  return kernels().halve(x, kNormBlock);
+}
+
+float norm_of(std::vector<float> sums) {
   while (sums.size() > 1) {
     int64_t width = 1;
     while (width < kNormBlock && width < static_cast<int64_t>(sums.size())) width *= 2;
@@ -69,6 +61,15 @@ float grad_norm(const std::vector<GradTensor>& grads) {
     sums.resize(blocks);
   }
   return std::sqrt(sums.empty() ? 0.0f : sums[0]);
+}
+
+float grad_norm(std::vector<GradTensor> grads) {
+  const Ranges<GradTensor> ranges(std::move(grads));
+  std::vector<float> sums(norm_blocks(ranges));
+  at::parallel_for(0, sums.size(), kGrain / kNormBlock, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) sums[block] = sum_squares(ranges, block);
+  });
+  return norm_of(std::move(sums));
 }
 
 void record(const std::vector<RecordTensor>& records, const StepNumbers& n) {

@@ -1,0 +1,153 @@
+// Vectors of float32, and of pairs of bfloat16 values: all that differs between instruction sets.
+//
+// Compiled once for each instruction set, in a namespace of its own: see instruction_sets/. The arithmetic on vectors
+// is the compiler's; intrinsics stand here and nowhere else.
+#pragma once
+
+#include "../adam.h"
+#include "standard.h"
+
+namespace bhfast::native::BHFAST_ISA {
+
+constexpr int kLanes = BHFAST_LANES;
+
+typedef float f32 __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t u32 __attribute__((vector_size(4 * kLanes)));  // as pairs: the first value in the lower half
+typedef int32_t i32 __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t u16 __attribute__((vector_size(2 * kLanes)));
+
+constexpr uint32_t kOnes = 0x3f803f80;  // the pair (1, 1)
+
+// -------------------------------------------------------------------------------------------------------------------
+// Instructions
+
+// a * b + c, rounded once where the machine can.
+BHFAST_INLINE f32 fma(f32 a, f32 b, f32 c) {
+#if BHFAST_LANES == 16
+  return _mm512_fmadd_ps(a, b, c);
+#elif BHFAST_LANES == 8
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// sum + a.first * b.first + a.second * b.second, in each lane.
+BHFAST_INLINE f32 dot(f32 sum, u32 a, u32 b) {
+#ifdef BHFAST_BFLOAT16_DOT
+  return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+#else
+  sum = fma((f32)(a << 16), (f32)(b << 16), sum);
+  return fma((f32)(a & 0xffff0000), (f32)(b & 0xffff0000), sum);
+#endif
+}
+
+// -------------------------------------------------------------------------------------------------------------------
+// Memory
+
+template <class Vector, class T>
+BHFAST_INLINE Vector load_as(const T* from) {
+  Vector v;
+  __builtin_memcpy(&v, from, sizeof v);
+  return v;
+}
+
+BHFAST_INLINE f32 load(const float* from) { return load_as<f32>(from); }
+BHFAST_INLINE u32 load(const uint32_t* from) { return load_as<u32>(from); }
+BHFAST_INLINE f32 load(const bfloat16* from) {
+  return (f32)(__builtin_convertvector(load_as<u16>(from), u32) << 16);
+}
+
+BHFAST_INLINE void store(float* to, f32 v) { __builtin_memcpy(to, &v, sizeof v); }
+BHFAST_INLINE void store(uint32_t* to, u32 v) { __builtin_memcpy(to, &v, sizeof v); }
+
+BHFAST_INLINE f32 splat(float x) { return x - f32{}; }
+BHFAST_INLINE u32 splat(uint32_t x) { return x - u32{}; }
+
+// -------------------------------------------------------------------------------------------------------------------
+// Rounding to bfloat16, ties to even; see adam.h
+
+// The upper half of each lane is the result, the lower half is not cleared.
+BHFAST_INLINE u32 rounded_bits(f32 x) {
+  const u32 bits = (u32)x;
+  return bits + 0x7fff + (bits >> 16 & 1);
+}
+
+BHFAST_INLINE f32 rounded(f32 x) { return (f32)(rounded_bits(x) & 0xffff0000); }
+
+BHFAST_INLINE void store(bfloat16* to, f32 x) {
+  const u16 v = __builtin_convertvector(rounded_bits(x) >> 16, u16);
+  __builtin_memcpy(to, &v, sizeof v);
+}
+
+BHFAST_INLINE u32 pair(f32 first, f32 second) {
+  return (rounded_bits(first) >> 16) | (rounded_bits(second) & 0xffff0000);
+}
+
+// -------------------------------------------------------------------------------------------------------------------
+// Functions
+
+BHFAST_INLINE f32 max(f32 a, f32 b) { return a > b ? a : b; }
+
+// Lane i of the result is lane i ^ distance of v.
+template <int kDistance, class Vector>
+BHFAST_INLINE Vector swapped(Vector v) {
+  i32 index;
+  for (int i = 0; i < kLanes; ++i) index[i] = i ^ kDistance;
+  return __builtin_shuffle(v, index);
+}
+
+template <int kDistance = kLanes / 2>
+BHFAST_INLINE float sum_of(f32 v) {
+  v += swapped<kDistance>(v);
+  if constexpr (kDistance > 1) return sum_of<kDistance / 2>(v);
+  return v[0];
+}
+
+template <int kDistance = kLanes / 2>
+BHFAST_INLINE float max_of(f32 v) {
+  v = max(v, swapped<kDistance>(v));
+  if constexpr (kDistance > 1) return max_of<kDistance / 2>(v);
+  return v[0];
+}
+
+// e^x within two ulp; 0 below the logarithm of the smallest normal number.
+BHFAST_INLINE f32 exp(f32 x) {
+  const float lowest = -87.336544f, highest = 88.37f;
+  const f32 clamped = x < lowest ? splat(lowest) : x > highest ? splat(highest) : x;  // NaN stays
+  const float shift = 0x1.8p23f;                                                      // its last bit is worth 1
+  const f32 shifted = fma(clamped, splat(0x1.715476p0f), splat(shift));                // x / ln 2
+  const f32 n = shifted - shift;
+  f32 r = fma(n, splat(-0x1.62e400p-1f), clamped);  // minus n * ln 2, in two parts
+  r = fma(n, splat(-0x1.7f7d1cp-20f), r);
+  f32 p = splat(1.0f / 720);  // Taylor's series: |r| < 0.35
+  p = fma(p, r, splat(1.0f / 120));
+  p = fma(p, r, splat(1.0f / 24));
+  p = fma(p, r, splat(1.0f / 6));
+  p = fma(p, r, splat(0.5f));
+  p = fma(p, r, splat(1.0f));
+  p = fma(p, r, splat(1.0f));
+  const f32 power = (f32)(((u32)shifted << 23) + 0x3f800000);  // 2^n
+  const f32 result = p * power;
+  return x < lowest ? f32{} : result;
+}
+
+// Transpose a square, lane by lane.
+template <int kDistance = 1>
+BHFAST_INLINE void transpose(u32 (&v)[kLanes]) {
+  i32 low, high;  // of two vectors side by side: lanes with this bit 0, and with this bit 1, and their partners
+  for (int i = 0; i < kLanes; ++i) {
+    low[i] = i & kDistance ? kLanes + (i ^ kDistance) : i;
+    high[i] = i & kDistance ? kLanes + i : i ^ kDistance;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & kDistance) continue;
+    const u32 a = v[i], b = v[i + kDistance];
+    v[i] = __builtin_shuffle(a, b, low);
+    v[i + kDistance] = __builtin_shuffle(a, b, high);
+  }
+  if constexpr (2 * kDistance < kLanes) transpose<2 * kDistance>(v);
+}
+
+}  // namespace bhfast::native::BHFAST_ISA
