@@ -564,7 +564,6 @@ class Recorder:
         for sources, rings in records.values():
             _ops.record_(sources, rings, self._step_tensor, self.every)
 
-
     def log_into(self, **values: Tensor) -> dict[str, Tensor]:
         """Make room for values as :meth:`log` does, but record nothing: for engines that write records themselves.
 

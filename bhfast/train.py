@@ -207,6 +207,7 @@ def train(config: TrainConfig | None = None) -> TrainResult:
         "engine": engine_name,
         "device": device.type,
         "threads": str(torch.get_num_threads()),
+        **({"instruction_set": _ops.native_instruction_sets()[0]} if engine_name == "native" else {}),
         "adam_rounding": config.adam_rounding,
         "bhfast_version": bhfast.__version__,
         "torch_version": torch.__version__,

@@ -12,7 +12,7 @@ from lanes import SlowLane
 from traces import assert_same_data
 
 from bhfast import _ops, recorder
-from bhfast.engines import Job, graph, select_engine
+from bhfast.engines import Addresses, Job, graph, select_engine
 from bhfast.engines.graph import GraphEngine
 from bhfast.errors import BhfastError, ConfigError
 from bhfast.train import TrainConfig, train
@@ -31,7 +31,7 @@ class EagerGraphEngine(GraphEngine):
     def _again(self) -> None:
         with self.job.recorder.counted_by(self.step):
             self._step()
-        self._addresses = self._current_addresses()  # an eager backward makes new gradients
+        self._addresses = Addresses(self.job, "")  # an eager backward makes new gradients
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> list[SlowLane]:
     monkeypatch.setattr(graph, "GraphEngine", EagerGraphEngine)
     monkeypatch.setattr(graph, "capture", lambda work, device: work)
     monkeypatch.setattr(graph, "side_stream", lambda device: nullcontext())
-    monkeypatch.setattr("bhfast.train.select_engine", lambda name, device: (name, "as asked"))
+    monkeypatch.setattr("bhfast.train.select_engine", lambda name, device, model: (name, "as asked"))
     monkeypatch.setattr(recorder, "make_lane", make_lane)
     monkeypatch.setattr(recorder, "half_size", lambda *_: 4)
     return lanes

@@ -274,11 +274,11 @@ def test_scheduled_steps_are_the_steps(generator) -> None:
         generator.manual_seed(5)
         give_gradients(ps, generator=generator)
         optimizer.step()
-    tables = a.schedule(lrs)
-    assert [table.shape for table in tables] == [(7, 7), (7, 7)]
+    schedules = a.schedule(lrs)
+    assert [own.coefficients.shape for own in schedules] == [(7, 7), (7, 7)]
     for k, lr in enumerate(lrs):
         give_gradients(ours, theirs, generator=generator)
-        a.scheduled_step(tables, torch.tensor(k))
+        a.scheduled_step(schedules, torch.tensor(k))
         for group in b.param_groups:
             group["lr"] = lr
         b.step()

@@ -1,8 +1,8 @@
 """The native engine: whole training steps in C++, on the CPU, see ``csrc/native``.
 
 Forward, backward, clipping, Adam and recording are one program that a few threads run together; Python calls it once
-for many steps, without holding the interpreter's lock. Values round to bfloat16 where the torch engine's do, or in fewer
-places, and sums accumulate in float32 in an order that depends on nothing but sizes and the instruction set: a run's
+for many steps, without holding the interpreter's lock. Values round to bfloat16 where the torch engine's do, or in
+fewer places; sums accumulate in float32, in an order that depends on nothing but sizes and the instruction set: a run's
 bits are the same for any number of threads.
 """
 

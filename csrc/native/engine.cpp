@@ -39,7 +39,8 @@ std::vector<std::string> instruction_sets() {
 }
 
 struct Engine::State {
-  State(Job j, int count, const InstructionSet& set) : job(std::move(j)), barrier(count), program(set.make(job, count)) {
+  State(Job j, int count, const InstructionSet& set)
+      : job(std::move(j)), barrier(count), program(set.make(job, count)) {
     for (int i = 0; i < count; ++i) workers.push_back({i, count, barrier, {}});
     for (int i = 1; i < count; ++i) {
       threads.emplace_back([this, i] {
@@ -68,7 +69,7 @@ struct Engine::State {
   Barrier barrier;
   std::unique_ptr<Program> program;
   std::vector<Worker> workers;
-  int64_t done = 0, until = 0;  // steps; until: -1 to end
+  int64_t done = 0, until = 0;        // steps; until: -1 to end
   std::vector<std::jthread> threads;  // last: they use the rest
 };
 

@@ -43,7 +43,7 @@ struct Job {
   float max_grad_norm;
   int64_t target_offset;
   const uint8_t* corpus;
-  const int64_t* offsets;  // [steps, windows]: where in the corpus they start
+  const int64_t* offsets;        // [steps, windows]: where in the corpus they start
   const double* learning_rates;  // [steps]
   int64_t every, slots;          // of the rings in `groups`
   Log<bfloat16> losses, logits;  // logits: [slots, vocab]
@@ -55,8 +55,8 @@ struct Job {
 
 // What a thread spends its time on.
 enum class Activity { products, attention, elementwise, weight_gradients, adam, recording, arranging, waiting };
-constexpr const char* kActivities[] = {"products",  "attention", "elementwise", "weight gradients",
-                                       "adam",      "recording", "arranging",   "waiting"};
+constexpr const char* kActivities[] = {"products", "attention", "elementwise", "weight gradients",
+                                       "adam",     "recording", "arranging",   "waiting"};
 constexpr int kActivityCount = sizeof kActivities / sizeof kActivities[0];
 
 // The instruction sets the engine is compiled for and that run here, best first.

@@ -35,8 +35,8 @@ inline void layer_norm(const Matrix& x, const Norm& norm, float* statistics, con
   }
 }
 
-// to = (residual +) the gradient by x, of d_y, the gradient by the result; partial: those by weight and bias, [2][width].
-// residual.rows may be null.
+// to = (residual +) the gradient by x, of d_y, the gradient by the result; partial: those by weight and bias,
+// [2][width]. residual.rows may be null.
 inline void layer_norm_backward(const Matrix& d_y, const Matrix& x, const Norm& norm, const float* statistics,
                                 const Matrix& residual, const Matrix& to, float* partial) {
   const float share = 1.0f / x.width;

@@ -1,7 +1,8 @@
 // The network's parameters, and what a step keeps of it, forward and backward.
 //
 // The rows of all matrices are the positions of all windows, each window padded to a multiple of kBlock rows. Padding
-// comes after a window's end, where attention does not look, and gets no gradient. d_x is the gradient of the loss by x.
+// comes after a window's end, where attention does not look, and gets no gradient. d_x is the gradient of the loss by
+// x.
 #pragma once
 
 #include "matrix.h"
@@ -57,17 +58,17 @@ struct Block {
   Norm ln_1, ln_2;
   Linear c_attn, attn_proj, c_fc, mlp_proj;
 
-  Matrix x;            // what comes in
-  Matrix normed_1;     // ln_1
-  Matrix qkv;          // c_attn
-  Matrix weights;      // of attention: [windows, heads, queries][keys]
-  Matrix mixed;        // the values, by weight
-  Matrix x_mid;        // x + attn_proj
-  Matrix normed_2;     // ln_2
-  Matrix hidden;       // c_fc
-  Matrix activated;    // GELU
+  Matrix x;          // what comes in
+  Matrix normed_1;   // ln_1
+  Matrix qkv;        // c_attn
+  Matrix weights;    // of attention: [windows, heads, queries][keys]
+  Matrix mixed;      // the values, by weight
+  Matrix x_mid;      // x + attn_proj
+  Matrix normed_2;   // ln_2
+  Matrix hidden;     // c_fc
+  Matrix activated;  // GELU
 
-  Matrix d_out;        // of what goes out
+  Matrix d_out;  // of what goes out
   Matrix d_hidden;
   Matrix d_mid;
   Matrix d_mixed;
@@ -89,10 +90,10 @@ struct Network {
   Matrix normed;  // ln_f
   Matrix logits;  // and later d_logits
   Matrix d_embedded;
-  const bfloat16* zeros;  // [hidden]
-  std::vector<int32_t> tokens, targets;  // [rows]; no target: -1, padding: token -1
-  std::vector<float> losses;             // [rows]
-  std::vector<bfloat16> logged_logits;   // [vocab], of the first window's last position
+  const bfloat16* zeros;                     // [hidden]
+  std::vector<int32_t> tokens, targets;      // [rows]; no target: -1, padding: token -1
+  std::vector<float> losses;                 // [rows]
+  std::vector<bfloat16> logged_logits;       // [vocab], of the first window's last position
   std::vector<int32_t> first_row, next_row;  // of the rows whose token is in a block of the vocabulary; -1: no more
 
   explicit Network(const Job& job);

@@ -62,8 +62,8 @@ BHFAST_INLINE void tiles(Left a, Right b, int64_t rows, int64_t pairs, int64_t c
   }
 }
 
-// Call emit(row, column, sums) for each tile of the product of `rows` rows and `vectors` * kLanes columns, where sums is
-// f32 [an even number][any number].
+// Call emit(row, column, sums) for each tile of the product of `rows` rows and `vectors` * kLanes columns, where sums
+// is f32 [an even number][any number].
 template <class Emit>
 BHFAST_INLINE void product(Left a, Right b, int64_t rows, int64_t vectors, int64_t pairs, Emit emit) {
   int64_t v = 0;
@@ -79,7 +79,8 @@ BHFAST_INLINE void product(Left a, Right b, int64_t rows, int64_t vectors, int64
 }
 
 // to = scale * a b + bias, rounded once, in its rows and, if it keeps them, its pairs. bias is [width], or null.
-inline void multiply(Left a, Right b, int64_t width, int64_t pairs, const Matrix& to, float scale, const bfloat16* bias) {
+inline void multiply(Left a, Right b, int64_t width, int64_t pairs, const Matrix& to, float scale,
+                     const bfloat16* bias) {
   product(a, b, kBlock, width / kLanes, pairs, [&](int64_t row, int64_t column, auto& sum) {
     constexpr int kRows = sizeof sum / sizeof sum[0], kVectors = sizeof sum[0] / sizeof sum[0][0];
 #pragma GCC unroll 4

@@ -54,9 +54,7 @@ BHFAST_INLINE Vector load_as(const T* from) {
 
 BHFAST_INLINE f32 load(const float* from) { return load_as<f32>(from); }
 BHFAST_INLINE u32 load(const uint32_t* from) { return load_as<u32>(from); }
-BHFAST_INLINE f32 load(const bfloat16* from) {
-  return (f32)(__builtin_convertvector(load_as<u16>(from), u32) << 16);
-}
+BHFAST_INLINE f32 load(const bfloat16* from) { return (f32)(__builtin_convertvector(load_as<u16>(from), u32) << 16); }
 
 BHFAST_INLINE void store(float* to, f32 v) { __builtin_memcpy(to, &v, sizeof v); }
 BHFAST_INLINE void store(uint32_t* to, u32 v) { __builtin_memcpy(to, &v, sizeof v); }
@@ -116,7 +114,7 @@ BHFAST_INLINE f32 exp(f32 x) {
   const float lowest = -87.336544f, highest = 88.37f;
   const f32 clamped = x < lowest ? splat(lowest) : x > highest ? splat(highest) : x;  // NaN stays
   const float shift = 0x1.8p23f;                                                      // its last bit is worth 1
-  const f32 shifted = fma(clamped, splat(0x1.715476p0f), splat(shift));                // x / ln 2
+  const f32 shifted = fma(clamped, splat(0x1.715476p0f), splat(shift));               // x / ln 2
   const f32 n = shifted - shift;
   f32 r = fma(n, splat(-0x1.62e400p-1f), clamped);  // minus n * ln 2, in two parts
   r = fma(n, splat(-0x1.7f7d1cp-20f), r);

@@ -17,7 +17,8 @@ class Step final : public Program {
   Step(const Job& job, int threads) : job_(job), net_(job), update_(job) {
     const int64_t floats = 2 * std::max({net_.padded_vocab, kBlock * net_.rows_per_window, kBlock * job.shape.hidden});
     for (int i = 0; i < threads; ++i) {
-      threads_.push_back({net_.arena.take<float>(floats), net_.arena.matrix(kBlock, 4 * job.shape.hidden, Arena::kRows)});
+      threads_.push_back(
+          {net_.arena.take<float>(floats), net_.arena.matrix(kBlock, 4 * job.shape.hidden, Arena::kRows)});
     }
   }
 
@@ -91,9 +92,7 @@ class Step final : public Program {
     }
   }
 
-  float loss_share() const {
-    return 1.0f / (job_.shape.windows * (job_.shape.context + 1 - job_.target_offset));
-  }
+  float loss_share() const { return 1.0f / (job_.shape.windows * (job_.shape.context + 1 - job_.target_offset)); }
 
   void read_windows(Worker& worker, int64_t step) {
     const Shape& shape = job_.shape;
@@ -159,8 +158,8 @@ class Step final : public Program {
     const Matrix& x = net_.x_out;
     layer_norm(x.at(row), net_.ln_f, net_.ln_f.statistics + 2 * row, normed);
     worker.clock.was(Activity::elementwise);
-    multiply(left(normed), right_transposed(net_.wte.weight), net_.padded_vocab, net_.wte.inputs / 2, logits.rows_only(), 1,
-             nullptr);
+    multiply(left(normed), right_transposed(net_.wte.weight), net_.padded_vocab, net_.wte.inputs / 2,
+             logits.rows_only(), 1, nullptr);
     worker.clock.was(Activity::products);
     const int64_t last = net_.shape.context - 1 - row;
     if (last >= 0 && last < kBlock) std::copy_n(logits.row(last), net_.shape.vocab, net_.logged_logits.data());

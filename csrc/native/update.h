@@ -1,4 +1,5 @@
-// The end of a step: the norm of the gradients, clipping, Adam, recording. The arithmetic is that of the CPU's operations.
+// The end of a step: the norm of the gradients, clipping, Adam, recording. The arithmetic is that of the CPU's
+// operations.
 #pragma once
 
 #include "../cpu/kernels.h"

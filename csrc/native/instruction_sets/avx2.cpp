@@ -10,8 +10,7 @@
 #pragma GCC pop_options
 
 namespace bhfast::native {
-const InstructionSet avx2_set{"avx2",
-    [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
-    avx2::make_step};
-}
+const InstructionSet avx2_set{"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
+                              avx2::make_step};
+}  // namespace bhfast::native
 #endif

@@ -11,7 +11,10 @@
 
 namespace bhfast::native {
 const InstructionSet avx512_set{"avx512",
-    [] { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"); },
-    avx512::make_step};
-}
+                                [] {
+                                  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+                                },
+                                avx512::make_step};
+}  // namespace bhfast::native
 #endif

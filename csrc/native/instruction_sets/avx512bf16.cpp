@@ -12,7 +12,11 @@
 
 namespace bhfast::native {
 const InstructionSet avx512bf16_set{"avx512bf16",
-    [] { return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"); },
-    avx512bf16::make_step};
-}
+                                    [] {
+                                      return __builtin_cpu_supports("avx512bf16") &&
+                                             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                                             __builtin_cpu_supports("avx512vl");
+                                    },
+                                    avx512bf16::make_step};
+}  // namespace bhfast::native
 #endif

@@ -5,4 +5,4 @@
 
 namespace bhfast::native {
 const InstructionSet portable_set{"portable", [] { return true; }, portable::make_step};
-}
+}  // namespace bhfast::native

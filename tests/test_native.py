@@ -1,0 +1,320 @@
+"""The native engine: its gradients, its records, and that its bits depend on neither threads nor luck."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tolerances import LOSS
+from traces import assert_same_data
+
+from bhfast import _ops
+from bhfast.engines import Job, make_engine, select_engine
+from bhfast.engines.native import NativeEngine
+from bhfast.engines.torch import TorchEngine
+from bhfast.errors import BhfastError, ConfigError
+from bhfast.model import GPTConfig, TiedGPT, build_model, window_loss
+from bhfast.optim import FusedAdam
+from bhfast.recorder import NullRecorder
+from bhfast.trace import open_trace
+from bhfast.train import TrainConfig, train
+from bhfast.verify import verify
+
+pytestmark = pytest.mark.usefixtures("extension")
+
+SHAPES = [
+    {},
+    {"context": 1, "target_offset": 1},
+    {"context": 7, "batch": 3, "heads": 1},
+    {"context": 127, "batch": 3},
+    {"vocab_size": 97, "hidden_dim": 96, "heads": 3, "layers": 3, "context": 33},
+    {"hidden_dim": 32, "heads": 2, "layers": 1, "context": 16, "batch": 2, "target_offset": 5},
+    {"vocab_size": 10_000, "context": 40, "batch": 2, "target_offset": 1},
+]
+
+
+@pytest.fixture(params=["avx512bf16", "avx512", "avx2", "portable"])
+def instruction_set(request: pytest.FixtureRequest) -> str:
+    if request.param not in _ops.native_instruction_sets():
+        pytest.skip(f"this machine has no {request.param}")
+    return request.param
+
+
+def make_job(
+    *, steps: int = 1, sigma: float = 0.02, batch: int = 1, grad_accum: int = 1, target_offset: int = 2, **sizes: int
+) -> Job:
+    """A run on random bytes, without a recorder."""
+    generator = torch.Generator().manual_seed(3)
+    config = GPTConfig(**sizes)
+    model, _ = build_model(config, sigma=sigma, init_scale=0.02, seed=1)
+    corpus = torch.randint(min(config.vocab_size, 79), (5000,), dtype=torch.uint8, generator=generator)
+    last = len(corpus) - config.context - 1
+    return Job(
+        model=model,
+        optimizer=FusedAdam(model.parameters(), lr=1e-3, weight_decay=0.0, max_grad_norm=1.0),
+        recorder=NullRecorder(),
+        corpus=corpus,
+        offsets=torch.randint(last + 1, (steps, grad_accum, batch), generator=generator),
+        lrs=[1e-3] * steps,
+        target_offset=target_offset,
+    )
+
+
+def state_of(engine: NativeEngine) -> list[torch.Tensor]:
+    """All that a run leaves."""
+    state = engine.job.optimizer.state
+    kept = [x for p in engine.job.model.parameters() for x in (p, p.grad, state[p]["exp_avg"], state[p]["exp_avg_sq"])]
+    return [*kept, engine.losses, engine.grad_norms]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Right values
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gradients_are_as_near_to_float64_as_the_torch_engines(shape, instruction_set: str) -> None:
+    native = NativeEngine(make_job(**shape), threads=2, instruction_set=instruction_set)
+    eager = TorchEngine(make_job(**shape))
+    exact = TiedGPT(native.job.model.config).double()
+    exact.load_state_dict(native.job.model.state_dict())
+    windows = eager.windows[eager.offsets[0, 0]]
+    logits = exact(windows[:, :-1])
+    targets = windows[:, native.job.target_offset :]
+    terms = logits[:, : targets.size(1)].log_softmax(-1).gather(2, targets[..., None])
+    (-terms.mean()).backward()
+    for engine in (native, eager):
+        engine.run(1)
+    assert abs(native.losses[0].item() + terms.mean().item()) < LOSS
+    wanted = torch.cat([p.grad.flatten() for p in exact.parameters()]).norm().item()
+    assert native.grad_norms[0].item() == pytest.approx(wanted, rel=2e-2)
+    for (name, p), q, r in zip(
+        native.job.model.named_parameters(), eager.job.model.parameters(), exact.parameters(), strict=True
+    ):
+        error, usual = ((x.grad.double() - r.grad).norm().item() for x in (p, q))
+        assert error <= 1.5 * usual + 1e-3 * r.grad.norm().item() + 1e-9, f"{name}: {error:.3g}, torch {usual:.3g}"
+
+
+def test_a_thousand_steps_have_the_loss_of_the_torch_engine(text: str) -> None:
+    """Away from a black hole, where the least rounding decides which way a token leaves first."""
+    config = TrainConfig(
+        steps=1000, sigma=0.02, lr=3e-4, corpus=text, record_every=0, quiet=True, device="cpu", engine="native"
+    )
+    native, eager = (train(changed(config, engine=engine)).losses for engine in ("native", "torch"))
+    assert native.mean().item() == pytest.approx(eager.mean().item(), abs=1e-3)  # seeds differ by 0.02
+    assert native[-200:].mean() < native[:200].mean() - 0.3
+
+
+def test_accumulation_is_a_larger_batch(instruction_set: str) -> None:
+    jobs = make_job(steps=3, batch=6), make_job(steps=3, batch=2, grad_accum=3)
+    engines = [NativeEngine(job, instruction_set=instruction_set) for job in jobs]
+    for engine in engines:
+        engine.run(3)
+    assert all(torch.equal(a, b) for a, b in zip(*map(state_of, engines), strict=True))
+
+
+def test_nan_goes_where_it_goes_in_the_torch_engine(instruction_set: str) -> None:
+    engines = [NativeEngine(make_job(), instruction_set=instruction_set), TorchEngine(make_job())]
+    for engine in engines:
+        with torch.no_grad():
+            engine.job.model.h[1].mlp.c_fc.bias[3] = torch.nan
+        engine.run(1)
+        assert engine.losses[0].isnan()
+        assert engine.grad_norms[0].isnan()
+        assert engine.job.model.wte.weight.grad.isnan().all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same bits
+
+
+@pytest.mark.parametrize("shape", [{}, SHAPES[2], SHAPES[4]], ids=str)
+def test_any_number_of_threads_makes_the_same_bits(shape, instruction_set: str) -> None:
+    engines = [
+        NativeEngine(make_job(steps=12, **shape), threads=threads, instruction_set=instruction_set)
+        for threads in (1, 2, 2, 3, 5)
+    ]
+    for engine in engines:
+        engine.run(5)
+        engine.run(7)
+    first, *others = map(state_of, engines)
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("vocab_size", [97, 128])
+def test_tokens_that_never_occur_stay_one_vector(vocab_size: int, threads: int, instruction_set: str) -> None:
+    job = make_job(steps=60, sigma=0, vocab_size=vocab_size)
+    start = job.model.wte.weight[0].clone()
+    NativeEngine(job, threads=threads, instruction_set=instruction_set).run(60)
+    dead, live = job.model.wte.weight[79:], job.model.wte.weight[:79]
+    assert (dead == dead[0]).all()
+    assert not torch.equal(dead[0], start)
+    assert len(live.unique(dim=0)) > 70
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Records
+
+
+@pytest.fixture
+def settings(text: str, tmp_path: Path) -> TrainConfig:
+    return TrainConfig(
+        steps=40, corpus=text, out=str(tmp_path / "t.safetensors"), device="cpu", engine="native", quiet=True,
+        sigma=1e-3, weight_decay=0.1, batch_size=2, context=24,
+    )  # fmt: skip
+
+
+def changed(settings: TrainConfig, **changes: object) -> TrainConfig:
+    return TrainConfig(**{**vars(settings), **changes})
+
+
+@pytest.mark.parametrize("rounding", _ops.ROUNDINGS)
+def test_its_trace_proves_itself(rounding: str, settings: TrainConfig) -> None:
+    result = train(changed(settings, adam_rounding=rounding))
+    verification = verify(result.path)
+    assert verification.difference is None, verification
+    assert verification.replayed == 40
+    trace = open_trace(result.path)
+    assert trace.metadata["engine"] == "native"
+    assert trace.metadata["instruction_set"] == _ops.native_instruction_sets()[0]
+    assert torch.equal(trace["losses"][1:], result.losses.bfloat16())
+    assert torch.equal(trace["embeddings"][-1], result.model.wte.weight)
+    assert torch.equal(trace["grads"][-1], result.model.wte.weight.grad)
+    assert trace["clip_coefs"][1:].max() <= 1 <= trace["grad_norms"].max()
+
+
+def test_its_logits_are_those_of_the_first_window(settings: TrainConfig) -> None:
+    job = make_job(batch=3, context=24)
+    logits = torch.empty(1, 128, dtype=torch.bfloat16)
+
+    class Logits(NullRecorder):
+        def log_into(self, **values: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"logits": logits}
+
+    job = Job(**{**vars(job), "recorder": Logits()})
+    window = job.corpus.long().unfold(0, 25, 1)[job.offsets[0, 0]]
+    with torch.no_grad():
+        wanted = job.model(window[:, :-1])[0, -1].float()
+    NativeEngine(job).run(1)
+    assert (logits[0].float() - wanted).abs().max() < 0.02 * wanted.abs().max()
+
+
+def test_records_do_not_depend_on_how_often_or_where_to(settings: TrainConfig, tmp_path: Path) -> None:
+    every = train(settings)
+    some = train(changed(settings, record_every=7, out=str(tmp_path / "some")))
+    stream = train(changed(settings, storage="stream", out=str(tmp_path / "stream")))
+    none = train(changed(settings, record_every=0))
+    assert_same_data(every.path, stream.path)
+    a, b = open_trace(every.path), open_trace(some.path)
+    assert b.steps.tolist() == [0, 7, 14, 21, 28, 35]
+    for name in ("embeddings", "grads", "momentum", "variance", "logits", "losses", "learning_rates", "grad_norms"):
+        assert torch.equal(a[name][7::7], b[name][1:]), name
+    for result in (some, stream, none):
+        assert torch.equal(result.model.wte.weight, every.model.wte.weight)
+        assert torch.equal(result.losses, every.losses)
+
+
+def test_the_optimizer_knows_the_steps_it_did_not_perform() -> None:
+    job = make_job(steps=8)
+    engine = NativeEngine(job)
+    engine.run(3)
+    engine.run(5)
+    assert {state["step"].item() for state in job.optimizer.state.values()} == {8}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Life
+
+
+def test_other_threads_of_python_go_on(settings: TrainConfig) -> None:
+    engine = NativeEngine(make_job(steps=400, vocab_size=2000, batch=2), threads=1)
+    run = threading.Thread(target=engine.run, args=(400,))
+    run.start()
+    turns = 0
+    while run.is_alive():
+        time.sleep(0.001)
+        turns += 1
+    assert turns > 20
+
+
+def test_a_moved_parameter_is_an_error() -> None:
+    job = make_job(steps=2)
+    engine = NativeEngine(job)
+    engine.run(1)
+    job.model.wte.weight.data = job.model.wte.weight.data.clone()
+    with pytest.raises(BhfastError, match="moved or replaced after the native engine was built, which goes on with"):
+        engine.run(1)
+
+
+def test_profile_says_what_time_is_spent_on() -> None:
+    engine = NativeEngine(make_job(steps=20), threads=2)
+    engine.run(10)
+    assert set(engine.program.profile().values()) == {0}
+    engine.program.set_profiling(True)
+    begun = time.perf_counter()
+    engine.run(10)
+    passed = time.perf_counter() - begun
+    seconds = engine.program.profile()
+    assert 0 < seconds["products"] < sum(seconds.values()) <= 2 * passed
+
+
+def test_auto_takes_it_on_a_cpu() -> None:
+    cpu = torch.device("cpu")
+    assert select_engine("auto", cpu) == ("native", "the fastest for cpu")
+    odd = GPTConfig(hidden_dim=24, heads=2)
+    hindrance = "the native engine needs a hidden_dim divisible by 32, and by 16 times heads, got 24 and 2"
+    assert select_engine("auto", cpu, odd) == ("torch", hindrance)
+    with pytest.raises(ConfigError, match=f"engine native cannot run here: {hindrance}; use --engine torch"):
+        select_engine("native", cpu, odd)
+    with pytest.raises(ConfigError, match="the native engine runs on the CPU, not on cuda"):
+        select_engine("native", torch.device("cuda"))
+    assert isinstance(make_engine("native", make_job()), NativeEngine)
+
+
+def test_without_the_extension_torch_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_ops, "_extension", None)
+    monkeypatch.setattr(_ops, "_unavailable", "the extension is not built")
+    hindrance = "the native engine needs the C++ kernels: the extension is not built"
+    assert select_engine("auto", torch.device("cpu")) == ("torch", hindrance)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"instruction_set": "mmx"}, r"instruction_set must be one of this machine's \(.*portable\), got 'mmx'"),
+        ({"threads": 0}, "threads must be at least 1, got 0"),
+        ({"heads": 3}, "hidden_dim must be divisible by 32, and by 16 times heads, got 64 and 3"),
+        ({"target_offset": 129}, "target_offset must be 1 to 128, got 129"),
+        ({"offsets": torch.tensor([[5000]])}, "offsets must be 0 to 4871"),
+        ({"corpus": torch.full((5000,), 200, dtype=torch.uint8)}, "corpus must have bytes below 128"),
+        ({"losses": torch.empty(2)}, re.escape("losses must have shape [1], got [2]")),
+        ({"grad_norms": torch.empty(1).double()}, "grad_norms must be Float, got Double"),
+        ({"parameters": []}, "parameters must be those of a TiedGPT"),
+        (
+            {"logs": {"logits": torch.empty(3, 64).bfloat16()}},
+            re.escape("logits must have shape [3, 128], got [3, 64]"),
+        ),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_refuses_what_would_write_beyond_memory(change, message, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = _ops.native_engine
+    monkeypatch.setattr(_ops, "native_engine", lambda **arguments: real(**{**arguments, **change}))
+    with pytest.raises((ValueError, TypeError), match=message):
+        NativeEngine(make_job())
+
+
+def test_window_loss_is_what_it_minimises() -> None:
+    """The mean over all windows and positions that have a target."""
+    job = make_job(batch=4, target_offset=3)
+    window = job.corpus.long().unfold(0, 129, 1)[job.offsets[0, 0]]
+    with torch.no_grad():
+        wanted = window_loss(job.model(window[:, :-1]), window, 3).item()
+    engine = NativeEngine(job)
+    engine.run(1)
+    assert engine.losses[0].item() == pytest.approx(wanted, abs=LOSS)
