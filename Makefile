@@ -3,13 +3,14 @@
 # make bench      set up and measure
 # make check      format, lint, types
 # make cuda       compile and link the CUDA kernels; needs nvcc, but no GPU
-# make sanitize   run the tests of the C++ code under AddressSanitizer and UndefinedBehaviorSanitizer
+# make sanitize   run the tests of the C++ code under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 #
 # If `python3` (or PYTHON=...) already has torch, that environment is used, and its torch stays as it is; only what else
 # is missing is installed. Otherwise a new environment is made in .venv, with a CPU build of torch where there is no
 # NVIDIA driver. The extension is built in both, where there is a compiler; BHFAST_BUILD (see setup.py) says otherwise.
 
 PYTHON ?= python3
+COMMA := ,
 TORCH_CPU := torch==2.13.0
 SOURCES := setup.py $(wildcard csrc/* csrc/*/* csrc/*/*/*)
 
@@ -47,18 +48,23 @@ cuda: setup
 	    $(PY) setup.py -q build_ext --force --build-temp build/cuda/objects --build-lib build/cuda
 	$(PY) -c 'import sys, torch; sys.path.insert(0, "build/cuda/bhfast"); import _C; print("linked for", _C.cuda_architectures)'
 
-# In a copy of the tree, so that the extension in use stays as it is.
-SANITIZERS := -fsanitize=address,undefined
+# In copies of the tree, so that the extension in use stays as it is: in $(1) with sanitizers $(2), whose entry point is
+# named like $(3), with libraries $(4) loaded first; the tests $(5).
+define sanitize
+rm -rf build/$(1) && mkdir -p build/$(1)
+cp -r bhfast csrc data tests LICENSE README.md pyproject.toml setup.py build/$(1) && rm -f build/$(1)/bhfast/*.so
+cd build/$(1) && CFLAGS='-fsanitize=$(2) -fno-omit-frame-pointer -g1 -Werror' LDFLAGS='-fsanitize=$(2)' BHFAST_BUILD=cpu \
+    $(PY_HERE) setup.py -q build_ext --inplace
+nm -D build/$(1)/bhfast/_C*.so | grep -q $(3)
+cd build/$(1) && BHFAST_REQUIRE_EXTENSION=1 ASAN_OPTIONS=detect_leaks=0 TSAN_OPTIONS=halt_on_error=1 OMP_NUM_THREADS=1 \
+    LD_PRELOAD="$(foreach library,$(4),$$(c++ -print-file-name=$(library)))" \
+    $(PY_HERE) -m pytest -q -p no:cacheprovider --capture=sys $(5)
+endef
+
 sanitize: setup
-	rm -rf build/sanitize && mkdir -p build/sanitize
-	cp -r bhfast csrc data tests LICENSE README.md pyproject.toml setup.py build/sanitize && rm -f build/sanitize/bhfast/*.so
-	cd build/sanitize && CFLAGS='$(SANITIZERS) -fno-sanitize-recover=all -fno-omit-frame-pointer -g1 -Werror' \
-	    LDFLAGS='$(SANITIZERS)' BHFAST_BUILD=cpu $(PY_HERE) setup.py -q build_ext --inplace
-	nm -D build/sanitize/bhfast/_C*.so | grep -q __asan_report
-	cd build/sanitize && BHFAST_REQUIRE_EXTENSION=1 ASAN_OPTIONS=detect_leaks=0 \
-	    LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
-	    $(PY_HERE) -m pytest -q -p no:cacheprovider \
-	    tests/test_ops.py tests/test_optim.py tests/test_recorder.py tests/test_graph.py
+	$(call sanitize,sanitize,address$(COMMA)undefined -fno-sanitize-recover=all,__asan_report,libasan.so libstdc++.so, \
+	    tests/test_ops.py tests/test_optim.py tests/test_recorder.py tests/test_graph.py tests/test_native.py)
+	$(call sanitize,sanitize-threads,thread,__tsan_write,libtsan.so,tests/test_native.py -k any_number)
 
 ifneq ($(ENVIRONMENT),)
 NEEDS := numpy, safetensors, tqdm

@@ -157,6 +157,8 @@ BoundEngine make_engine(const Tensors& parameters, int64_t heads, const std::vec
 void bind(py::module_& m) {
   m.def("native_instruction_sets", &instruction_sets,
         "Those the native engine is compiled for and run here, best first. Its bits depend on it.");
+  m.def("native_peak", &peak, py::arg("instruction_set"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
+        "Floating-point operations per second that so many threads can do, if nothing holds them up.");
   py::class_<BoundEngine>(m, "NativeEngine", "Training steps of a TiedGPT; the tensors it is given stay in its hands.")
       .def(py::init(&make_engine), py::kw_only(), py::arg("parameters"), py::arg("heads"), py::arg("groups"),
            py::arg("rounding"), py::arg("max_grad_norm"), py::arg("target_offset"), py::arg("corpus"),

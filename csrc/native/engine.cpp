@@ -1,5 +1,6 @@
 #include "engine.h"
 
+#include <numeric>
 #include <stdexcept>
 #include <thread>
 
@@ -38,13 +39,23 @@ std::vector<std::string> instruction_sets() {
   return names;
 }
 
+double peak(const std::string& instruction_set, int threads) {
+  const InstructionSet& set = find(instruction_set);
+  std::vector<double> flops(threads);
+  {
+    std::vector<std::jthread> team;
+    for (double& own : flops) team.emplace_back([&set, &own] { own = set.peak(); });
+  }
+  return std::accumulate(flops.begin(), flops.end(), 0.0);
+}
+
 struct Engine::State {
   State(Job j, int count, const InstructionSet& set)
       : job(std::move(j)), barrier(count), program(set.make(job, count)) {
     for (int i = 0; i < count; ++i) workers.push_back({i, count, barrier, {}});
     for (int i = 1; i < count; ++i) {
       threads.emplace_back([this, i] {
-        while (begin(i)) work(i);
+        while (begin()) work(i);
       });
     }
   }
@@ -55,7 +66,7 @@ struct Engine::State {
   }
 
   // The other threads wait here between runs.
-  bool begin(int) {
+  bool begin() {
     barrier.wait();
     return until >= 0;
   }
@@ -80,7 +91,7 @@ Engine::~Engine() = default;
 
 void Engine::run(int64_t steps) {
   state_->until = state_->done + steps;
-  if (state_->workers.size() > 1) state_->barrier.wait();
+  state_->barrier.wait();
   state_->work(0);
   state_->done = state_->until;
 }
@@ -96,7 +107,5 @@ std::vector<double> Engine::profile() const {
   }
   return sum;
 }
-
-int Engine::threads() const { return state_->workers.size(); }
 
 }  // namespace bhfast::native

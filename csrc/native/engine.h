@@ -62,6 +62,10 @@ constexpr int kActivityCount = sizeof kActivities / sizeof kActivities[0];
 // The instruction sets the engine is compiled for and that run here, best first.
 std::vector<std::string> instruction_sets();
 
+// The floating-point operations per second that so many threads can do, if nothing holds them up. Throws as Engine
+// does.
+double peak(const std::string& instruction_set, int threads);
+
 // Steps have the same bits for any number of threads.
 class Engine {
  public:
@@ -75,8 +79,6 @@ class Engine {
   // Whether to measure what the time is spent on, and the seconds so far, summed over threads: [kActivityCount].
   void set_profiling(bool on);
   std::vector<double> profile() const;
-
-  int threads() const;
 
  private:
   struct State;

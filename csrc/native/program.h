@@ -19,6 +19,7 @@ struct InstructionSet {
   const char* name;
   bool (*runs_here)();
   std::unique_ptr<Program> (*make)(const Job& job, int threads);
+  double (*peak)();  // see peak.h
 };
 
 // Those compiled for this kind of machine, best first; each is defined in instruction_sets/.

@@ -77,7 +77,7 @@ struct Worker {
 
   // Wait for the others.
   void meet() {
-    if (count > 1) barrier.wait();
+    barrier.wait();
     clock.was(Activity::waiting);
   }
 

@@ -6,6 +6,7 @@
 #include "../update.h"
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512")
+#include "../peak.h"
 #include "../step.h"
 #pragma GCC pop_options
 
@@ -15,6 +16,6 @@ const InstructionSet avx512_set{"avx512",
                                   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
                                 },
-                                avx512::make_step};
+                                avx512::make_step, avx512::peak};
 }  // namespace bhfast::native
 #endif

@@ -7,6 +7,7 @@
 #include "../update.h"
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,prefer-vector-width=512")
+#include "../peak.h"
 #include "../step.h"
 #pragma GCC pop_options
 
@@ -17,6 +18,6 @@ const InstructionSet avx512bf16_set{"avx512bf16",
                                              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                                              __builtin_cpu_supports("avx512vl");
                                     },
-                                    avx512bf16::make_step};
+                                    avx512bf16::make_step, avx512bf16::peak};
 }  // namespace bhfast::native
 #endif
