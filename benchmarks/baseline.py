@@ -2,10 +2,13 @@
 
 The network, data, optimizer and precision are the reference run's; the recorder appends clones to lists in memory,
 stacks them at the end, and saves with ``safetensors.torch.save_file``. Needs the ``bench`` extra.
+
+python benchmarks/baseline.py --steps 10000 --out trace.safetensors
 """
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 import time
 from dataclasses import dataclass
@@ -16,6 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+
+from bhfast.corpus import load_corpus
 
 
 @dataclass(frozen=True)
@@ -94,8 +99,8 @@ class RecordingTrainer(Trainer):
         return super()._maybe_log_save_evaluate(*args, **kwargs)
 
 
-def run_baseline(corpus: Tensor, *, steps: int, seed: int = 42) -> BaselineResult:
-    """Train ``steps`` steps at sigma 0 on ``corpus`` (uint8) and record all of them."""
+def run_baseline(corpus: Tensor, *, steps: int, seed: int = 42, out: Path | None = None) -> BaselineResult:
+    """Train ``steps`` steps at sigma 0 on ``corpus`` (uint8) and record all of them, to ``out`` or to nowhere."""
     torch.manual_seed(seed)
     config = GPT2Config(
         vocab_size=128, n_positions=128, n_embd=64, n_layer=2, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
@@ -129,5 +134,20 @@ def run_baseline(corpus: Tensor, *, steps: int, seed: int = 42) -> BaselineResul
         start = time.perf_counter()
         trainer.train()
         trained = time.perf_counter()
-        losses = trainer.recorder.save(Path(folder) / "trace.safetensors")
+        losses = trainer.recorder.save(out or Path(folder) / "trace.safetensors")
         return BaselineResult(steps / (trained - start), time.perf_counter() - start, losses)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The reference run on the Hugging Face Trainer.")
+    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--corpus", help="as that of bhfast train")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    corpus = load_corpus(args.corpus, vocab_size=128, window=129)
+    result = run_baseline(corpus.data, steps=args.steps, out=args.out)
+    print(f"{args.steps:,} steps: {result.steps_per_second:.1f} steps/s, {result.seconds:.1f} s with stacking and saving")
+
+
+if __name__ == "__main__":
+    main()

@@ -59,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         "device": f"{device.type} ({device_reason})",
         "engine": f"{engine} ({engine_reason})",
         "operations": f"{backend} ({backend_reason})",
+        "native": ", ".join(_ops.native_instruction_sets()) or "not built",
         "packages": ", ".join(f"{name} {_version(name)}" for name in PACKAGES),
         "self-test": fault or "FusedAdam equals torch.optim.AdamW bit for bit",
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -83,7 +84,8 @@ class FusedAdam(torch.optim.Optimizer):
         super().__setstate__(state)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
+        # torch's is wrapped so that torch.compile passes it by; the wrapper imports torch.compile, which takes a second
+        inspect.unwrap(torch.optim.Optimizer.add_param_group)(self, param_group)
         for param in self.param_groups[-1]["params"]:
             if param.dtype not in DTYPES:
                 raise TypeError(f"FusedAdam takes bfloat16 and float32 parameters, got {param.dtype}")
