@@ -146,7 +146,9 @@ def main() -> None:
     args = parser.parse_args()
     corpus = load_corpus(args.corpus, vocab_size=128, window=129)
     result = run_baseline(corpus.data, steps=args.steps, out=args.out)
-    print(f"{args.steps:,} steps: {result.steps_per_second:.1f} steps/s, {result.seconds:.1f} s with stacking and saving")
+    print(
+        f"{args.steps:,} steps: {result.steps_per_second:.1f} steps/s, {result.seconds:.1f} s with stacking and saving"
+    )
 
 
 if __name__ == "__main__":

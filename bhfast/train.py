@@ -35,7 +35,7 @@ from bhfast.errors import BhfastError, ConfigError, StorageError, TraceError
 from bhfast.model import GPTConfig, TiedGPT, build_model
 from bhfast.optim import FusedAdam
 from bhfast.recorder import NullRecorder, Recorder
-from bhfast.report import figures
+from bhfast.report.figures import figures
 from bhfast.signals import deferred_signals
 from bhfast.storage import STORAGES
 from bhfast.trace import format_bytes, open_trace
@@ -221,7 +221,7 @@ def train(config: TrainConfig | None = None) -> TrainResult:
 
     with deferred_signals() as signals, recorder:
         say(f"storage  {recorder.description}")
-        recorder.constants.update(_constants(config, center))
+        recorder.constants.update(_constants(config, center, corpus.data))
         zero = torch.zeros((), device=device)
         recorder.log(
             losses=torch.full((), math.nan, dtype=torch.bfloat16, device=device),
@@ -344,7 +344,7 @@ def _param_groups(model: TiedGPT, weight_decay: float) -> list[dict[str, Any]]:
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
-def _constants(config: TrainConfig, center: Tensor) -> dict[str, Tensor]:
+def _constants(config: TrainConfig, center: Tensor, corpus: Tensor) -> dict[str, Tensor]:
     scalars = {
         "init_scale": config.init_scale,
         "sigma": config.sigma,
@@ -357,6 +357,7 @@ def _constants(config: TrainConfig, center: Tensor) -> dict[str, Tensor]:
         "bh_center": center,
         **{name: torch.tensor(value, dtype=torch.float32) for name, value in scalars.items()},
         "adam_epsilon": torch.tensor(config.eps, dtype=torch.float64),
+        "token_counts": corpus.long().bincount(minlength=config.vocab_size),
     }
 
 

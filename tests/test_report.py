@@ -1,40 +1,50 @@
-"""The figures, against slow and obvious computations."""
+"""The figures, the survey and the page, against slow and obvious computations."""
 
 from __future__ import annotations
 
+import base64
+import builtins
+import itertools
+import json
+import re
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from bhfast import report
+from bhfast import lattice, report
+from bhfast.report.figures import figures, max_pairwise_distance, window_means
+from bhfast.report.survey import Survey, survey
+from bhfast.report.sweep import survey_sweep
 from bhfast.trace import open_trace
-from bhfast.train import TrainResult
+from bhfast.train import TrainConfig, TrainResult, train
 
 
 def test_identical_vectors_are_at_distance_zero(generator) -> None:
     one = torch.randn(64, generator=generator).bfloat16()
-    assert report.max_pairwise_distance(one.expand(300, 64)) == 0.0
+    assert max_pairwise_distance(one.expand(300, 64)) == 0.0
 
 
 def test_largest_distance(generator) -> None:
     vectors = torch.randn(300, 8, generator=generator).bfloat16()
     wanted = max((a.double() - b.double()).norm().item() for a in vectors[::7] for b in vectors)
-    assert report.max_pairwise_distance(vectors) >= wanted * (1 - 1e-6)
+    assert max_pairwise_distance(vectors) >= wanted * (1 - 1e-6)
     far = torch.zeros(300, 2)
     far[299] = torch.tensor([3.0, 4.0])
-    assert report.max_pairwise_distance(far) == 5.0
+    assert max_pairwise_distance(far) == 5.0
 
 
 def test_losses_are_averaged_by_thousands() -> None:
     steps = torch.arange(500, 2501, 500)
-    assert report.window_means(steps, torch.tensor([1.0, 3.0, 5.0, 7.0, 9.0])) == [2.0, 6.0, 9.0]
+    assert window_means(steps, torch.tensor([1.0, 3.0, 5.0, 7.0, 9.0])) == [2.0, 6.0, 9.0]
 
 
 def test_figures_of_a_run(run: TrainResult) -> None:
     trace = open_trace(run.path)
-    lines = report.figures(trace).splitlines()
+    lines = figures(trace).splitlines()
     centroid = trace["embeddings"][-1].float().mean(0).norm().item()
     assert lines[0].endswith("largest pairwise distance 0.000000")
     assert lines[1].startswith(f"step 130: centroid norm {centroid:.6f}")
@@ -53,3 +63,183 @@ def test_program(run: TrainResult, tmp_path: Path, capsys: pytest.CaptureFixture
     save_file({"x": torch.ones(1)}, tmp_path / "foreign")
     assert report.main([str(tmp_path / "foreign")]) == 2
     assert "is no trace of the reference run: it has no recorded_steps" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The survey
+
+
+@pytest.fixture(scope="module")
+def found(run: TrainResult) -> Survey:
+    return survey(open_trace(run.path))
+
+
+def test_trained_and_dead_tokens(found: Survey) -> None:
+    counts = found.trace["token_counts"]
+    assert counts.sum() > 1000
+    assert torch.equal(found.groups["trained"], counts > 0)
+    assert torch.equal(found.groups["dead"], counts == 0)
+    assert (found.distinct["dead"] == 1).all()  # at σ = 0
+
+
+def test_survey_of_every_record(found: Survey) -> None:
+    w, g = found.trace["embeddings"], found.trace["grads"]
+    for name, group in {"all": torch.ones(128, dtype=torch.bool), **found.groups}.items():
+        assert found.distinct[name].tolist() == [len({tuple(v) for v in record[group].tolist()}) for record in w]
+    for k, (before, after) in enumerate(itertools.pairwise(w)):
+        sizes = torch.stack(lattice.norms(lattice.displacement(before, after)), 1)
+        assert torch.equal(found.moves["trained"][k], sizes[found.groups["trained"]].median(0).values)
+    spread = [(x.double() - x.double().mean(0)).square().mean().item() for x in g]
+    torch.testing.assert_close(found.gradient_temperature, torch.tensor(spread, dtype=torch.float64))
+    moved = w[1:].double() - w[:-1].double()
+    spread = [(x - x.mean(0)).square().mean().item() for x in moved]
+    torch.testing.assert_close(found.update_temperature, torch.tensor(spread, dtype=torch.float64))
+    for name in ("grads", "momentum", "variance"):
+        wanted = [x.double().square().sum().sqrt().item() for x in found.trace[name]]
+        torch.testing.assert_close(found.norms[name], torch.tensor(wanted, dtype=torch.float64))
+    assert torch.equal(found.moments, torch.arange(131))
+    assert torch.equal(found.distance_moments[[0, -1]], torch.tensor([0, 130]))
+    last = w[-1].double()
+    apart = torch.stack([(last - v).norm(dim=1) for v in last])
+    assert found.largest[-1].item() == pytest.approx(apart.max().item(), rel=1e-6)
+    assert found.mean[-1].item() == pytest.approx(apart.sum().item() / (128 * 127), rel=1e-6)
+    torch.testing.assert_close(found.radii[-1], (last - last.mean(0)).norm(dim=1))
+    assert found.centroid[0].item() == pytest.approx(found.trace["bh_center"].double().norm().item(), rel=1e-6)
+
+
+def test_the_cloud_is_seen_along_its_longest_axes(found: Survey) -> None:
+    assert [shot.step for shot in found.snapshots] == [0, 1, 2, 10, 100, 130]
+    assert found.snapshots[0].view.abs().max() == 0
+    last = found.trace["embeddings"][-1].double()
+    variances = torch.linalg.eigvalsh(torch.cov(last.T)).flip(0)
+    torch.testing.assert_close(found.snapshots[-1].view.var(0), variances[:2])
+
+
+def test_results(found: Survey, run: TrainResult) -> None:
+    results = found.results()
+    assert results["mean loss of the last 1,000 steps"] == pytest.approx(run.losses.mean().item(), rel=1e-2)
+    assert results["tokens in the black hole"] >= results["dead tokens"]
+    assert results["dead tokens, distinct vectors"] == 1
+    still = found.trace["embeddings"][-1] == found.trace["embeddings"][-2]
+    assert (results["dead tokens, all frozen since step"] is None) == (not still[found.groups["dead"]].all())
+    assert results["trained tokens, frozen"] == int(still.all(1)[found.groups["trained"]].sum())
+
+
+def test_frozen_tokens_have_a_step(found: Survey) -> None:
+    late = torch.where(found.groups["dead"], 77, 130)
+    stopped = replace(found, life=found.life._replace(late=late))
+    assert (stopped.freeze_step("dead"), stopped.freeze_step("trained")) == (77, None)
+
+
+def test_many_records_are_thinned_towards_the_end() -> None:
+    from bhfast.report.survey import _moments
+
+    some = _moments(10_001, 1000)
+    assert some[:20].tolist() == list(range(20))
+    assert some[-1] == 10_000
+    assert len(some) <= 1000
+    assert (some.diff() > 0).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page
+
+
+@pytest.fixture
+def settings(text: str, tmp_path: Path) -> TrainConfig:
+    return TrainConfig(corpus=text, out=str(tmp_path / "t.safetensors"), device="cpu", quiet=True)
+
+
+@pytest.fixture
+def matplotlib() -> None:
+    pytest.importorskip("matplotlib", reason="pictures need the report extra: matplotlib")
+
+
+def check_page(folder: Path) -> str:
+    """Whether the page has every picture of the folder inside, and needs nothing else; return it without them."""
+    html = (folder / "index.html").read_text(encoding="utf-8")
+    inside = [base64.b64decode(x) for x in re.findall('src="data:image/png;base64,([^"]+)"', html)]
+    assert sorted(inside) == sorted(p.read_bytes() for p in folder.glob("*.png"))
+    html = re.sub('src="data:[^"]+"', "", html)
+    assert not re.search(r"https?://|src=|href=", html)
+    return html
+
+
+@pytest.mark.usefixtures("matplotlib")
+def test_page_of_a_run(run: TrainResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report.main([str(run.path), "--out", str(tmp_path / "new" / "folder")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "new" / "folder" / "index.html")
+    html = check_page(tmp_path / "new" / "folder")
+    assert len(list((tmp_path / "new" / "folder").glob("*.png"))) == 9
+    assert "130 steps on" in html
+    assert "largest pairwise distance" in html
+
+
+@pytest.mark.usefixtures("matplotlib")
+@pytest.mark.parametrize("steps", [1, 2])
+def test_page_of_a_short_run(steps: int, tmp_path: Path, settings: TrainConfig) -> None:
+    config = replace(settings, steps=steps, out=str(tmp_path / "<b>.safetensors"))
+    assert report.main([str(train(config).path), "--out", str(tmp_path)]) == 0
+    assert "<h1>bhfast: &lt;b&gt;.safetensors</h1>" in check_page(tmp_path)
+
+
+@pytest.fixture
+def sweep(tmp_path: Path, settings: TrainConfig) -> Path:
+    """The file of a sweep of which one run failed."""
+    runs = []
+    for lr, sigma, seed in itertools.product([1e-3, 1e-2], [0.0, 1e-4, 1e-2], [1, 2]):
+        name = f"sigma{sigma:g}_seed{seed}_lr{lr:g}"
+        train(replace(settings, lr=lr, sigma=sigma, seed=seed, steps=20, out=str(tmp_path / f"{name}.safetensors")))
+        varied = {"sigma": sigma, "seed": seed, "lr": lr}
+        runs.append({"name": name, "file": f"{name}.safetensors", "settings": varied, "state": "done", "error": None})
+    runs[-1].update(state="failed", error="it was <late>")
+    grid = {"sigma": [0.0, 1e-4, 1e-2], "seed": [1, 2], "lr": [1e-3, 1e-2]}
+    file = tmp_path / "sweep.json"
+    file.write_text(json.dumps({"format": "bhfast-sweep", "version": 1, "grid": grid, "runs": runs}))
+    return file
+
+
+@pytest.mark.usefixtures("matplotlib")
+def test_page_of_a_sweep(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report.main([str(sweep), "--out", str(sweep.parent / "out")]) == 0
+    html = check_page(sweep.parent / "out")
+    assert html.count("<tr>") == 13
+    assert "failed: it was &lt;late&gt;" in html
+    assert "failed: it was <late>" in capsys.readouterr().out
+    assert (sweep.parent / "out" / "mean-radius.png").exists()
+    assert not (sweep.parent / "out" / "dead-tokens.png").exists()  # as many in all runs
+
+
+def test_sweep_by_series(sweep: Path) -> None:
+    found = survey_sweep(sweep)
+    assert found.axis == "sigma"
+    assert {name: len(runs) for name, runs in found.series().items()} == {"lr 0.001": 6, "lr 0.01": 5}
+    wanted = survey(open_trace(sweep.parent / "sigma0_seed2_lr0.001.safetensors")).results()
+    assert next(run for run in found.runs if run.name == "sigma0_seed2_lr0.001").results == wanted
+    assert replace(found, grid={"sigma": [0], "seed": [1, 2], "lr": [1, 2]}).axis == "lr"
+
+
+def test_what_cannot_be_reported(run: TrainResult, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    def error(*arguments: object) -> str:
+        assert report.main([str(x) for x in arguments]) == 2
+        return capsys.readouterr().err
+
+    assert "cannot open the sweep" in error(tmp_path / "sweep.json")
+    (tmp_path / "sweep.json").write_text("[1]")
+    assert "is not the sweep.json of a sweep" in error(tmp_path / "sweep.json")
+    (tmp_path / "sweep.json").write_text('{"format": "bhfast-sweep", "runs": [{}]}')
+    assert "is not the sweep.json of a sweep" in error(tmp_path / "sweep.json")
+    (tmp_path / "file").touch()
+
+    def without(name: str, *arguments: object, then=builtins.__import__) -> object:
+        if name.startswith("matplotlib"):
+            raise ImportError
+        return then(name, *arguments)
+
+    for module in ("bhfast.report.pictures", "bhfast.report.page"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(builtins, "__import__", without)
+        assert "pictures need matplotlib: pip install matplotlib" in error(run.path, "--out", tmp_path / "out")
+    pytest.importorskip("matplotlib", reason="pictures need the report extra: matplotlib")
+    assert "cannot write the report to" in error(run.path, "--out", tmp_path / "file" / "folder")

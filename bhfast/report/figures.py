@@ -1,18 +1,12 @@
-"""The answers in a trace, as text.
-
-python -m bhfast.report FILE
-"""
+"""The verification figures of a trace, as text."""
 
 from __future__ import annotations
-
-import argparse
-import sys
 
 import torch
 from torch import Tensor
 
-from bhfast.errors import BhfastError, TraceError
-from bhfast.trace import Trace, open_trace
+from bhfast.errors import TraceError
+from bhfast.trace import Trace
 
 WINDOW = 1000  # steps whose losses are averaged
 ROWS = 256  # vectors whose distances are computed at once
@@ -39,15 +33,20 @@ def window_means(steps: Tensor, losses: Tensor) -> list[float]:
     return [losses[windows == window].double().mean().item() for window in windows.unique()]
 
 
+def require_reference(trace: Trace) -> None:
+    """Raise TraceError if it is not a trace of the reference run."""
+    wanted = ("recorded_steps", "embeddings", "grads", "momentum", "variance", "losses")
+    if missing := [name for name in wanted if name not in trace]:
+        raise TraceError(f"{trace.path} is no trace of the reference run: it has no {', '.join(missing)}")
+
+
 def figures(trace: Trace) -> str:
     """Return the verification figures of a reference run's trace: one line for each that its records hold.
 
     Raises:
         TraceError: it is not a trace of the reference run.
     """
-    wanted = ("recorded_steps", "embeddings", "grads", "momentum", "variance", "losses")
-    if missing := [name for name in wanted if name not in trace]:
-        raise TraceError(f"{trace.path} is no trace of the reference run: it has no {', '.join(missing)}")
+    require_reference(trace)
     at = {int(step): record for record, step in enumerate(trace.steps)}
     last = max(at)
     lines = []
@@ -71,20 +70,3 @@ def figures(trace: Trace) -> str:
         means = " ".join(f"{mean:.3f}" for mean in window_means(steps, losses))
         lines.append(f"mean loss of each {WINDOW:,} steps: {means}")
     return "\n".join(lines)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the program; return its exit status."""
-    parser = argparse.ArgumentParser(prog="bhfast report", description="Print the verification figures of a trace.")
-    parser.add_argument("file", metavar="FILE", help="a trace of the reference run")
-    args = parser.parse_args(argv)
-    try:
-        print(figures(open_trace(args.file)))
-    except BhfastError as error:
-        print(f"bhfast report: error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
