@@ -12,7 +12,18 @@ import pytest
 from bhfast.trace import open_trace
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-NEEDS = {"gpt2_rows": "transformers", "hf_trainer": "transformers", "lightning_module": "lightning"}
+SAYS = {
+    "dead_tokens": "dead tokens froze",
+    "gpt2_rows": "Trace(",
+    "hf_trainer": "; 2 steps replayed",
+    "lightning_module": "; 2 steps replayed",
+}
+NEEDS = {
+    "dead_tokens": "matplotlib",
+    "gpt2_rows": "transformers",
+    "hf_trainer": "transformers",
+    "lightning_module": "lightning",
+}
 
 
 def test_every_example_is_run_here() -> None:
@@ -27,4 +38,4 @@ def test_example(name: str, tmp_path: Path) -> None:
     run = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert open_trace(tmp_path / f"{name}.safetensors").steps.tolist() == [0, 1, 2]
-    assert ("Trace(" if name == "gpt2_rows" else "; 2 steps replayed") in run.stdout
+    assert SAYS[name] in run.stdout
