@@ -236,6 +236,10 @@ def test_streaming_sees_every_record(seed: int, values: int) -> None:
         assert escape[token] == (-1 if out == records else 3 * out)
     slow = [len({tuple(lattice.coordinate(v).tolist()) for v in record}) for record in path]
     assert lattice.distinct(path).tolist() == slow
+    with mock.patch.object(motion, "VALUES", values):
+        assert lattice.per_record(lattice.distinct, path).tolist() == slow
+        moved = lattice.per_record(lambda part: (part[1:] != part[:-1]).any(-1), path, overlap=1)
+    assert torch.equal(moved, (path[1:] != path[:-1]).any(-1))
 
 
 def test_the_cloud(generator) -> None:

@@ -8,7 +8,7 @@ Everything takes plain tensors, so also those of a trace, of which it reads what
 
 from bhfast.lattice.cells import Norms, coordinate, displacement, norms, ulp
 from bhfast.lattice.crowds import Cells, Neighbours, cells, components, keys, neighbours
-from bhfast.lattice.motion import Life, centroid, chunks, distinct, escape_steps, life, radii, temperature
+from bhfast.lattice.motion import Life, centroid, chunks, distinct, escape_steps, life, per_record, radii, temperature
 
 __all__ = [
     "Cells",
@@ -27,6 +27,7 @@ __all__ = [
     "life",
     "neighbours",
     "norms",
+    "per_record",
     "radii",
     "temperature",
     "ulp",

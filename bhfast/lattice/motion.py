@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -28,6 +28,22 @@ def chunks(records: Tensor, overlap: int = 0) -> Iterator[tuple[int, Tensor]]:
     each = max(1, VALUES // max(1, math.prod(records.shape[1:])))
     for begin in range(0, len(records) - overlap, each):
         yield begin, records[begin : begin + each + overlap].as_subclass(Tensor)
+
+
+def per_record(function: Callable[[Tensor], Tensor], records: Tensor, overlap: int = 0) -> Tensor:
+    """Return what a function finds in each record, in flat memory but for that.
+
+    Args:
+        function: of a chunk ``[n, V, D]``; returns ``[n - overlap, ...]``.
+        records, overlap: see :func:`chunks`.
+    """
+    found = torch.empty(0)
+    for begin, part in chunks(records, overlap):
+        result = function(part)
+        if not begin:  # written into one tensor: many small ones between large temporary ones would fragment the heap
+            found = result.new_empty(len(records) - overlap, *result.shape[1:])
+        found[begin : begin + len(result)] = result
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------

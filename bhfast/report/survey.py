@@ -136,24 +136,28 @@ def survey(trace: Trace) -> Survey:
     embeddings, steps = trace["embeddings"], trace.steps.as_subclass(Tensor)
     groups = _groups(trace)
     masks = groups if "all" in groups else {"all": torch.ones(embeddings.shape[1], dtype=torch.bool), **groups}
-    distinct: dict[str, list[Tensor]] = {name: [] for name in masks}
-    moves: dict[str, list[Tensor]] = {name: [] for name in groups}
-    heat = []
-    for begin, part in lattice.chunks(embeddings, overlap=1):
-        own = lattice.keys(part[int(begin > 0) :])
-        for name, mask in masks.items():
-            order = own[:, mask].sort(1).values
-            distinct[name].append((order[:, 1:] != order[:, :-1]).sum(1) + 1)
-        sizes = torch.stack(lattice.norms(lattice.displacement(part[:-1], part[1:])), dim=-1)
-        for name, mask in groups.items():
-            moves[name].append(sizes[:, mask].median(dim=1).values)
-        heat.append(lattice.temperature(part[1:].double() - part[:-1].double()))
+
+    def counts(part: Tensor) -> Tensor:
+        own = lattice.keys(part)
+        return torch.stack([_distinct(own[:, mask]) for mask in masks.values()], dim=1)
+
+    def sizes(part: Tensor) -> Tensor:
+        moved = torch.stack(lattice.norms(lattice.displacement(part[:-1], part[1:])), dim=-1)
+        return torch.stack([moved[:, mask].median(dim=1).values for mask in groups.values()], dim=1)
+
+    distinct = lattice.per_record(counts, embeddings)
+    moves = lattice.per_record(sizes, embeddings, overlap=1)
     norms = {
-        name: torch.cat([part.double().flatten(1).norm(dim=1) for _, part in lattice.chunks(trace[name])])
+        name: lattice.per_record(lambda part: part.double().flatten(1).norm(dim=1), trace[name])
         for name in ("grads", "momentum", "variance")
     }
     moments = _moments(len(steps), MOMENTS)
-    radii, centroids = zip(*(_radii(embeddings[i].as_subclass(Tensor)) for i in moments.tolist()), strict=True)
+    radii = torch.empty(len(moments), embeddings.shape[1], dtype=torch.float64)
+    centroid = torch.empty(len(moments), dtype=torch.float64)
+    for i, record in enumerate(moments.tolist()):
+        vectors = embeddings[record].as_subclass(Tensor)
+        middle = lattice.centroid(vectors)
+        radii[i], centroid[i] = lattice.radii(vectors, middle), middle.norm()
     size = embeddings.shape[1] ** 2 * embeddings.shape[2]
     some = _moments(len(steps), int(min(MOMENTS / 2, max(8, DISTANCES / size))))
     pairs = torch.tensor([_distances(embeddings[i].as_subclass(Tensor)) for i in some.tolist()], dtype=torch.float64)
@@ -162,21 +166,29 @@ def survey(trace: Trace) -> Survey:
         groups=groups,
         steps=steps,
         losses=trace["losses"].float(),
-        distinct={name: torch.cat(x) for name, x in distinct.items()},
-        moves={name: torch.cat(x) for name, x in moves.items()},
+        distinct=dict(zip(masks, distinct.unbind(1), strict=True)),
+        moves=dict(zip(groups, moves.unbind(1), strict=True)),
         life=lattice.life(embeddings, steps),
         escape=lattice.escape_steps(embeddings, steps),
         norms=norms,
-        gradient_temperature=torch.cat([lattice.temperature(part) for _, part in lattice.chunks(trace["grads"])]),
-        update_temperature=torch.cat(heat),
+        gradient_temperature=lattice.per_record(lattice.temperature, trace["grads"]),
+        update_temperature=lattice.per_record(
+            lambda part: lattice.temperature(part[1:].double() - part[:-1].double()), embeddings, overlap=1
+        ),
         moments=moments,
-        radii=torch.stack(radii),
-        centroid=torch.stack(centroids),
+        radii=radii,
+        centroid=centroid,
         distance_moments=some,
         largest=pairs[:, 0],
         mean=pairs[:, 1],
         snapshots=_snapshots(embeddings, steps),
     )
+
+
+def _distinct(own: Tensor) -> Tensor:
+    """Count different keys in each row of ``[R, V]``."""
+    order = own.sort(1).values
+    return (order[:, 1:] != order[:, :-1]).sum(1) + 1
 
 
 def _groups(trace: Trace) -> dict[str, Tensor]:
@@ -191,11 +203,6 @@ def _moments(records: int, most: int) -> Tensor:
     if records <= most:
         return torch.arange(records)
     return torch.logspace(0, math.log10(records), most, dtype=torch.float64).round().long().unique() - 1
-
-
-def _radii(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    middle = lattice.centroid(vectors)
-    return lattice.radii(vectors, middle), middle.norm()
 
 
 def _distances(vectors: Tensor) -> tuple[float, float]:
