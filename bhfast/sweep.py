@@ -317,7 +317,7 @@ class Register:
             for place, known in enumerate(content["runs"]):
                 if known["name"] == run.name:
                     if "seconds" not in outcome and known["state"] == entry["state"] == "done":
-                        entry |= {name: known[name] for name in ("steps_per_second", "seconds")}
+                        entry |= {name: known.get(name) for name in ("steps_per_second", "seconds")}
                     content["runs"][place] = entry
                     return entry
             content["runs"].append(entry)
@@ -366,7 +366,7 @@ def sweep(
         quiet: print nothing but errors.
 
     Raises:
-        BhfastError: a setting is wrong, or the folder cannot be written to; no run was begun.
+        BhfastError: a setting is wrong, and no run was begun; or the folder cannot be written to.
     """
     with Worker() as first:
         return _sweep(first, read_grid(grid, "grid"), out_dir, jobs=jobs, overwrite=overwrite, quiet=quiet)
@@ -593,15 +593,17 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the program; return its exit status: 1 if a run failed."""
     with Worker() as first:
-        given = vars(_parser().parse_args(argv))
-        file = given.pop("grid")
-        options = {name: given.pop(name) for name in ("out_dir", "jobs", "overwrite", "quiet")}
         try:
+            given = vars(_parser().parse_args(argv))
+            file = given.pop("grid")
+            options = {name: given.pop(name) for name in ("out_dir", "jobs", "overwrite", "quiet")}
             grid = {**(read_grid_file(file) if file else {}), **read_grid(given, "the command line")}
             result = _sweep(first, grid, **options)
         except BhfastError as error:
             print(f"bhfast sweep: error: {error}", file=sys.stderr)
             return 2
+        except KeyboardInterrupt:  # before the first run
+            return 128 + signal.SIGINT
     if result.signal:
         return 128 + result.signal
     return 1 if any(run["state"] == "failed" for run in result.runs) else 0

@@ -11,12 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from bhfast.errors import ConfigError
-from bhfast.sweep import main, plan, rank_and_world, read_grid, read_grid_file, sweep
+from bhfast.sweep import divide, main, plan, rank_and_world, read_grid, read_grid_file, sweep, trace_size
 from bhfast.trace import open_trace
 from bhfast.train import TrainConfig, train
 from bhfast.verify import verify
+from bhfast.workers import Worker
 
 LONG = 2000  # steps that take long enough to be disturbed
 
@@ -42,7 +44,7 @@ def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
     # A shell starts background jobs with SIGINT ignored; a terminal does not.
     return subprocess.Popen(
         [sys.executable, "-m", "bhfast.sweep", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, **environment},
+        env={**os.environ, **environment}, process_group=0,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
 
@@ -313,6 +315,39 @@ def test_refuses_a_share_that_is_none(environment: dict[str, str]) -> None:
         rank_and_world(environment)
 
 
+def test_threads_and_memory_are_divided(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks, real = [], Worker.run
+    monkeypatch.setattr(Worker, "run", lambda self, **task: tasks.append(task) or real(self, **task))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8), raising=False)
+    size = trace_size(TrainConfig(steps=20))
+    for free, storage in ((4 * size, "auto"), (4 * size - 4, "stream")):
+        monkeypatch.setattr("bhfast.storage.available_memory", lambda free=free: free)
+        assert main([*flags, "--seed", "1", "2", "--quiet", "--overwrite"]) == 0
+        assert [(task["threads"], task["gpu"], task["config"]["storage"]) for task in tasks] == [(4, None, storage)] * 2
+        tasks.clear()
+
+
+@pytest.mark.parametrize(
+    ("environment", "jobs", "gpus"),
+    [
+        ({}, None, ["0", "1", "2"]),
+        ({}, 2, ["0", "1"]),
+        ({}, 4, ["0", "1", "2", "0"]),
+        ({"CUDA_VISIBLE_DEVICES": "5,7"}, None, ["5", "7"]),
+        ({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, None, ["1"]),
+        ({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}, None, ["0", "2"]),
+        ({"LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4", "CUDA_VISIBLE_DEVICES": "6"}, None, ["6"]),
+    ],
+)
+def test_each_worker_has_a_gpu(environment: dict[str, str], jobs, gpus: list[str], monkeypatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    monkeypatch.setattr(sys.modules["bhfast.train"], "select_device", lambda name: (torch.device("cuda"), ""))
+    assert divide(plan(read_grid({"seed": range(5)}, "grid"), "out"), jobs).gpus == gpus
+
+
 def test_a_slurm_task_does_its_share_alone(flags: list[str], tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
     monkeypatch.setenv("SLURM_ARRAY_TASK_MIN", "1")
@@ -337,7 +372,7 @@ def test_a_sweep_that_is_ended_goes_on(number: signal.Signals, flags: list[str],
     workers = children(sweeping.pid)
     assert workers
     before = identity(done)
-    sweeping.send_signal(number)
+    os.killpg(sweeping.pid, number)  # as a terminal does: the workers are not in this group
     printed, errors = sweeping.communicate(timeout=60)
     wait_for(lambda: not any(map(is_alive, workers)), seconds=10)
     assert list(traces(out)) == [done.name]
