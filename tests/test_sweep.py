@@ -8,13 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
 from bhfast.errors import ConfigError
-from bhfast.sweep import divide, main, plan, rank_and_world, read_grid, read_grid_file, sweep, trace_size
+from bhfast.sweep import Register, divide, main, plan, rank_and_world, read_grid, read_grid_file, sweep, trace_size
 from bhfast.trace import open_trace
 from bhfast.train import TrainConfig, train
 from bhfast.verify import verify
@@ -315,6 +316,14 @@ def test_refuses_a_share_that_is_none(environment: dict[str, str]) -> None:
         rank_and_world(environment)
 
 
+def test_no_update_of_the_register_is_lost(tmp_path: Path) -> None:
+    runs = plan(read_grid({"seed": range(40)}, "grid"), tmp_path)
+    Register(tmp_path).begin({}, runs, runs, anew=False)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda run: Register(tmp_path).enter(run, state="done"), runs))
+    assert [run["state"] for run in register(tmp_path).values()] == ["done"] * 40
+
+
 def test_threads_and_memory_are_divided(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     tasks, real = [], Worker.run
     monkeypatch.setattr(Worker, "run", lambda self, **task: tasks.append(task) or real(self, **task))
@@ -391,6 +400,12 @@ def test_a_sweep_that_is_ended_goes_on(number: signal.Signals, flags: list[str],
     assert [run["state"] for run in register(out).values()] == ["done", "done"]
     assert verify(cut).difference is None
     assert sorted(path.name for path in out.iterdir()) == sorted([done.name, cut.name, "sweep.json", "sweep.lock"])
+
+
+def test_a_worker_without_a_sweep_ends() -> None:
+    with Worker() as worker:
+        worker.tasks.close()
+        assert worker.process.wait(timeout=30) == 0
 
 
 @needs_proc
