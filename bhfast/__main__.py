@@ -7,6 +7,7 @@ from importlib import import_module
 
 PROGRAMS = {
     "train": "run the experiment and record it",
+    "sweep": "run a grid of experiments",
     "corpus": "make a corpus to train on",
     "verify": "prove a trace by replaying it",
     "recover": "make a trace of a run that was killed",

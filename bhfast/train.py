@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import bhfast
 from bhfast import _ops
-from bhfast.corpus import load_corpus, window_offsets
+from bhfast.corpus import Corpus, load_corpus, window_offsets
 from bhfast.engines import ENGINES, Engine, Job, make_engine, select_engine
 from bhfast.errors import BhfastError, ConfigError, StorageError, TraceError
 from bhfast.model import GPTConfig, TiedGPT, build_model
@@ -38,12 +38,13 @@ from bhfast.recorder import NullRecorder, Recorder
 from bhfast.report.figures import figures
 from bhfast.signals import deferred_signals
 from bhfast.storage import STORAGES
-from bhfast.trace import format_bytes, open_trace
+from bhfast.trace import Trace, format_bytes, open_trace
 
 SCHEDULES = ("linear", "constant")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 KEYS = {"param": "embeddings", "grad": "grads", "exp_avg": "momentum", "exp_avg_sq": "variance"}
-# What may differ between two runs of one experiment; corpus, device and engine are compared as the run resolved them.
+# What may differ between two runs of one experiment, and is not recorded; corpus, device and engine are compared as the
+# run resolved them.
 NOT_SETTINGS = {"out", "overwrite", "quiet", "storage"}
 RESOLVED = ("corpus_sha256", "device", "engine")
 PROGRESS_EVERY = 100  # steps
@@ -140,6 +141,12 @@ class TrainConfig:
         return self.lr * (1 - (step - 1) / self.steps) if self.lr_schedule == "linear" else self.lr
 
 
+def kind_of(setting: str) -> type:
+    """Return the type of a field of :class:`TrainConfig`: bool, int, float or str."""
+    kind = get_type_hints(TrainConfig)[setting]
+    return kind if kind in (bool, int, float) else str
+
+
 @dataclass(frozen=True)
 class TrainResult:
     """What a run leaves.
@@ -165,17 +172,22 @@ class TrainResult:
 # The run
 
 
-def train(config: TrainConfig | None = None) -> TrainResult:
+def train(config: TrainConfig | None = None, *, progress: Callable[[int, float], None] | None = None) -> TrainResult:
     """Train and record one run.
 
     Ctrl-C and SIGTERM end it after the steps under way, with a valid trace of the steps so far; the result's ``steps``
-    says how many. Any other exception in the loop ends it likewise, and is raised.
+    says how many. Any other exception in the loop ends it likewise, and is raised. Outside the main thread, where
+    Python takes no handlers, signals do what they did before.
+
+    Args:
+        progress: called many times a second with the steps done and the latest loss known, which may be of an earlier
+            step and is NaN before there is one; at the end with the last of both.
 
     Raises:
         BhfastError: a setting is wrong, or something needed is missing; nothing was lost.
     """
     config = config or TrainConfig()
-    say = _print_nothing if config.quiet else _print
+    say = printer(config.quiet)
 
     device, device_reason = select_device(config.device)
     engine_name, engine_reason = select_engine(config.engine, device, config.model_config())
@@ -200,18 +212,13 @@ def train(config: TrainConfig | None = None) -> TrainResult:
     )
     metadata = {
         "records": "record k: gradient (unclipped), loss and logits of step k; embeddings and moments after step k",
-        "config": json.dumps(asdict(config)),
+        **_describe(config, corpus, device, engine_name),
         "corpus": corpus.name,
-        "corpus_sha256": corpus.sha256,
         "seed": str(config.seed),
-        "engine": engine_name,
-        "device": device.type,
-        "threads": str(torch.get_num_threads()),
-        **({"instruction_set": _ops.native_instruction_sets()[0]} if engine_name == "native" else {}),
+        **_bits_depend_on(engine_name),
         "adam_rounding": config.adam_rounding,
         "bhfast_version": bhfast.__version__,
         "torch_version": torch.__version__,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     recorder = _make_recorder(config, model, optimizer, metadata)
     offsets = window_offsets(
@@ -236,7 +243,7 @@ def train(config: TrainConfig | None = None) -> TrainResult:
         step, burst = 0, 1
         start = time.perf_counter()
         with _frozen_heap(), tqdm(total=config.steps, unit="step", disable=True if config.quiet else None) as bar:
-            watch = _Watch(engine, bar)
+            watch = _Watch(engine, bar, progress)
             while step < config.steps and not signals:
                 burst = min(burst, config.steps - step)
                 begun = time.perf_counter()
@@ -270,9 +277,11 @@ def train(config: TrainConfig | None = None) -> TrainResult:
 class _Watch:
     """Shows the latest loss, and notes the first gradient that is not finite, without waiting for a GPU."""
 
-    def __init__(self, engine: Engine, bar: tqdm) -> None:
+    def __init__(self, engine: Engine, bar: tqdm, progress: Callable[[int, float], None] | None) -> None:
         self.engine = engine
         self.bar = bar
+        self.progress = progress
+        self.loss = math.nan
         self.first = self.seen = 0  # the steps that were asked for last: from first to before seen
         self.answer: Tensor | None = None  # loss, and the index of the first bad norm or -1; maybe on its way
         self.arrived: torch.cuda.Event | None = None
@@ -286,6 +295,8 @@ class _Watch:
             self._ask(step)
             if wait and self.answer is not None:
                 self._show(self.answer)
+        if self.progress is not None:
+            self.progress(step, self.loss)
 
     def _ask(self, step: int) -> None:
         bad = ~self.engine.grad_norms[self.seen : step].isfinite()
@@ -298,25 +309,25 @@ class _Watch:
     def _show(self, answer: Tensor) -> None:
         if self.arrived is not None:
             self.arrived.synchronize()
-        loss, first_bad = answer.tolist()
+        self.loss, first_bad = answer.tolist()
         self.answer = None
-        self.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        self.bar.set_postfix(loss=f"{self.loss:.4f}", refresh=False)
         if self.is_finite and first_bad >= 0:
             self.is_finite = False
             step = self.first + int(first_bad) + 1
             self.bar.write(f"note: gradients are not finite since step {step}; they are recorded as they are")
 
 
-def _print(text: str) -> None:
-    """Print at once; a reader that has gone away (``bhfast train | head``) must not end the run."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")
+def printer(quiet: bool) -> Callable[[str], None]:
+    """Return what prints a line at once; a reader that has gone away (``bhfast train | head``) must not end the run."""
 
+    def say(text: str) -> None:
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:
+            sys.stdout = open(os.devnull, "w")
 
-def _print_nothing(text: str) -> None:
-    pass
+    return (lambda text: None) if quiet else say
 
 
 def select_device(name: str) -> tuple[torch.device, str]:
@@ -333,6 +344,24 @@ def select_device(name: str) -> tuple[torch.device, str]:
             f"device {name} is not available here; use --device {' or '.join(d for d in there if there[d])}"
         )
     return torch.device(name), "as asked"
+
+
+def _describe(config: TrainConfig, corpus: Corpus, device: torch.device, engine: str) -> dict[str, str]:
+    """Return what the metadata say of the experiment itself."""
+    settings = {name: value for name, value in asdict(config).items() if name not in NOT_SETTINGS}
+    return {
+        "config": json.dumps(settings),
+        "corpus_sha256": corpus.sha256,
+        "device": device.type,
+        "engine": engine,
+    }
+
+
+def _bits_depend_on(engine: str) -> dict[str, str]:
+    """Return what else of this machine the metadata must name, as sums are ordered by it."""
+    if engine == "native":
+        return {"instruction_set": _ops.native_instruction_sets()[0]}
+    return {"threads": str(torch.get_num_threads())}
 
 
 def _param_groups(model: TiedGPT, weight_decay: float) -> list[dict[str, Any]]:
@@ -385,14 +414,45 @@ def _require_same_settings(path: Path, metadata: dict[str, str]) -> None:
     """Raise StorageError if the trace at ``path`` is of another experiment than ``metadata`` describes."""
     way_out = "pass --overwrite to replace it, or choose another file with --out"
     try:
-        there = open_trace(path).metadata
-        settings = [json.loads(x["config"]) | {"corpus": None} | {k: x[k] for k in RESOLVED} for x in (there, metadata)]
+        changed = _changed_settings(open_trace(path), metadata)
     except (TraceError, KeyError, ValueError):
         raise StorageError(f"{path} exists and is no trace of bhfast; {way_out}") from None
-    old, new = settings
-    changed = [f"{k} {old.get(k)!r}, now {v!r}" for k, v in new.items() if old.get(k) != v and k not in NOT_SETTINGS]
     if changed:
         raise StorageError(f"{path} holds a run with other settings ({'; '.join(changed)}); {way_out}")
+
+
+def _changed_settings(trace: Trace, metadata: dict[str, str]) -> list[str]:
+    """Return in words what differs between the experiment of a trace and the one that ``metadata`` describes.
+
+    Raises:
+        KeyError, ValueError: the trace is not one of :func:`train`.
+    """
+    old, new = (
+        json.loads(x["config"]) | {"corpus": None} | {key: x[key] for key in RESOLVED}
+        for x in (trace.metadata, metadata)
+    )
+    return [f"{name} {old.get(name)!r}, now {value!r}" for name, value in new.items() if old.get(name) != value]
+
+
+def is_run_of(path: str | os.PathLike[str], config: TrainConfig) -> bool:
+    """Return whether there is a trace of this very experiment, from its first step to its last.
+
+    Only the header and the recorded steps are read, and the corpus. Where the trace lies, and what recorded it, does
+    not matter: ``out``, ``overwrite``, ``quiet`` and ``storage`` are not compared.
+
+    Raises:
+        BhfastError: the corpus, the device or the engine is not there.
+    """
+    device, _ = select_device(config.device)
+    engine, _ = select_engine(config.engine, device, config.model_config())
+    corpus = load_corpus(config.corpus, vocab_size=config.vocab_size, window=config.context + 1)
+    try:
+        trace = open_trace(path)
+        changed = _changed_settings(trace, _describe(config, corpus, device, engine))
+        last = int(trace.steps[-1])
+    except (TraceError, IndexError, KeyError, ValueError):
+        return False
+    return not changed and last == config.steps // config.record_every * config.record_every
 
 
 @contextmanager
@@ -416,13 +476,11 @@ def main(argv: list[str] | None = None) -> int:
         description="Train a small GPT from a black hole and record every step, bit for bit.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    kinds = get_type_hints(TrainConfig)
     for entry in fields(TrainConfig):
-        flag, text = f"--{entry.name.replace('_', '-')}", entry.metadata["help"]
-        if kinds[entry.name] is bool:
+        flag, text, kind = f"--{entry.name.replace('_', '-')}", entry.metadata["help"], kind_of(entry.name)
+        if kind is bool:
             parser.add_argument(flag, action="store_true", help=text)
         else:
-            kind = kinds[entry.name] if kinds[entry.name] in (int, float) else str
             default = entry.default if entry.default is not None else argparse.SUPPRESS
             parser.add_argument(flag, type=kind, default=default, choices=entry.metadata.get("choices"), help=text)
     args = parser.parse_args(argv)
@@ -437,8 +495,10 @@ def main(argv: list[str] | None = None) -> int:
 class _CallableModule(ModuleType):
     """Lets ``bhfast.train(...)`` be both this module and the function it is named after."""
 
-    def __call__(self, config: TrainConfig | None = None) -> TrainResult:
-        return train(config)
+    def __call__(
+        self, config: TrainConfig | None = None, *, progress: Callable[[int, float], None] | None = None
+    ) -> TrainResult:
+        return train(config, progress=progress)
 
 
 sys.modules[__name__].__class__ = _CallableModule

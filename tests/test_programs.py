@@ -65,6 +65,7 @@ MAY_IMPORT = {
     "sources": {"_ops", "shards"},
     "storage": {*LEAVES, "journal", "ring", "trace"},
     "stream": {*LEAVES, "journal", "ring", "storage", "trace"},
+    "sweep": {*LEAVES, "journal", "signals", "storage", "train", "workers"},
     "trace": {*LEAVES, "index"},
     "train": {
         *LEAVES,
@@ -80,6 +81,7 @@ MAY_IMPORT = {
         "trace",
     },
     "verify": {*LEAVES, "_ops", "trace"},
+    "workers": {*LEAVES, "trace", "train"},
 }
 
 

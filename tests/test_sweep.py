@@ -1,0 +1,423 @@
+"""Sweeps: the grid, what stays when something goes wrong, and that many processes leave what one does."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from bhfast.errors import ConfigError
+from bhfast.sweep import Register, divide, main, plan, rank_and_world, read_grid, read_grid_file, sweep, trace_size
+from bhfast.trace import open_trace
+from bhfast.train import TrainConfig, train
+from bhfast.verify import verify
+from bhfast.workers import Worker
+
+LONG = 2000  # steps that take long enough to be disturbed
+
+
+@pytest.fixture
+def flags(text: str, tmp_path: Path) -> list[str]:
+    """Of a sweep over short runs, into ``tmp_path / "out"``."""
+    return ["--steps", "20", "--device", "cpu", "--corpus", text, "--out-dir", str(tmp_path / "out")]
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [*os.environ]:
+        if name.startswith("SLURM_") or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+            monkeypatch.delenv(name)
+
+
+def names(**grid: object) -> list[str]:
+    return [run.name for run in plan(read_grid(grid, "grid"), "out")]
+
+
+def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+    # A shell starts background jobs with SIGINT ignored; a terminal does not.
+    return subprocess.Popen(
+        [sys.executable, "-m", "bhfast.sweep", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, **environment}, process_group=0,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+
+
+def register(folder: Path) -> dict[str, dict[str, object]]:
+    return {run["name"]: run for run in json.loads((folder / "sweep.json").read_text())["runs"]}
+
+
+def traces(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+def identity(path: Path) -> tuple[int, int]:
+    return path.stat().st_ino, path.stat().st_mtime_ns
+
+
+def children(pid: int) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = path.read_text().rpartition(")")[2].split()[:2]
+        except OSError:
+            continue  # it has ended
+        if int(parent) == pid and state != "Z":
+            found.append(int(path.parent.name))
+    return found
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_for(condition: object, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The grid
+
+
+def test_names_tell_sigma_seed_and_what_varies() -> None:
+    assert names(seed=7, steps=[20]) == ["sigma0_seed7"]
+    assert names(sigma=[0, 1e-5], seed=range(42, 44), lr=[1e-3, 3e-4], steps=20, heads=2)[:3] == [
+        "sigma0_seed42_lr0.001", "sigma0_seed42_lr0.0003", "sigma0_seed43_lr0.001"
+    ]  # fmt: skip
+    assert names(corpus=["a/b c.txt", "d.txt"], max_grad_norm=[1, float("inf")])[1:3] == [
+        "sigma0_seed42_max_grad_norm1_corpusd", "sigma0_seed42_max_grad_norminf_corpusb-c"
+    ]  # fmt: skip
+
+
+def test_a_value_given_twice_is_run_once() -> None:
+    assert names(sigma=[0, 0.0, 1e-5], seed=[1, 1]) == ["sigma0_seed1", "sigma1e-05_seed1"]
+
+
+def test_runs_have_the_settings_of_the_grid() -> None:
+    run = plan(read_grid({"sigma": [0, 1], "weight-decay": 1}, "grid"), "folder")[1]
+    out = "folder/sigma1_seed42.safetensors"
+    assert run.config == TrainConfig(sigma=1.0, weight_decay=1.0, quiet=True, out=out)
+    assert run.settings == {"sigma": 1.0, "seed": 42}
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ({"sgima": 0}, r"f\.toml: there is no setting 'sgima'; there are sigma, steps, seed,"),
+        ({"out": "x"}, "there is no setting 'out'"),
+        ({"sigma": "x"}, r"f\.toml: sigma must be a number, or a list of such, got 'x'"),
+        ({"seed": [1, 2.5]}, r"seed must be an integer, or a list of such, got \[1, 2\.5\]"),
+        ({"seed": True}, "seed must be an integer"),
+        ({"seed": []}, "seed must be an integer"),
+        ({"sigma": {"from": 1}}, "sigma must be a number"),
+        ({"batch-size": 1, "batch_size": 2}, "batch_size stands twice"),
+        ({"sigma": [0, -1]}, r"sigma must be finite and at least 0, got -1\.0"),
+        ({"record_every": [1, 0]}, "record_every must be at least 1 in a sweep, got 0"),
+        ({"engine": ["auto", "warp"]}, "engine must be one of"),
+        ({"corpus": ["a/x.txt", "b/x.txt"]}, "two runs would be called sigma0_seed42_corpusx"),
+    ],
+    ids=str,
+)
+def test_refuses_a_bad_grid(grid: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan(read_grid(grid, "f.toml"), "out")
+
+
+def test_refuses_a_file_that_is_no_grid(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read the grid .*: No such file"):
+        read_grid_file(tmp_path / "gone")
+    (tmp_path / "bad").write_text("sigma = ")
+    with pytest.raises(ConfigError, match="bad is no TOML"):
+        read_grid_file(tmp_path / "bad")
+
+
+def test_flags_go_before_the_file(flags: list[str], tmp_path: Path) -> None:
+    (tmp_path / "grid.toml").write_text("sigma = [0, 1e-4]\nseed = 43\nhidden-dim = 32\nsteps = 7")
+    assert main([*flags, "--grid", str(tmp_path / "grid.toml"), "--seed", "1", "2", "--quiet"]) == 0
+    runs = register(tmp_path / "out")
+    assert [*runs] == [f"sigma{sigma}_seed{seed}" for sigma in ("0", "0.0001") for seed in (1, 2)]
+    config = open_trace(tmp_path / "out" / "sigma0.0001_seed2.safetensors").config
+    assert [config[name] for name in ("sigma", "seed", "hidden_dim", "steps")] == [1e-4, 2, 32, 20]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sigma", "nan"], "sigma must be finite and at least 0, got nan"),
+        (["--record-every", "0"], "record_every must be at least 1 in a sweep, got 0: what it leaves are its traces"),
+        (["--jobs", "0"], "jobs must be at least 1, got 0"),
+    ],
+)
+def test_user_errors_are_one_line(arguments: list[str], message: str, flags: list[str], tmp_path, capsys) -> None:
+    assert main([*flags, *arguments]) == 2
+    assert capsys.readouterr() == ("", f"bhfast sweep: error: {message}\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_register_of_something_else_is_not_replaced(flags: list[str], tmp_path: Path, capsys) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "sweep.json").write_text("{}")
+    assert main(flags) == 2
+    assert "sweep.json is no register of a sweep; delete it" in capsys.readouterr().err
+    assert (tmp_path / "out" / "sweep.json").read_text() == "{}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it leaves
+
+
+def test_traces_are_those_of_train(text: str, tmp_path: Path) -> None:
+    grid = {"sigma": [0, 1e-4], "steps": 25, "record_every": 10, "corpus": text, "device": "cpu"}
+    result = sweep(grid, tmp_path / "out", jobs=2, quiet=True)
+    assert [run["state"] for run in result.runs] == ["done"] * 2
+    settings = {"steps": 25, "record_every": 10, "corpus": text, "device": "cpu", "quiet": True}
+    alone = train(TrainConfig(**settings, sigma=1e-4, out=str(tmp_path / "alone")))
+    path = tmp_path / "out" / "sigma0.0001_seed42.safetensors"
+    assert verify(path).difference is None
+    assert open_trace(path).metadata.keys() == open_trace(alone.path).metadata.keys()
+    if open_trace(path).metadata["engine"] == "native":
+        assert path.read_bytes() == alone.path.read_bytes()
+
+    content = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert (content["format"], content["version"], content["runs"]) == ("bhfast-sweep", 1, result.runs)
+    assert content["grid"]["sigma"] == [0, 1e-4]
+    assert content["grid"]["seed"] == [42]
+    run, losses = content["runs"][1], open_trace(path)["losses"]
+    assert run["name"] == "sigma0.0001_seed42"
+    assert run["file"] == path.name
+    assert run["settings"] == {"sigma": 1e-4, "seed": 42}
+    assert (run["error"], run["steps"]) == (None, 25)
+    assert (run["first_loss"], run["last_loss"]) == (losses[1].item(), losses[2].item())
+    assert run["mean_loss"] == losses[1:].double().mean().item()
+    assert run["steps_per_second"] > 0
+    assert run["seconds"] > 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "sigma0.0001_seed42.safetensors", "sigma0_seed42.safetensors", "sweep.json", "sweep.lock"
+    ]  # fmt: skip
+
+
+def test_a_run_that_fails_does_not_stop_the_rest(flags: list[str], tmp_path: Path, text: str, capsys) -> None:
+    """One has a trace of other settings in its way, one lacks its corpus, one diverges."""
+    out, gone = tmp_path / "out", str(tmp_path / "gone.txt")
+    other = out / f"sigma0_seed1_lr0.001_corpus{Path(text).stem}.safetensors"
+    train(TrainConfig(steps=3, corpus=text, device="cpu", quiet=True, out=str(other)))
+    before = identity(other)
+    arguments = [*flags, "--corpus", text, gone, "--seed", "1", "--lr", "1e-3", "1e38", "--lr-schedule", "constant"]
+    assert main([*arguments, "--jobs", "1"]) == 1
+    printed = capsys.readouterr()
+    runs = list(register(out).values())
+    assert [run["state"] for run in runs] == ["failed", "failed", "done", "failed"]
+    assert "holds a run with other settings (" in runs[0]["error"]
+    assert "cannot read the corpus" in runs[1]["error"]
+    assert runs[2]["mean_loss"] is None
+    assert identity(other) == before
+    assert printed.err.count("\n") == printed.err.count("bhfast sweep: error: sigma0_seed1_lr") == 3
+    assert "1 run done, 0 kept, 3 failed in" in printed.out
+
+    assert main([*arguments, "--jobs", "1", "--overwrite", "--quiet"]) == 1
+    assert [run["state"] for run in register(out).values()] == ["done", "failed", "done", "failed"]
+    assert identity(other) != before
+    assert capsys.readouterr().out == ""
+
+
+def test_what_is_done_is_kept(flags: list[str], tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out"
+    assert main([*flags, "--sigma", "0", "1e-4", "--quiet"]) == 0
+    before, first = traces(out), register(out)
+    kept, redone = (out / f"sigma{sigma}_seed42.safetensors" for sigma in ("0", "0.0001"))
+    seen = identity(kept)
+    redone.unlink()
+    partial = redone.with_name(redone.name + ".partial")
+    partial.write_text("of a run that was killed")
+    assert main([*flags, "--sigma", "0", "1e-4", "1e-3"]) == 0
+    printed = capsys.readouterr().out
+    assert "2 runs done, 1 kept, 0 failed" in printed
+    assert "sigma0_seed42       kept" in printed
+    assert identity(kept) == seen
+    assert not partial.exists()
+    assert before.items() < traces(out).items()
+    assert register(out)["sigma0_seed42"] == first["sigma0_seed42"]
+
+    assert main([*flags, "--seed", "43", "--quiet"]) == 0  # another sweep
+    assert [*register(out)] == ["sigma0_seed43", "sigma0_seed42", "sigma0.0001_seed42", "sigma0.001_seed42"]
+    (out / "sweep.json").unlink()
+    assert main([*flags, "--quiet"]) == 0
+    assert identity(kept) == seen
+    entry = register(out)["sigma0_seed42"]
+    assert entry == {**first["sigma0_seed42"], "steps_per_second": None, "seconds": None}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Many processes
+
+
+def test_two_ranks_leave_what_one_process_does(flags: list[str], tmp_path: Path) -> None:
+    grid = ["--sigma", "0", "1e-4", "1e-3", "--seed", "1", "2", "3", "--jobs", "1"]
+    ranks = [start(*flags, *grid, RANK=str(rank), WORLD_SIZE="2") for rank in (0, 1)]
+    printed = [rank.communicate(timeout=120) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], printed
+    assert "5 runs of 9, " in printed[0][0]
+    assert "4 runs done, 0 kept, 0 failed" in printed[1][0]
+    one = tmp_path / "one"
+    assert main([*flags, *grid, "--out-dir", str(one), "--quiet"]) == 0
+    there = traces(tmp_path / "out")
+    assert len(there) == 9
+    assert there == traces(one)
+    figures = ("name", "file", "settings", "state", "steps", "first_loss", "last_loss", "mean_loss")
+    for a, b in zip(register(tmp_path / "out").values(), register(one).values(), strict=True):
+        assert [a[name] for name in figures] == [b[name] for name in figures]
+        assert a["state"] == "done"
+
+
+@pytest.mark.parametrize(
+    ("environment", "share"),
+    [
+        ({}, (0, 1)),
+        ({"RANK": "1", "WORLD_SIZE": "4", "SLURM_PROCID": "3", "SLURM_NTASKS": "8"}, (1, 4)),
+        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "8"}, (3, 8)),
+        ({"SLURM_NTASKS": "8"}, (0, 1)),
+        ({"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "5"}, (2, 4)),
+        (
+            {"SLURM_ARRAY_TASK_ID": "9", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "5",
+             "SLURM_ARRAY_TASK_STEP": "2", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"},
+            (2, 4),
+        ),
+    ],
+)  # fmt: skip
+def test_knows_its_share(environment: dict[str, str], share: tuple[int, int]) -> None:
+    assert rank_and_world(environment) == share
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"RANK": "2", "WORLD_SIZE": "2"},
+        {"RANK": "x", "WORLD_SIZE": "2"},
+        {"SLURM_ARRAY_TASK_ID": "9", "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_MIN": "1"},
+    ],
+)
+def test_refuses_a_share_that_is_none(environment: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="name no share of the runs"):
+        rank_and_world(environment)
+
+
+def test_no_update_of_the_register_is_lost(tmp_path: Path) -> None:
+    runs = plan(read_grid({"seed": range(40)}, "grid"), tmp_path)
+    Register(tmp_path).begin({}, runs, runs, anew=False)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda run: Register(tmp_path).enter(run, state="done"), runs))
+    assert [run["state"] for run in register(tmp_path).values()] == ["done"] * 40
+
+
+def test_threads_and_memory_are_divided(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks, real = [], Worker.run
+    monkeypatch.setattr(Worker, "run", lambda self, **task: tasks.append(task) or real(self, **task))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8), raising=False)
+    size = trace_size(TrainConfig(steps=20))
+    for free, storage in ((4 * size, "auto"), (4 * size - 4, "stream")):
+        monkeypatch.setattr("bhfast.storage.available_memory", lambda free=free: free)
+        assert main([*flags, "--seed", "1", "2", "--quiet", "--overwrite"]) == 0
+        assert [(task["threads"], task["gpu"], task["config"]["storage"]) for task in tasks] == [(4, None, storage)] * 2
+        tasks.clear()
+
+
+@pytest.mark.parametrize(
+    ("environment", "jobs", "gpus"),
+    [
+        ({}, None, ["0", "1", "2"]),
+        ({}, 2, ["0", "1"]),
+        ({}, 4, ["0", "1", "2", "0"]),
+        ({"CUDA_VISIBLE_DEVICES": "5,7"}, None, ["5", "7"]),
+        ({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, None, ["1"]),
+        ({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}, None, ["0", "2"]),
+        ({"LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4", "CUDA_VISIBLE_DEVICES": "6"}, None, ["6"]),
+    ],
+)
+def test_each_worker_has_a_gpu(environment: dict[str, str], jobs, gpus: list[str], monkeypatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    monkeypatch.setattr(sys.modules["bhfast.train"], "select_device", lambda name: (torch.device("cuda"), ""))
+    assert divide(plan(read_grid({"seed": range(5)}, "grid"), "out"), jobs).gpus == gpus
+
+
+def test_a_slurm_task_does_its_share_alone(flags: list[str], tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_MIN", "1")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "2")
+    assert main([*flags, "--seed", "1", "2", "3", "--quiet"]) == 0
+    assert [run["state"] for run in register(tmp_path / "out").values()] == ["waiting", "done", "waiting"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad luck
+
+
+@needs_proc
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=["KILL", "INT", "TERM"])
+def test_a_sweep_that_is_ended_goes_on(number: signal.Signals, flags: list[str], tmp_path: Path) -> None:
+    """A short run is done, a long one is under way; the same command again leaves what an undisturbed sweep does."""
+    out, steps = tmp_path / "out", ["--steps", "20", str(LONG), "--jobs", "1"]
+    sweeping = start(*flags, *steps)
+    done, cut = (out / f"sigma0_seed42_steps{steps}.safetensors" for steps in (20, LONG))
+    partial = cut.with_name(cut.name + ".partial")
+    wait_for(partial.exists)
+    workers = children(sweeping.pid)
+    assert workers
+    before = identity(done)
+    os.killpg(sweeping.pid, number)  # as a terminal does: the workers are not in this group
+    printed, errors = sweeping.communicate(timeout=60)
+    wait_for(lambda: not any(map(is_alive, workers)), seconds=10)
+    assert list(traces(out)) == [done.name]
+    assert [run["state"] for run in register(out).values()] == ["done", "waiting"]
+    if number == signal.SIGKILL:
+        assert sweeping.returncode == -number
+        assert partial.exists()
+    else:
+        assert sweeping.returncode == 128 + number
+        assert f"interrupted by {number.name}; the same command goes on with the rest" in printed
+        assert errors == ""
+        assert not partial.exists()
+
+    assert main([*flags, *steps, "--quiet"]) == 0
+    assert identity(done) == before
+    assert [run["state"] for run in register(out).values()] == ["done", "done"]
+    assert verify(cut).difference is None
+    assert sorted(path.name for path in out.iterdir()) == sorted([done.name, cut.name, "sweep.json", "sweep.lock"])
+
+
+def test_a_worker_without_a_sweep_ends() -> None:
+    with Worker() as worker:
+        worker.tasks.close()
+        assert worker.process.wait(timeout=30) == 0
+
+
+@needs_proc
+def test_a_worker_that_dies_fails_its_run_alone(flags: list[str], tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out"
+    sweeping = start(*flags, "--steps", "20", str(LONG), "30", "--jobs", "1")
+    partial = out / f"sigma0_seed42_steps{LONG}.safetensors.partial"
+    wait_for(partial.exists)
+    (worker,) = children(sweeping.pid)
+    os.kill(worker, signal.SIGKILL)
+    _, errors = sweeping.communicate(timeout=60)
+    assert sweeping.returncode == 1
+    assert errors == f"bhfast sweep: error: sigma0_seed42_steps{LONG}: the process ended by signal 9\n"
+    assert [run["state"] for run in register(out).values()] == ["done", "failed", "done"]
+    assert len(traces(out)) == 2
