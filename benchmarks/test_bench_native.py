@@ -107,6 +107,31 @@ def test_command_to_file(benchmark, settings: dict) -> None:
     race(f"Command to file, {steps:,} steps", benchmark, 3, contestants)
 
 
+def test_sweep(benchmark, settings: dict, tmp_path: Path) -> None:
+    """Ten runs of 2,000 steps, from the shell's prompt until the last file is there: steps per second in all."""
+    grid = ["--sigma", "0", "1e-5", "1e-4", "1e-3", "1e-2", "--seed", "42", "43", "--steps", "2000", "--overwrite"]
+    corpus = ["--corpus", os.environ["BHFAST_CORPUS"]] if "BHFAST_CORPUS" in os.environ else []
+
+    def sweep(jobs: int) -> Callable[[], float]:
+        command = [sys.executable, "-m", "bhfast.sweep", *grid, *corpus, "--quiet", "--device", "cpu"]
+
+        def run() -> float:
+            begin = time.perf_counter()
+            subprocess.run([*command, "--jobs", str(jobs), "--out-dir", str(tmp_path / "sweep")], check=True)
+            return 20_000 / (time.perf_counter() - begin)
+
+        return run
+
+    cores = os.cpu_count() or 1
+    contestants = {
+        "one run per core": sweep(cores),
+        "one more": sweep(cores + 1),
+        "one after another": sweep(1),
+        "one train, its steps alone": on_cpu(settings, steps=2000),
+    }
+    race("A sweep of 10 runs of 2,000 steps", benchmark, 5, contestants)
+
+
 @pytest.mark.parametrize("threads", [2, 1])
 def test_profile(threads: int, benchmark, settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a step's time goes to, and how near its products come to what the machine can multiply."""

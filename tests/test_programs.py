@@ -57,7 +57,7 @@ MAY_IMPORT = {
     "report/page": {*LEAVES, "report"},
     "report/pictures": {*LEAVES, "report"},
     "report/survey": {"lattice", "report", "trace"},
-    "report/sweep": {*LEAVES, "report", "trace"},
+    "report/sweep": {*LEAVES, "report", "sweep", "trace"},
     "ring": set(),
     "select": LEAVES,
     "shards": {*LEAVES, "index", "select"},
@@ -65,7 +65,12 @@ MAY_IMPORT = {
     "sources": {"_ops", "shards"},
     "storage": {*LEAVES, "journal", "ring", "trace"},
     "stream": {*LEAVES, "journal", "ring", "storage", "trace"},
-    "sweep": {*LEAVES, "journal", "signals", "storage", "train", "workers"},
+    "sweep/__init__": {*LEAVES, "sweep", "train"},
+    "sweep/__main__": {"sweep"},
+    "sweep/crew": {*LEAVES, "signals", "storage", "sweep", "train"},
+    "sweep/grid": {*LEAVES, "train"},
+    "sweep/register": {*LEAVES, "journal", "sweep"},
+    "sweep/worker": {*LEAVES, "trace", "train"},
     "trace": {*LEAVES, "index"},
     "train": {
         *LEAVES,
@@ -81,7 +86,6 @@ MAY_IMPORT = {
         "trace",
     },
     "verify": {*LEAVES, "_ops", "trace"},
-    "workers": {*LEAVES, "trace", "train"},
 }
 
 

@@ -15,11 +15,14 @@ import pytest
 import torch
 
 from bhfast.errors import ConfigError
-from bhfast.sweep import Register, divide, main, plan, rank_and_world, read_grid, read_grid_file, sweep, trace_size
+from bhfast.sweep import main, sweep
+from bhfast.sweep.crew import divide, trace_size
+from bhfast.sweep.grid import plan, rank_and_world, read_grid, read_grid_file
+from bhfast.sweep.register import Register
+from bhfast.sweep.worker import Worker
 from bhfast.trace import open_trace
 from bhfast.train import TrainConfig, train
 from bhfast.verify import verify
-from bhfast.workers import Worker
 
 LONG = 2000  # steps that take long enough to be disturbed
 
@@ -288,13 +291,13 @@ def test_two_ranks_leave_what_one_process_does(flags: list[str], tmp_path: Path)
     ("environment", "share"),
     [
         ({}, (0, 1)),
-        ({"RANK": "1", "WORLD_SIZE": "4", "SLURM_PROCID": "3", "SLURM_NTASKS": "8"}, (1, 4)),
-        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "8"}, (3, 8)),
-        ({"SLURM_NTASKS": "8"}, (0, 1)),
+        ({"RANK": "1", "WORLD_SIZE": "4", "SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "8"}, (1, 4)),
+        ({"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "8"}, (3, 8)),
+        ({"SLURM_STEP_NUM_TASKS": "8"}, (0, 1)),
         ({"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "5"}, (2, 4)),
         (
             {"SLURM_ARRAY_TASK_ID": "9", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "5",
-             "SLURM_ARRAY_TASK_STEP": "2", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"},
+             "SLURM_ARRAY_TASK_STEP": "2", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"},
             (2, 4),
         ),
     ],

@@ -8,9 +8,8 @@ from typing import Any
 
 from bhfast.errors import TraceError
 from bhfast.report.survey import format_result, survey
+from bhfast.sweep.register import FORMAT
 from bhfast.trace import open_trace, parse_json
-
-FORMAT = "bhfast-sweep"
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def survey_sweep(file: Path) -> SweepSurvey:
         raise TraceError(f"cannot open the sweep {file}: {error.strerror}") from None
     runs, others = [], {}
     try:
-        if content["format"] != FORMAT:
+        if {key: content[key] for key in FORMAT} != FORMAT:
             raise ValueError
         grid = {flag: list(values) for flag, values in content["grid"].items()}
         for run in content["runs"]:

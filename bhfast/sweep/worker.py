@@ -34,7 +34,7 @@ class Worker:
     def __init__(self) -> None:
         self.started_at = time.monotonic()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "bhfast.workers"],
+            [sys.executable, "-c", "from bhfast.sweep.worker import main; main()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -175,7 +175,3 @@ def main() -> None:
     for line in sys.stdin:
         tasks.put(json.loads(line))
     os._exit(0)
-
-
-if __name__ == "__main__":
-    main()
