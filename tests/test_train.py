@@ -42,6 +42,7 @@ LAYOUT = {
     "adam_beta1": (torch.float32, []),
     "adam_beta2": (torch.float32, []),
     "adam_epsilon": (torch.float64, []),
+    "token_counts": (torch.int64, [128]),
     "learning_rates": (torch.float64, [STEPS + 1]),
     "clip_coefs": (torch.float32, [STEPS + 1]),
     "grad_norms": (torch.float32, [STEPS + 1]),
@@ -80,6 +81,11 @@ def test_file_describes_itself(run: TrainResult, text: str) -> None:
     assert metadata["torch_version"] == torch.__version__
     assert metadata["corpus_sha256"] == corpus.load_corpus(text, vocab_size=128, window=1).sha256
     assert TrainConfig(**json.loads(metadata["config"])) == TrainConfig(steps=STEPS, corpus=text, device="cpu")
+
+
+def test_file_knows_how_often_each_token_occurs(run: TrainResult, text: str) -> None:
+    data = Path(text).read_bytes()
+    assert open_trace(run.path)["token_counts"].tolist() == [data.count(token) for token in range(128)]
 
 
 def test_record_0_is_the_start(run: TrainResult) -> None:
@@ -187,8 +193,8 @@ def test_recording_every_nth_step_records_the_same_bits(settings: TrainConfig, t
     every = open_trace(rerun(settings).path)
     some = open_trace(rerun(settings, record_every=5, out=str(tmp_path / "some")).path)
     assert some.steps.tolist() == [0, 5, 10]
-    for name in LAYOUT:
-        if every[name].dim() and name != "bh_center":
+    for name, (_, shape) in LAYOUT.items():
+        if shape[:1] == [STEPS + 1]:
             chosen = every[name][::5]
             assert torch.equal(some[name].nan_to_num(), chosen.nan_to_num()), name
 
