@@ -11,7 +11,7 @@ PROGRAMS = {
     "corpus": "make a corpus to train on",
     "verify": "prove a trace by replaying it",
     "recover": "make a trace of a run that was killed",
-    "report": "print the figures of a trace",
+    "report": "show what happened in a run or a sweep",
     "doctor": "say what this machine has",
 }
 
