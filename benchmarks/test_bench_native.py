@@ -112,12 +112,12 @@ def test_sweep(benchmark, settings: dict, tmp_path: Path) -> None:
     grid = ["--sigma", "0", "1e-5", "1e-4", "1e-3", "1e-2", "--seed", "42", "43", "--steps", "2000", "--overwrite"]
     corpus = ["--corpus", os.environ["BHFAST_CORPUS"]] if "BHFAST_CORPUS" in os.environ else []
 
-    def sweep(jobs: int) -> Callable[[], float]:
+    def sweep(jobs: int, *more: str) -> Callable[[], float]:
         command = [sys.executable, "-m", "bhfast.sweep", *grid, *corpus, "--quiet", "--device", "cpu"]
 
         def run() -> float:
             begin = time.perf_counter()
-            subprocess.run([*command, "--jobs", str(jobs), "--out-dir", str(tmp_path / "sweep")], check=True)
+            subprocess.run([*command, *more, "--jobs", str(jobs), "--out-dir", str(tmp_path / "sweep")], check=True)
             return 20_000 / (time.perf_counter() - begin)
 
         return run
@@ -126,6 +126,7 @@ def test_sweep(benchmark, settings: dict, tmp_path: Path) -> None:
     contestants = {
         "one run per core": sweep(cores),
         "one more": sweep(cores + 1),
+        "one run per core, in memory": sweep(cores, "--storage", "memory"),
         "one after another": sweep(1),
         "one train, its steps alone": on_cpu(settings, steps=2000),
     }

@@ -16,7 +16,7 @@ import torch
 
 from bhfast.errors import ConfigError
 from bhfast.sweep import main, sweep
-from bhfast.sweep.crew import divide, trace_size
+from bhfast.sweep.crew import divide
 from bhfast.sweep.grid import plan, rank_and_world, read_grid, read_grid_file
 from bhfast.sweep.register import Register
 from bhfast.sweep.worker import Worker
@@ -114,7 +114,7 @@ def test_a_value_given_twice_is_run_once() -> None:
 def test_runs_have_the_settings_of_the_grid() -> None:
     run = plan(read_grid({"sigma": [0, 1], "weight-decay": 1}, "grid"), "folder")[1]
     out = "folder/sigma1_seed42.safetensors"
-    assert run.config == TrainConfig(sigma=1.0, weight_decay=1.0, quiet=True, out=out)
+    assert run.config == TrainConfig(sigma=1.0, weight_decay=1.0, storage="stream", quiet=True, out=out)
     assert run.settings == {"sigma": 1.0, "seed": 42}
 
 
@@ -188,7 +188,7 @@ def test_traces_are_those_of_train(text: str, tmp_path: Path) -> None:
     grid = {"sigma": [0, 1e-4], "steps": 25, "record_every": 10, "corpus": text, "device": "cpu"}
     result = sweep(grid, tmp_path / "out", jobs=2, quiet=True)
     assert [run["state"] for run in result.runs] == ["done"] * 2
-    settings = {"steps": 25, "record_every": 10, "corpus": text, "device": "cpu", "quiet": True}
+    settings = {"steps": 25, "record_every": 10, "corpus": text, "device": "cpu", "quiet": True, "storage": "stream"}
     alone = train(TrainConfig(**settings, sigma=1e-4, out=str(tmp_path / "alone")))
     path = tmp_path / "out" / "sigma0.0001_seed42.safetensors"
     assert verify(path).difference is None
@@ -327,14 +327,12 @@ def test_no_update_of_the_register_is_lost(tmp_path: Path) -> None:
     assert [run["state"] for run in register(tmp_path).values()] == ["done"] * 40
 
 
-def test_threads_and_memory_are_divided(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_are_divided_and_runs_streamed(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     tasks, real = [], Worker.run
     monkeypatch.setattr(Worker, "run", lambda self, **task: tasks.append(task) or real(self, **task))
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8), raising=False)
-    size = trace_size(TrainConfig(steps=20))
-    for free, storage in ((4 * size, "auto"), (4 * size - 4, "stream")):
-        monkeypatch.setattr("bhfast.storage.available_memory", lambda free=free: free)
-        assert main([*flags, "--seed", "1", "2", "--quiet", "--overwrite"]) == 0
+    for more, storage in (([], "stream"), (["--storage", "auto"], "auto")):
+        assert main([*flags, *more, "--seed", "1", "2", "--quiet", "--overwrite"]) == 0
         assert [(task["threads"], task["gpu"], task["config"]["storage"]) for task in tasks] == [(4, None, storage)] * 2
         tasks.clear()
 

@@ -23,7 +23,7 @@ from typing import Any
 import bhfast
 from bhfast.errors import BhfastError
 from bhfast.sweep.crew import Crew, divide, figure
-from bhfast.sweep.grid import ALWAYS_NAMED, FIXED, plan, rank_and_world, read_grid, read_grid_file
+from bhfast.sweep.grid import ALWAYS_NAMED, DEFAULTS, FIXED, plan, rank_and_world, read_grid, read_grid_file
 from bhfast.sweep.register import Register
 from bhfast.sweep.worker import Worker
 
@@ -152,7 +152,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
     for entry in fields(bhfast.TrainConfig):
         if entry.name not in FIXED:
-            default = "" if entry.default is None else f" (default: {entry.default})"
+            usual = DEFAULTS.get(entry.name, entry.default)
+            default = "" if usual is None else f" (default: {usual})"
             parser.add_argument(
                 f"--{entry.name.replace('_', '-')}",
                 nargs="+",

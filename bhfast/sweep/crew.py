@@ -13,7 +13,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-import bhfast
 from bhfast.errors import ConfigError, StorageError
 from bhfast.signals import deferred_signals
 from bhfast.sweep.grid import Run
@@ -28,12 +27,10 @@ class Machine:
     Attributes:
         gpus: by worker the GPU it has to itself, None elsewhere.
         threads: of each.
-        memory: bytes that a trace may take before it is streamed.
     """
 
     gpus: list[str | None]
     threads: int
-    memory: int
 
 
 def divide(runs: Sequence[Run], jobs: int | None) -> Machine:
@@ -48,7 +45,6 @@ def divide(runs: Sequence[Run], jobs: int | None) -> Machine:
     """
     import torch
 
-    from bhfast.storage import available_memory
     from bhfast.train import select_device
 
     if jobs is not None and jobs < 1:
@@ -66,7 +62,6 @@ def divide(runs: Sequence[Run], jobs: int | None) -> Machine:
     return Machine(
         [gpus[worker % len(gpus)] for worker in range(jobs)],
         threads=max(1, cores // jobs),
-        memory=available_memory() // (2 * processes * jobs),
     )
 
 
@@ -165,8 +160,6 @@ class Crew:
     def _run(self, worker: Worker, number: int, run: Run) -> dict[str, Any]:
         """Return the outcome of a run, showing how it goes on."""
         task = asdict(run.config) | {"overwrite": self._overwrite}
-        if run.config.storage == "auto" and trace_size(run.config) > self._machine.memory:
-            task["storage"] = "stream"
         replies = worker.run(config=task, threads=self._machine.threads, gpu=self._machine.gpus[number])
         steps, done = run.config.steps, 0
         with tqdm(
@@ -181,12 +174,6 @@ class Crew:
                     self._bar.update(now - done)
                 done = now
         return reply
-
-
-def trace_size(config: bhfast.TrainConfig) -> int:
-    """Return about how many bytes the trace of a run has."""
-    records = config.steps // config.record_every + 1
-    return records * config.vocab_size * 2 * (4 * config.hidden_dim + 1)
 
 
 def outcome_line(entry: Mapping[str, Any], is_kept: bool) -> str:

@@ -16,6 +16,9 @@ import bhfast
 from bhfast.errors import ConfigError
 
 FIXED = ("out", "overwrite", "quiet")  # the same for all runs
+DEFAULTS = {
+    "storage": "stream"
+}  # sooner done, in less memory, where runs follow one another: benchmarks/results/cpu.json
 ALWAYS_NAMED = ("sigma", "seed")
 FIGURES = ("first_loss", "last_loss", "mean_loss", "steps_per_second", "seconds")
 
@@ -112,7 +115,7 @@ def plan(grid: Mapping[str, list[Any]], out_dir: str | os.PathLike[str]) -> list
     varied = [*ALWAYS_NAMED, *(name for name in order if name not in ALWAYS_NAMED and len(grid[name]) > 1)]
     runs: dict[str, Run] = {}
     for values in itertools.product(*(grid[name] for name in order)):
-        config = bhfast.TrainConfig(**dict(zip(order, values, strict=True)), quiet=True)
+        config = bhfast.TrainConfig(**{**DEFAULTS, **dict(zip(order, values, strict=True))}, quiet=True)
         settings = {name: getattr(config, name) for name in varied}
         name = "_".join(f"{setting}{_in_a_name(value)}" for setting, value in settings.items())
         if name in runs:
