@@ -100,8 +100,10 @@ def test_command_to_file(benchmark, settings: dict) -> None:
 
         return run
 
+    ours = ("-m", "bhfast.train", "--device", "cpu", "--engine", "native", "--quiet")
     contestants = {
-        "bhfast train": command("-m", "bhfast.train", "--device", "cpu", "--engine", "native", "--quiet"),
+        "bhfast train": command(*ours),
+        "bhfast train --storage stream": command(*ours, "--storage", "stream"),
         "Trainer and lists": command(str(Path(__file__).with_name("baseline.py"))),
     }
     race(f"Command to file, {steps:,} steps", benchmark, 3, contestants)
