@@ -35,8 +35,17 @@ CUDA_SOURCES = ["csrc/cuda/adam.cu", "csrc/cuda/norm.cu", "csrc/cuda/record.cu"]
 HEADERS = sorted(map(str, Path("csrc").rglob("*.h")))
 ARCHITECTURES = ("80", "90", "100")  # the last one also as PTX, for the GPUs to come
 # The bits of the results are specified: no contraction, no reassociation, division and square root correctly rounded.
-CXX_FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-Wall", "-Wextra"]
-NVCC_FLAGS = ["-O3", "-fmad=false", "-prec-div=true", "-prec-sqrt=true", "-ftz=false"]
+CXX_FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fopenmp",
+    "-Wall",
+    "-Wextra",
+]
+NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-prec-div=true", "-prec-sqrt=true", "-ftz=false"]
 
 try:
     import torch

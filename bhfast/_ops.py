@@ -269,7 +269,7 @@ def _adam(p: Tensor, g: Tensor, m: Tensor, v: Tensor, c: AdamCoefficients) -> tu
 def _lerp(start: Tensor, end: Tensor, weight: Tensor) -> Tensor:
     """``torch.lerp`` to the bit: from the nearer end."""
     near_start = fma(weight, end - start, start)
-    near_end = fma(1 - weight, -(end - start), end)
+    near_end = fma(weight - 1, end - start, end)
     return torch.where(weight < 0.5, near_start, near_end)
 
 

@@ -17,6 +17,7 @@ from bhfast import _ops
 from bhfast.errors import BhfastError, ConfigError
 
 DTYPES = (torch.bfloat16, torch.float32)
+ALIGNMENT = 16  # bytes that a CUDA thread reads at once: kBytes in csrc/cuda/launch.h
 
 
 class FusedAdam(torch.optim.Optimizer):
@@ -210,13 +211,20 @@ class FusedAdam(torch.optim.Optimizer):
         return [_Batch(group, alike, self.state, self._recording) for alike in kinds.values()]
 
     def _allocate(self, params: list[Tensor]) -> None:
-        """Set up the state of new parameters, side by side in memory, which pure torch updates faster."""
+        """Set up the state of new parameters in one block of memory, each tensor aligned for the CUDA kernels.
+
+        Tensors whose sizes are multiples of the alignment lie side by side, which pure torch updates faster.
+        """
         kinds = defaultdict(list)
         for p in params:
             kinds[p.dtype, p.device].append(p)
         for (dtype, device), alike in kinds.items():
-            moments = torch.zeros(2, sum(p.numel() for p in alike), dtype=dtype, device=device)
-            exp_avgs, exp_avg_sqs = (torch._utils._unflatten_dense_tensors(row, alike) for row in moments)
+            unit = ALIGNMENT // dtype.itemsize
+            sizes = [-(-p.numel() // unit) * unit for p in alike]
+            rows = torch.zeros(2, sum(sizes), dtype=dtype, device=device)
+            exp_avgs, exp_avg_sqs = (
+                [x[: p.numel()].view(p.shape) for x, p in zip(row.split(sizes), alike, strict=True)] for row in rows
+            )
             steps = torch.zeros(len(alike)).unbind()
             for p, step, exp_avg, exp_avg_sq in zip(alike, steps, exp_avgs, exp_avg_sqs, strict=True):
                 self.state[p].update(step=step, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)

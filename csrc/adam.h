@@ -37,12 +37,15 @@ template <>
 BHFAST_INLINE float rounded<bfloat16>(float x) {
   const uint32_t bits = __builtin_bit_cast(uint32_t, x);
 #ifdef __CUDA_ARCH__
-  // A GPU's NaN has all bits set, and would overflow below. A CPU's has the upper half of one of its operands', and
-  // here the lower half of every operand that can be NaN is zero, so it stays a NaN without being looked for.
+  // A GPU's NaN has all bits set, and would overflow below. A CPU's takes its bits from one of its operands, and here
+  // the lower half of every operand that can be NaN is zero (see plain_nan), so it needs no test.
   if (x != x) return __builtin_bit_cast(float, 0x7fc00000);
 #endif
   return __builtin_bit_cast(float, (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000);
 }
+
+// Any NaN as the one whose lower half is zero.
+BHFAST_INLINE float plain_nan(float x) { return x == x ? x : __builtin_bit_cast(float, 0x7fc00000); }
 
 // Store a value that is one of T. (Of the bits alone: compilers do not vectorize copies of a struct.)
 BHFAST_INLINE void store(float& to, float x) { to = x; }
@@ -72,7 +75,7 @@ BHFAST_INLINE void adam_element(T& param, const T& grad, T& exp_avg, T& exp_avg_
   const float g = rounded<T>(to_float(grad) * clip_coef);
   float p = to_float(param), m = to_float(exp_avg), v = to_float(exp_avg_sq);
   if constexpr (kDecays) p = round(p * c.decay);
-  m = round(c.weight1 < 0.5f ? fmaf(c.weight1, g - m, m) : fmaf(1 - c.weight1, -(g - m), g));
+  m = round(c.weight1 < 0.5f ? fmaf(c.weight1, g - m, m) : fmaf(c.weight1 - 1, g - m, g));
   v = round(fmaf(c.weight2 * g, g, round(v * c.beta2)));
   const float denom = round(round(round(sqrtf(v)) / c.bias2_sqrt) + round(c.eps));
   p = round(p + c.step_size * m / denom);
@@ -88,7 +91,7 @@ BHFAST_INLINE void adam_element(T& param, const T& grad, T& exp_avg, T& exp_avg_
 // min(1, max_norm / (norm + 1e-6)), rounded to the gradients' dtype. Not fminf, which would hide a NaN.
 BHFAST_INLINE float clip_coefficient(float norm, float max_norm, bool to_bfloat16) {
   const float ratio = max_norm / (norm + 1e-6f);
-  const float coefficient = ratio > 1 ? 1 : ratio;
+  const float coefficient = ratio > 1 ? 1 : plain_nan(ratio);
   return to_bfloat16 ? rounded<bfloat16>(coefficient) : coefficient;
 }
 

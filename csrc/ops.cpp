@@ -10,6 +10,12 @@
 #ifdef BHFAST_CUDA
 #include "cuda/kernels.h"
 #endif
+#ifdef BHFAST_CUDA_ON_CPU  // the CUDA kernels executed by a CPU, on its own tensors: tests/cuda_on_cpu
+#include <machine.h>
+#define BHFAST_LIBRARY bhfast_cuda_on_cpu
+#else
+#define BHFAST_LIBRARY bhfast
+#endif
 
 namespace bhfast {
 namespace {
@@ -17,11 +23,20 @@ namespace {
 using at::Tensor;
 using at::TensorList;
 
-#ifdef BHFAST_CUDA
+// Whether the CUDA kernels take the tensor, whether a number of a step is read here, and where kernels are launched.
+#if defined(BHFAST_CUDA_ON_CPU)
+bool for_cuda(const Tensor&) { return true; }
+bool is_value(const Tensor&) { return cuda_on_cpu::numbers_by_value; }
+cudaStream_t stream_of(const Tensor&) { return nullptr; }
+#elif defined(BHFAST_CUDA)
+bool for_cuda(const Tensor& t) { return t.is_cuda(); }
+bool is_value(const Tensor& t) { return t.is_cpu(); }
 cudaStream_t stream_of(const Tensor& t) {
   const c10::impl::VirtualGuardImpl guard(t.device().type());
   return static_cast<cudaStream_t>(guard.getStream(t.device()).native_handle());
 }
+#else
+bool is_value(const Tensor&) { return true; }
 #endif
 
 // -------------------------------------------------------------------------------------------------------------------
@@ -92,7 +107,7 @@ Dtype dtype_of(const char* name, size_t i, const Tensor& t) {
 template <class T>
 void take(const Tensor& t, T& value, const T*& at) {
   const T* data = static_cast<const T*>(t.const_data_ptr());
-  if (t.is_cpu()) {
+  if (is_value(t)) {
     value = *data;
   } else {
     at = data;
@@ -194,7 +209,7 @@ void adam_op(TensorList params, TensorList grads, TensorList exp_avgs, TensorLis
 
   const Rounding how = rounding == "per-op" ? Rounding::per_op : Rounding::opmath;
 #ifdef BHFAST_CUDA
-  if (first.is_cuda()) {
+  if (for_cuda(first)) {
     cuda::adam(list, dtype, how, n, stream_of(first));
   } else
 #endif
@@ -222,7 +237,7 @@ std::tuple<Tensor, Tensor> clip_coefficient_op(TensorList grads, double max_norm
   float* const norm_at = norm.mutable_data_ptr<float>();
   float* const clip_coef_at = clip_coef.mutable_data_ptr<float>();
 #ifdef BHFAST_CUDA
-  if (first.is_cuda()) {
+  if (for_cuda(first)) {
     Tensor joined;
     if (list.size() > cuda::kMaxGrads) {  // as one tensor; of mixed dtypes as float32, which holds both exactly
       std::vector<Tensor> flat;
@@ -257,7 +272,7 @@ void record_op(TensorList values, TensorList rings, const Tensor& step, int64_t 
     list.push_back({blocks.read(values[i]), blocks.update(rings[i]), static_cast<int64_t>(values[i].nbytes())});
   }
 #ifdef BHFAST_CUDA
-  if (values[0].is_cuda()) {
+  if (for_cuda(values[0])) {
     cuda::record(list, n, stream_of(values[0]));
   } else
 #endif
@@ -266,14 +281,14 @@ void record_op(TensorList values, TensorList rings, const Tensor& step, int64_t 
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(bhfast, CPU, m) {
+TORCH_LIBRARY_IMPL(BHFAST_LIBRARY, CPU, m) {
   m.impl("adam_", &adam_op);
   m.impl("clip_coefficient", &clip_coefficient_op);
   m.impl("record_", &record_op);
 }
 
-#ifdef BHFAST_CUDA
-TORCH_LIBRARY_IMPL(bhfast, CUDA, m) {
+#if defined(BHFAST_CUDA) && !defined(BHFAST_CUDA_ON_CPU)
+TORCH_LIBRARY_IMPL(BHFAST_LIBRARY, CUDA, m) {
   m.impl("adam_", &adam_op);
   m.impl("clip_coefficient", &clip_coefficient_op);
   m.impl("record_", &record_op);

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import os
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -42,10 +43,40 @@ def extension() -> ModuleType:
     return _ops._extension
 
 
+OPERATIONS = ("clip_coefficient", "adam_", "record_")
+
+
+@pytest.fixture(scope="session")
+def cuda_on_cpu(extension: ModuleType) -> SimpleNamespace:
+    """The operations as a CUDA device has them, its kernels executed by the CPU.
+
+    The kernels get the addresses of a step's numbers; ``by_value(True)`` hands them over themselves.
+    """
+    from cuda_on_cpu import build
+
+    library = build.library()
+    for name in OPERATIONS:
+        schema = str(getattr(torch.ops.bhfast, name).default._schema)
+        torch.library.define(f"bhfast_cuda_on_cpu::{name}", schema[schema.index("(") :])
+    torch.ops.load_library(library)
+    by_value = ctypes.c_bool.in_dll(ctypes.CDLL(library), "numbers_by_value")
+    operations = {name: _with_signature(name, getattr(torch.ops.bhfast_cuda_on_cpu, name)) for name in OPERATIONS}
+    return SimpleNamespace(by_value=lambda value: setattr(by_value, "value", value), **operations)
+
+
+def _with_signature(name: str, operation: Callable[..., object]) -> Callable[..., object]:
+    @wraps(getattr(_ops, name))
+    def call(*args: object, **kwargs: object) -> object:
+        return operation(*args, **kwargs)
+
+    return call
+
+
 KERNELS = [
     *[("torch", device) for device in ("cpu", "cuda", "mps")],
     *[(instructions, "cpu") for instructions in ("portable", "avx2", "avx512")],
     ("compiled", "cuda"),
+    ("cuda-on", "cpu"),
 ]
 
 
@@ -53,15 +84,18 @@ KERNELS = [
 def kernels(request: pytest.FixtureRequest) -> Iterator[SimpleNamespace]:
     """The operations in each implementation, and its ``device``.
 
-    That is pure torch on every device, and what the extension brings: on the CPU one for each instruction set.
+    That is pure torch on every device, and what the extension brings: on the CPU one for each instruction set; besides,
+    the CUDA kernels executed by the CPU.
     """
     name, device = request.param[0], _require(request.param[1])
-    operations = {name: getattr(_ops, name) for name in ("clip_coefficient", "adam_", "record_")}
+    operations = {name: getattr(_ops, name) for name in OPERATIONS}
+    if name == "cuda-on":
+        operations = {**vars(request.getfixturevalue("cuda_on_cpu"))}
     if name == "torch":
         operations = {key: operation.__wrapped__ for key, operation in operations.items()}
     operations["adam_"] = partial(_recording_nothing, operations["adam_"])
     here = SimpleNamespace(device=device, **operations)
-    if name == "torch":
+    if name in ("torch", "cuda-on"):
         yield here
         return
     extension = request.getfixturevalue("extension")

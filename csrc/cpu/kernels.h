@@ -11,8 +11,7 @@
 
 namespace bhfast::cpu {
 
-constexpr int64_t kNormBlock = 1024;  // _ops.NORM_BLOCK
-constexpr int64_t kChunk = 4096;      // elements advanced before they are recorded: they stay in the first cache
+constexpr int64_t kChunk = 4096;  // elements advanced before they are recorded: they stay in the first cache
 
 // Elements [begin, end) of one step of Adam.
 struct AdamRange {

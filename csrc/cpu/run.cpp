@@ -13,16 +13,24 @@ namespace {
 
 constexpr int64_t kGrain = 1 << 16;  // elements below which another thread costs more than it saves
 
+// The numbers of a step may come from anywhere, with any NaN.
+Coefficients with_plain_nans(const Coefficients& c) {
+  return {plain_nan(c.decay),   plain_nan(c.bias2_sqrt), plain_nan(c.step_size), plain_nan(c.weight1),
+          plain_nan(c.weight2), plain_nan(c.beta2),      plain_nan(c.eps)};
+}
+
 }  // namespace
 
 void adam(std::vector<AdamTensors> tensors, Dtype dtype, Rounding rounding, const StepNumbers& n) {
+  const Coefficients coefficients = with_plain_nans(n.coefficients);
+  const float clip_coef = plain_nan(n.clip_coef);
   const int64_t slot = n.slots ? slot_of(n.step, n.every, n.slots) : -1;
   const Ranges<AdamTensors> ranges(std::move(tensors));
   at::parallel_for(0, ranges.numel(), kGrain, [&](int64_t begin, int64_t end) {
     ranges.visit(begin, end, [&](const AdamTensors& t, int64_t first, int64_t last) {
       for (int64_t chunk = first; chunk < last; chunk += kChunk) {
         const int64_t chunk_end = std::min(chunk + kChunk, last);
-        kernels().adam({t, chunk, chunk_end, dtype, rounding, n.coefficients, n.clip_coef});
+        kernels().adam({t, chunk, chunk_end, dtype, rounding, coefficients, clip_coef});
         if (slot >= 0) record(t, chunk, chunk_end, dtype, slot);
       }
     });

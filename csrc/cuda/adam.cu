@@ -6,14 +6,6 @@ namespace bhfast::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kBytes = 16;  // that a thread reads at once
-
-template <class T>
-struct alignas(kBytes) Pack {
-  static constexpr int kSize = kBytes / sizeof(T);
-  T x[kSize];
-};
-
 template <class T>
 constexpr int64_t kBlockElements = kThreads * Pack<T>::kSize;
 
@@ -103,7 +95,7 @@ constexpr int kMost = 340;  // items of List<Item, int, kMost> that fit a kernel
 
 template <class T, class Op>
 void launch_all(const std::vector<AdamTensors>& tensors, const StepNumbers& numbers, cudaStream_t stream) {
-  static_assert(sizeof(List<Item, int, kMost>) + sizeof(StepNumbers) <= 32764);
+  static_assert(sizeof(List<Item, int, kMost>) + sizeof(StepNumbers) <= kMaxArguments);
   for (size_t begin = 0; begin < tensors.size(); begin += kMost) {
     const int count = static_cast<int>(std::min(tensors.size() - begin, size_t{kMost}));
     const auto how = count <= kShort ? launch<T, Op, kShort> : launch<T, Op, kMost>;

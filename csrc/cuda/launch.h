@@ -11,7 +11,9 @@
 
 namespace bhfast::cuda {
 
-// Items of a short list. A kernel's arguments may take 32,764 bytes, but short lists launch faster.
+constexpr size_t kMaxArguments = 32764;  // bytes of a kernel's arguments
+
+// Items of a short list, which launches faster.
 constexpr int kShort = 40;
 
 // A list handed over by value. Blocks [first[i], first[i + 1]) of the grid, or elements, are those of items[i].
@@ -35,7 +37,15 @@ __device__ inline int64_t slot_of_step(const StepNumbers& n) {
   return n.slots ? slot_of(n.step_at ? *n.step_at : n.step, n.every, n.slots) : -1;
 }
 
-inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+constexpr int kBytes = 16;  // that a thread reads at once
+
+template <class T>
+struct alignas(kBytes) Pack {
+  static constexpr int kSize = kBytes / sizeof(T);
+  T x[kSize];
+};
+
+__host__ __device__ inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % kBytes == 0; }
 
 inline void check(const char* what) {
   const cudaError_t error = cudaGetLastError();

@@ -1,0 +1,108 @@
+"""Compiles the CUDA kernels for a CPU, against the stand-in for CUDA in this folder."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import re
+import shlex
+import subprocess
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+FLAGS = [
+    "-std=c++20",
+    "-O1",
+    "-g1",
+    "-fPIC",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-unknown-pragmas",
+]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+
+LAUNCH = re.compile(r"(\w+(?:<[^<>;]*>)?)<<<([^;]*?)>>>\(([^;]*?)\);")
+DYNAMIC = re.compile(r"extern __shared__ ([^;]+?) (\w+)\[\];")
+SHARED = re.compile(r"__shared__ ([^;=]+?) (\w+)((?:\[[^\]]+\])*);")
+
+
+def translate(path: Path) -> str:
+    """Return a CUDA source as C++: launches as calls, and shared variables as requests for memory of the block."""
+    text = path.read_text()
+    launches = text.count("<<<")
+    text, found = LAUNCH.subn(r"cuda_on_cpu::launch(\2, [&] { \1(\3); });", text)
+    assert found == launches, f"{path}: a launch was not understood"
+    text = DYNAMIC.sub(r"\1* const \2 = static_cast<\1*>(cuda_on_cpu::dynamic_shared());", text)
+    names = [match[2] for match in SHARED.finditer(text)]
+    text = SHARED.sub(
+        lambda match: f"auto& {match[2]} = cuda_on_cpu::shared<{match[1]}{match[3]}>({names.index(match[2])});", text
+    )
+    assert "__shared__" not in text, f"{path}: a shared variable was not understood"
+    assert len(set(names)) == len(names), f"{path}: two shared variables of one name"
+    return f'#line 1 "{path.name}"\n{text}'
+
+
+def library() -> Path:
+    """Build the operations of csrc/ops.cpp with the CUDA kernels, as ``torch.ops.bhfast_cuda_on_cpu.*``.
+
+    CXXFLAGS adds to the compiler's flags: sanitizers, for a process that has loaded them.
+    """
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    system = [*include_paths(), sysconfig.get_paths()["include"]]
+    flags = [*shlex.split(os.environ.get("CXXFLAGS", "")), *(f"-isystem{path}" for path in system)]
+    libraries = ["-shared", *(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
+    return _build("kernels.so", [ROOT / "csrc/ops.cpp", *_kernels(ROOT / "csrc")], ROOT / "csrc", flags, libraries)
+
+
+def probes(csrc: Path = ROOT / "csrc") -> Path:
+    """Build the program of probes.cpp, with sanitizers, from the kernels in ``csrc``."""
+    sources = [HERE / "probes.cpp", HERE / "instructions.cu", *_kernels(csrc)]
+    return _build("probes", sources, csrc, SANITIZERS)
+
+
+def _kernels(csrc: Path) -> list[Path]:
+    return [*sorted(csrc.glob("cuda/*.cu")), HERE / "machine.cpp"]
+
+
+def _build(name: str, sources: list[Path], csrc: Path, flags: list[str], libraries: Sequence[str] = ()) -> Path:
+    """Return what was built of the same sources before, or build it; every object on its own."""
+    includes = [HERE / "include", HERE, csrc, csrc / "cuda"]
+    flags = [*FLAGS, *flags, "-DBHFAST_CUDA_ON_CPU", '-DBHFAST_CUDA="cpu"']
+    headers = [*sorted(csrc.rglob("*.h")), *sorted(HERE.rglob("*.h"))]
+    common = [str(flags), *(path.read_text() for path in headers)]
+    flags += [f"-I{path}" for path in includes]
+    folder = ROOT / "build/cuda_on_cpu"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        objects, jobs = [], []
+        for source in sources:
+            text = translate(source) if source.suffix == ".cu" else source.read_text()
+            target = folder / f"{source.stem}-{_digest(text, *common)}"
+            objects.append(target.with_suffix(".o"))
+            if not objects[-1].exists():
+                target.with_suffix(".cpp").write_text(text if source.suffix == ".cu" else f'#include "{source}"\n')
+                command = [*_compiler(), *flags, "-c", target.with_suffix(".cpp"), "-o", target.with_suffix(".new")]
+                jobs.append((objects[-1], subprocess.Popen(command)))
+        for target, job in jobs:
+            assert job.wait() == 0, f"{target} could not be compiled"
+            target.with_suffix(".new").rename(target)
+        result = folder / f"{_digest(*map(str, objects), *libraries)}-{name}"
+        if not result.exists():
+            subprocess.run([*_compiler(), *flags, *objects, *libraries, "-o", result], check=True)
+    return result
+
+
+def _compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "c++"))
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

@@ -1,0 +1,111 @@
+// Instructions that CUDA C++ has no words for: matrix products of a warp, and clusters of blocks. In PTX for nvcc; for
+// a CPU as the PTX manual describes them (version 9.0, "Warp Level Matrix Multiply-Accumulate", "barrier.cluster",
+// "mapa").
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace bhfast::cuda {
+
+#ifndef BHFAST_CUDA_ON_CPU
+
+// d += a b for a warp: a is 16 x 16, b 16 x 8, both of bfloat16; d is 16 x 8 of float32.
+// Of a, thread t holds rows t/4 and t/4 + 8 (registers 0 and 1) at columns 2 (t%4) and the next, and the same of
+// columns 8 further on (2 and 3); of b column t/4 at rows 2 (t%4) and the next, and 8 further on; of d rows t/4 (0 and
+// 1) and t/4 + 8 (2 and 3) at columns 2 (t%4) and the next.
+__device__ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Load four 8 x 8 matrices of 16 bits from shared memory. Thread t brings the address of row t%8 of matrix t/8, aligned
+// to 16 bytes, and gets of each matrix, or of its transpose, row t/4 at columns 2 (t%4) and the next.
+template <bool kTransposed>
+__device__ inline void ldmatrix_x4(uint32_t (&to)[4], const void* row) {
+  const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  if constexpr (kTransposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(at)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(at)
+                 : "memory");
+  }
+}
+
+// The block's number in its cluster.
+__device__ inline uint32_t cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// A barrier of all threads of the cluster, in two parts.
+__device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+// Where the shared variable lies in the cluster's block `rank`.
+template <class T>
+__device__ T* of_rank(T* shared, uint32_t rank) {
+  uint64_t there;
+  asm volatile("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(reinterpret_cast<uint64_t>(shared)), "r"(rank));
+  return reinterpret_cast<T*>(there);
+}
+
+#else
+
+struct Operands {
+  uint32_t a[4], b[2];
+};
+
+inline float half_of(uint32_t pair, int which) {
+  return __builtin_bit_cast(float, which ? pair & 0xffff0000 : pair << 16);
+}
+
+inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  const auto lanes = cuda_on_cpu::exchange(Operands{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}});
+  const int lane = threadIdx.x % 32;
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+    double sum = d[i];  // a GPU's order and precision of this sum are its own
+    for (int k = 0; k < 16; ++k) {
+      const uint32_t from_a = lanes[row % 8 * 4 + k % 8 / 2].a[row / 8 + k / 8 * 2];
+      const uint32_t from_b = lanes[column * 4 + k % 8 / 2].b[k / 8];
+      sum += static_cast<double>(half_of(from_a, k % 2)) * half_of(from_b, k % 2);
+    }
+    d[i] = static_cast<float>(sum);
+  }
+}
+
+template <bool kTransposed>
+void ldmatrix_x4(uint32_t (&to)[4], const void* row) {
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) cuda_on_cpu::die("ldmatrix from an address not aligned to 16 bytes");
+  const auto rows = cuda_on_cpu::exchange(static_cast<const uint16_t*>(row));
+  const int lane = threadIdx.x % 32;
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    const auto at = [&](int i, int j) -> uint32_t { return rows[matrix * 8 + i][j]; };
+    const int i = lane / 4, j = lane % 4 * 2;
+    to[matrix] = kTransposed ? at(j, i) | at(j + 1, i) << 16 : at(i, j) | at(i, j + 1) << 16;
+  }
+}
+
+inline uint32_t cluster_rank() { return cuda_on_cpu::rank_in_cluster(); }
+inline void cluster_arrive() { cuda_on_cpu::cluster_arrive(); }
+inline void cluster_wait() { cuda_on_cpu::cluster_wait(); }
+
+template <class T>
+T* of_rank(T* shared, uint32_t rank) {
+  return static_cast<T*>(cuda_on_cpu::of_rank(shared, rank));
+}
+
+#endif
+
+}  // namespace bhfast::cuda
