@@ -34,6 +34,7 @@ SOURCES = [
 CUDA_SOURCES = ["csrc/cuda/adam.cu", "csrc/cuda/norm.cu", "csrc/cuda/record.cu"]
 HEADERS = sorted(map(str, Path("csrc").rglob("*.h")))
 ARCHITECTURES = ("80", "90", "100")  # the last one also as PTX, for the GPUs to come
+OLDEST_FOR_CUDA = (2, 11)  # the first torch whose streams tell their CUDA handle: c10::Stream::native_handle
 # The bits of the results are specified: no contraction, no reassociation, division and square root correctly rounded.
 CXX_FLAGS = [
     "-std=c++20",
@@ -67,6 +68,8 @@ def plan() -> tuple[str, str]:
         missing = f"there is no C++ compiler {compiler}"
     elif wanted == "cuda" and nvcc() is None:
         missing = "there is no nvcc: set CUDA_HOME"
+    elif wanted == "cuda" and too_old_for_cuda():
+        missing = too_old_for_cuda()
     if wanted == "none":
         return wanted, "as asked"
     if missing:
@@ -77,7 +80,17 @@ def plan() -> tuple[str, str]:
         return wanted, "as asked"
     if torch.version.cuda is None:
         return "cpu", "this torch has no CUDA"
-    return ("cuda", "nvcc and a CUDA torch are there") if nvcc() else ("cpu", "there is no nvcc: set CUDA_HOME")
+    if nvcc() is None:
+        return "cpu", "there is no nvcc: set CUDA_HOME"
+    return ("cpu", too_old_for_cuda()) if too_old_for_cuda() else ("cuda", "nvcc and a CUDA torch are there")
+
+
+def too_old_for_cuda() -> str | None:
+    """Return why the CUDA kernels cannot be built against this torch; None if they can."""
+    version = tuple(int(number) for number in re.findall(r"\d+", torch.__version__)[:2])
+    if version >= OLDEST_FOR_CUDA:
+        return None
+    return f"the CUDA kernels need torch {'.'.join(map(str, OLDEST_FOR_CUDA))} or newer, this is {torch.__version__}"
 
 
 def nvcc() -> str | None:

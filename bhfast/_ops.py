@@ -8,7 +8,8 @@ Adam is written once, in :func:`adam`, and reads like its formula. It has two ro
 
 ``per-op``
     Every operation rounds to the parameter's dtype. For bfloat16 on a CPU this equals
-    ``torch.optim.AdamW(foreach=False, fused=False)`` bit for bit; for float32 where torch's square root is exact.
+    ``torch.optim.AdamW(foreach=False, fused=False)`` bit for bit; for float32 where torch's square root is exact. (At
+    beta1 = 0 but for the sign of zeros: see :func:`torch_has_one_lerp`.)
 ``opmath``
     float32 inside, one rounding per output, as fused optimizers do.
 
@@ -269,7 +270,7 @@ def _adam(p: Tensor, g: Tensor, m: Tensor, v: Tensor, c: AdamCoefficients) -> tu
 def _lerp(start: Tensor, end: Tensor, weight: Tensor) -> Tensor:
     """``torch.lerp`` to the bit: from the nearer end."""
     near_start = fma(weight, end - start, start)
-    near_end = fma(weight - 1, end - start, end)
+    near_end = fma(1 - weight, -(end - start), end)
     return torch.where(weight < 0.5, near_start, near_end)
 
 
@@ -317,7 +318,12 @@ def adam_(
         clip_coef = None  # it would change nothing
     lists = (params, grads, exp_avgs, exp_avg_sqs)
     flat = [_flatten(x) for x in lists]
-    is_plain = rounding == "per-op" and flat[0].device.type == "cpu" and torch_rounds_per_op(flat[0].dtype)
+    is_plain = (
+        rounding == "per-op"
+        and flat[0].device.type == "cpu"
+        and torch_rounds_per_op(flat[0].dtype)
+        and AdamCoefficients(*coefficients).weight1 != 1
+    )
     coefficients = coefficients.to(flat[0].device)[None]
     for param, grad, exp_avg, exp_avg_sq in zip(*(x.split(CHUNK) for x in flat), strict=True):
         if clip_coef is not None:
@@ -360,6 +366,14 @@ def torch_rounds_per_op(dtype: torch.dtype) -> bool:
     wanted = adam(p, g, m, v, coefficients, "per-op")
     _adam_torch_(p, g, m, v, coefficients)
     return all(torch.equal(x, y) for x, y in zip((p, m, v), wanted, strict=True))
+
+
+def torch_has_one_lerp(beta1: float) -> bool:
+    """Whether ``torch.lerp`` with weight ``1 - beta1`` is a function of its arguments.
+
+    At a weight of 1 it gives a zero one sign in its vector body, another in its tail.
+    """
+    return bool(torch.tensor(1 - beta1, dtype=torch.float32) != 1)
 
 
 def exact_device(device: torch.device) -> torch.device:

@@ -76,6 +76,8 @@ class Description:
             return None, "a replay knows bfloat16 and float32"
         if inexact := [p.dtype for p in params if not _ops.torch_rounds_per_op(p.dtype)]:
             return None, f"torch's {kind} of {inexact[0]} is not exact to the bit on this CPU"
+        if not all(_ops.torch_has_one_lerp(float(group["betas"][0])) for group in groups):
+            return None, f"at betas[0] = 0 the sign that torch's {kind} gives a zero depends on where it lies"
         return "per-op", f"{kind} on a CPU rounds after every operation"
 
 

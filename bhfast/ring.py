@@ -58,14 +58,15 @@ class Ticket(Protocol):
 
 
 class Lane(Protocol):
-    """Carries copies from a device to the host beside the computation, in the order they are asked for.
+    """Carries copies from a device to the host beside the computation, in the order they are asked for."""
 
-    Attributes:
-        waits: how often the computation had to wait: for a copy out of a slot it needs, or for memory to copy to.
-            Complete after :meth:`drain`.
-    """
+    @property
+    def waits(self) -> int:
+        """How often the computation had to wait: for a copy out of a slot it needs, or for memory to copy to.
 
-    waits: int
+        Complete after :meth:`drain`.
+        """
+        ...
 
     def add(self, host: Tensor) -> None:
         """Make a tensor of :func:`host_tensor` ready to be copied to."""
@@ -88,16 +89,38 @@ class Lane(Protocol):
         ...
 
 
+class Meetings:
+    """Counts how often the computation came to a place before the copy it needs was done.
+
+    The host is far ahead of the device: only when both events of a meeting are over can it know which came first.
+    """
+
+    def __init__(self) -> None:
+        self.waits = 0
+        self._ahead: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+
+    def add(self, arrived: torch.cuda.Event, copied: torch.cuda.Event) -> None:
+        """Note a meeting to come, and settle those that are over."""
+        self.settle()
+        self._ahead.append((arrived, copied))
+
+    def settle(self) -> None:
+        while self._ahead and all(event.query() for event in self._ahead[0]):
+            arrived, copied = self._ahead.popleft()
+            self.waits += arrived.elapsed_time(copied) > 0
+
+    def __len__(self) -> int:
+        return len(self._ahead)
+
+
 class CudaLane:
     """A side stream, and host memory that is pinned in the background."""
 
     def __init__(self, device: torch.device) -> None:
-        self.waits = 0
+        self._waits_for_memory = 0
         self.device = device
         self.stream = torch.cuda.Stream(device)
-        self._meetings: list[
-            tuple[torch.cuda.Event, torch.cuda.Event]
-        ] = []  # the computation arrives; the copy is done
+        self._meetings = Meetings()
         self.pinner = Preparer(_cuda_register, torch.cuda.cudart().cudaHostUnregister, PIN_PIECE)
 
     def add(self, host: Tensor) -> None:
@@ -105,7 +128,7 @@ class CudaLane:
 
     def copy(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Ticket:
         for host, _ in pairs:
-            self.waits += self.pinner.wait(host)
+            self._waits_for_memory += self.pinner.wait(host)
         self.stream.wait_event(torch.cuda.current_stream(self.device).record_event())
         with torch.cuda.stream(self.stream):
             for pair in pairs:
@@ -116,14 +139,16 @@ class CudaLane:
     def hold(self, ticket: Ticket) -> None:
         assert isinstance(ticket, torch.cuda.Event)
         stream = torch.cuda.current_stream(self.device)
-        self._meetings.append((stream.record_event(torch.cuda.Event(enable_timing=True)), ticket))
+        self._meetings.add(stream.record_event(torch.cuda.Event(enable_timing=True)), ticket)
         stream.wait_event(ticket)
+
+    @property
+    def waits(self) -> int:
+        return self._waits_for_memory + self._meetings.waits
 
     def drain(self) -> None:
         torch.cuda.synchronize(self.device)
-        # The host is far ahead of the device, so only now can it know which of the two came first.
-        self.waits += sum(arrived.elapsed_time(copied) > 0 for arrived, copied in self._meetings)
-        self._meetings.clear()
+        self._meetings.settle()
 
     def close(self) -> None:
         self.pinner.close()

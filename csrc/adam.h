@@ -75,7 +75,7 @@ BHFAST_INLINE void adam_element(T& param, const T& grad, T& exp_avg, T& exp_avg_
   const float g = rounded<T>(to_float(grad) * clip_coef);
   float p = to_float(param), m = to_float(exp_avg), v = to_float(exp_avg_sq);
   if constexpr (kDecays) p = round(p * c.decay);
-  m = round(c.weight1 < 0.5f ? fmaf(c.weight1, g - m, m) : fmaf(c.weight1 - 1, g - m, g));
+  m = round(c.weight1 < 0.5f ? fmaf(c.weight1, g - m, m) : fmaf(1 - c.weight1, -(g - m), g));
   v = round(fmaf(c.weight2 * g, g, round(v * c.beta2)));
   const float denom = round(round(round(sqrtf(v)) / c.bias2_sqrt) + round(c.eps));
   p = round(p + c.step_size * m / denom);

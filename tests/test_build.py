@@ -52,6 +52,28 @@ def test_what_is_asked_for_and_cannot_be_had_is_an_error(environment: dict[str, 
     assert message in said
 
 
+def test_a_torch_too_old_for_the_cuda_kernels_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "torch/utils"
+    folder.mkdir(parents=True)
+    (tmp_path / "torch/__init__.py").write_text("__version__ = '2.10.3+cu126'\nclass version: cuda = '12.6'")
+    (folder / "__init__.py").touch()
+    (folder / "cpp_extension.py").write_text(
+        "CUDA_HOME = None\nclass BuildExtension: pass\ndef include_paths(): return []\n"
+        "def CppExtension(name, sources, **_):\n"
+        "    from setuptools import Extension\n    return Extension(name, sources)\n"
+    )
+    (tmp_path / "nvcc").write_text("#!/bin/sh\n")
+    (tmp_path / "nvcc").chmod(0o755)
+    here = {"PYTHONPATH": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    told = "the CUDA kernels need torch 2.11 or newer, this is 2.10.3+cu126"
+    status, said = plan(**here)
+    assert status == 0
+    assert f"bhfast: extension: cpu ({told})" in said
+    status, said = plan(**here, BHFAST_BUILD="cuda")
+    assert status != 0
+    assert f"BHFAST_BUILD=cuda: {told}" in said
+
+
 def test_without_torch_there_is_pure_torch(tmp_path: Path) -> None:
     """As in an isolated build; an install there must not fail."""
     (tmp_path / "torch.py").write_text("raise ImportError('no torch in an isolated build')")

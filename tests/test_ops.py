@@ -177,8 +177,38 @@ def test_clip_coefficient_of_a_nan_norm_is_nan(kernels) -> None:
     assert coefficient.isnan()
 
 
+@pytest.mark.parametrize("bits", [0x7F800001, 0x7FFF7FFF, 0x7FFF8000, 0x7FFFFFFF, -1, -0x8000], ids=hex)
+@pytest.mark.parametrize("mixed", [False, True], ids=["float32", "mixed"])
+def test_clip_coefficient_of_any_nan_is_nan(bits: int, mixed: bool, kernels) -> None:
+    """Whatever its payload: GPUs make NaN of all ones, which rounding to bfloat16 must not carry into the exponent."""
+    grads = [torch.tensor([bits], dtype=torch.int32).view(torch.float32).to(kernels.device)]
+    if mixed:
+        grads.append(torch.ones(3, dtype=torch.bfloat16, device=kernels.device))
+    norm, coefficient = kernels.clip_coefficient(grads, 1.0)
+    assert norm.isnan()
+    assert coefficient.isnan()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Adam
+
+
+@pytest.mark.parametrize("number", ["clip_coef", *_ops.AdamCoefficients._fields])
+@pytest.mark.parametrize("rounding", _ops.ROUNDINGS)
+def test_adam_carries_on_any_nan_among_its_numbers(number: str, rounding: str, kernels, generator) -> None:
+    nan = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    c, clip = coefficients(weight_decay=0.1)[0], torch.tensor(0.5)
+    if number == "clip_coef":
+        clip = nan
+    else:
+        c[_ops.AdamCoefficients._fields.index(number)] = nan
+    p, g, m, v = tensors(100, torch.bfloat16, generator, finite=True)
+    wanted = _ops.adam(p, g * clip, m, v, c[None], rounding)
+    p, g, m, v = (x.to(kernels.device) for x in (p, g, m, v))
+    kernels.adam_([p], [g], [m], [v], c, clip.to(kernels.device), rounding)
+    for got, want in zip((p, m, v), wanted, strict=True):
+        assert same_bits(got, want)
+    assert p.isnan().all()
 
 
 @pytest.mark.parametrize("finite", [True, False], ids=["finite", "awkward"])
@@ -200,7 +230,13 @@ def test_adam_per_op_equals_torch_operations_in_bfloat16(weight_decay, finite, g
 @pytest.mark.parametrize("finite", [True, False], ids=["finite", "awkward"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"weight_decay": 0.1}, {"weight_decay": 50.0, "step": 1}, {"betas": (0.3, 0.9), "step": 10_000}],
+    [
+        {},
+        {"weight_decay": 0.1},
+        {"weight_decay": 50.0, "step": 1},
+        {"betas": (0.3, 0.9), "step": 10_000},
+        {"betas": (0.0, 0.0)},
+    ],
     ids=str,
 )
 def test_all_kernels_have_the_bits_of_the_formula(options, finite, dtype, rounding, kernels, generator) -> None:
@@ -215,6 +251,19 @@ def test_all_kernels_have_the_bits_of_the_formula(options, finite, dtype, roundi
         for name, got, want in zip(("param", "exp_avg", "exp_avg_sq"), (p, m, v), wanted, strict=True):
             assert same_bits(got, want), f"{name}, {n} elements"
         assert same_bits(g, given)
+
+
+def test_torch_signs_zeros_by_their_place_at_beta1_zero() -> None:
+    """So no formula has torch's bits there. If this fails, torch has mended it: torch_has_one_lerp can go."""
+    start, end = torch.zeros(67, dtype=torch.bfloat16), torch.full((67,), -0.0, dtype=torch.bfloat16)
+    signs = torch.lerp(start, end, 1.0).signbit()
+    if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        pytest.skip("this CPU has no vector instructions that torch knows")
+    assert signs.any()
+    assert not signs.all()
+    assert not _ops.torch_has_one_lerp(0.0)
+    assert not _ops.torch_has_one_lerp(1e-9)  # 1 in float32, when it is taken from 1
+    assert _ops.torch_has_one_lerp(1e-3)
 
 
 @pytest.mark.parametrize("rounding", _ops.ROUNDINGS)

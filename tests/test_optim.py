@@ -12,7 +12,7 @@ from torch import nn
 
 from bhfast import _ops
 from bhfast.errors import ConfigError
-from bhfast.optim import FusedAdam
+from bhfast.optim import ALIGNMENT, FusedAdam
 
 SHAPES = [(128, 64), (192,), (3, 5, 7), (1,)]
 
@@ -284,3 +284,19 @@ def test_scheduled_steps_are_the_steps(generator) -> None:
         b.step()
     a.count(7)
     assert_same(ours, a, theirs, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_moments_of_every_parameter_are_aligned_for_the_cuda_kernels(dtype: torch.dtype) -> None:
+    """However odd the sizes before them: misaligned tensors go an element at a time there."""
+    model = torch.nn.Sequential(torch.nn.Linear(7, 3), torch.nn.Linear(3, 10), torch.nn.LayerNorm(1)).to(dtype)
+    optimizer = FusedAdam(model.parameters())
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    for param in model.parameters():
+        for key in ("exp_avg", "exp_avg_sq"):
+            moment = optimizer.state[param][key]
+            assert moment.data_ptr() % ALIGNMENT == 0
+            assert moment.shape == param.shape
+            assert moment.is_contiguous()

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bhfast.replay import clip_coefficient
+from bhfast.optim import FusedAdam
+from bhfast.replay import Description, clip_coefficient
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 
@@ -48,3 +49,19 @@ def test_gradients_that_were_not_changed_by_one_factor(generator: torch.Generato
     assert math.isnan(clip_coefficient([(raw, raw * (0.5 + i / 8)) for i, raw in enumerate(raws)]))
     assert math.isnan(clip_coefficient([(raw, raw.clamp(-0.5, 0.5)) for raw in raws]))
     assert math.isnan(clip_coefficient([(raw * math.nan, raw * math.nan) for raw in raws]))
+
+
+@pytest.mark.parametrize(("beta1", "arithmetic"), [(0.9, "per-op"), (0.0, None)])
+def test_adamw_at_beta1_zero_is_not_known_to_the_bit(beta1: float, arithmetic: str | None) -> None:
+    """torch gives its zeros a sign by their place; FusedAdam is specified there too."""
+    params = {"w": torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))}
+    keys = {"w": {"param": "w"}}
+    torchs = torch.optim.AdamW(params.values(), betas=(beta1, 0.999))
+    told = Description(torchs).describe(params, keys)
+    assert told["arithmetic"] == arithmetic
+    assert (told["reason"] == "at betas[0] = 0 the sign that torch's AdamW gives a zero depends on where it lies") == (
+        arithmetic is None
+    )
+    assert (
+        Description(FusedAdam(params.values(), betas=(beta1, 0.999))).describe(params, keys)["arithmetic"] == "per-op"
+    )

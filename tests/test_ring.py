@@ -112,6 +112,34 @@ def test_half_size() -> None:
     assert half_size(0, 1) == 2
 
 
+class Event:
+    """Stands for a CUDA event that has happened at some time of the device, or not yet."""
+
+    now = 0.0
+
+    def __init__(self, at: float) -> None:
+        self.at = at
+
+    def query(self) -> bool:
+        return self.at <= Event.now
+
+    def elapsed_time(self, other: Event) -> float:
+        return other.at - self.at
+
+
+def test_meetings_of_the_streams_are_counted_and_let_go_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    meetings = ring.Meetings()
+    for step in range(1000):
+        monkeypatch.setattr(Event, "now", float(step - 5))  # the device is five steps behind
+        copied = step + 0.25 if step % 4 == 0 else step - 0.25
+        meetings.add(Event(step), Event(copied))
+        assert len(meetings) <= 7
+    monkeypatch.setattr(Event, "now", 2000.0)
+    meetings.settle()
+    assert len(meetings) == 0
+    assert meetings.waits == 250
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Host memory
 

@@ -27,6 +27,8 @@ FLAGS = [
 ]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 
+PREAMBLE = "#define __CUDACC__ 1\n#define __CUDA_ARCH__ 900\n#include <cuda_runtime.h>\n"  # as nvcc does
+
 LAUNCH = re.compile(r"(\w+(?:<[^<>;]*>)?)<<<([^;]*?)>>>\(([^;]*?)\);")
 DYNAMIC = re.compile(r"extern __shared__ ([^;]+?) (\w+)\[\];")
 SHARED = re.compile(r"__shared__ ([^;=]+?) (\w+)((?:\[[^\]]+\])*);")
@@ -45,7 +47,7 @@ def translate(path: Path) -> str:
     )
     assert "__shared__" not in text, f"{path}: a shared variable was not understood"
     assert len(set(names)) == len(names), f"{path}: two shared variables of one name"
-    return f'#line 1 "{path.name}"\n{text}'
+    return f'{PREAMBLE}#line 1 "{path.name}"\n{text}'
 
 
 def library() -> Path:

@@ -11,8 +11,6 @@
 #include "cuda_runtime_api.h"
 #include "machine.h"
 
-#define __CUDACC__ 1
-#define __CUDA_ARCH__ 900
 #define __host__
 #define __device__
 #define __global__
