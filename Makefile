@@ -3,6 +3,7 @@
 # make bench      set up and measure
 # make check      format, lint, types
 # make cuda       compile and link the CUDA kernels; needs nvcc, but no GPU
+# make compat TORCH=2.11.0   build and test against another torch, in an environment of its own under build/
 # make sanitize   run the tests of the C++ code under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 #
 # If `python3` (or PYTHON=...) already has torch, that environment is used, and its torch stays as it is; only what else
@@ -26,7 +27,7 @@ endif
 # The same from another folder.
 PY_HERE := $(if $(findstring /,$(PY)),$(abspath $(PY)),$(PY))
 
-.PHONY: run test bench check cuda sanitize setup
+.PHONY: run test bench check cuda sanitize compat setup
 
 run: setup
 	$(PY) -m bhfast.train --sigma 0 $(ARGS)
@@ -41,23 +42,31 @@ check: setup
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
-	$(PY) -c 'import clang_format; clang_format.clang_format()' --dry-run -Werror $(filter csrc/%.h csrc/%.cpp csrc/%.cu,$(SOURCES))
+	$(PY) -c 'import clang_format; clang_format.clang_format()' --dry-run -Werror $(filter %.h %.cpp %.cu,$(SOURCES)) \
+	    $(wildcard $(addprefix tests/cuda_on_cpu/,*.cpp *.cu *.h include/*.h))
 
 cuda: setup
 	CFLAGS=-Werror NVCC_APPEND_FLAGS='-Werror all-warnings' BHFAST_BUILD=cuda \
 	    $(PY) setup.py -q build_ext --force --build-temp build/cuda/objects --build-lib build/cuda
+	nvcc -Werror all-warnings -std=c++20 -arch=sm_90 -c tests/cuda_on_cpu/instructions.cu -o build/cuda/instructions.o
 	$(PY) -c 'import sys, torch; sys.path.insert(0, "build/cuda/bhfast"); import _C; print("linked for", _C.cuda_architectures)'
 
-# In copies of the tree, so that the extension in use stays as it is: in $(1) with sanitizers $(2), whose entry point is
-# named like $(3), with libraries $(4) loaded first; the tests $(5).
-define sanitize
+# A copy of the tree in build/$(1), so that the extension in use stays as it is.
+define copy
 rm -rf build/$(1) && mkdir -p build/$(1)
-cp -r bhfast csrc data tests LICENSE README.md pyproject.toml setup.py build/$(1) && rm -f build/$(1)/bhfast/*.so
+cp -r benchmarks bhfast csrc data examples tests LICENSE README.md pyproject.toml setup.py build/$(1)
+rm -f build/$(1)/bhfast/*.so
+endef
+
+# In a copy $(1) with sanitizers $(2), whose entry point is named like $(3), with libraries $(4) loaded first; the
+# tests $(5).
+define sanitize
+$(call copy,$(1))
 cd build/$(1) && CFLAGS='-fsanitize=$(2) -fno-omit-frame-pointer -g1 -Werror' LDFLAGS='-fsanitize=$(2)' BHFAST_BUILD=cpu \
     $(PY_HERE) setup.py -q build_ext --inplace
 nm -D build/$(1)/bhfast/_C*.so | grep -q $(3)
 cd build/$(1) && BHFAST_REQUIRE_EXTENSION=1 ASAN_OPTIONS=detect_leaks=0 TSAN_OPTIONS=halt_on_error=1 OMP_NUM_THREADS=1 \
-    LD_PRELOAD="$(foreach library,$(4),$$(c++ -print-file-name=$(library)))" \
+    CXXFLAGS='-fsanitize=$(2)' LD_PRELOAD="$(foreach library,$(4),$$(c++ -print-file-name=$(library)))" \
     $(PY_HERE) -m pytest -q -p no:cacheprovider --capture=sys $(5)
 endef
 
@@ -65,6 +74,15 @@ sanitize: setup
 	$(call sanitize,sanitize,address$(COMMA)undefined -fno-sanitize-recover=all,__asan_report,libasan.so libstdc++.so, \
 	    tests/test_ops.py tests/test_optim.py tests/test_recorder.py tests/test_graph.py tests/test_native.py)
 	$(call sanitize,sanitize-threads,thread,__tsan_write,libtsan.so,tests/test_native.py -k any_number)
+
+compat:
+	@test -n '$(TORCH)' || { echo 'make compat TORCH=VERSION'; exit 2; }
+	$(PYTHON) -m venv build/torch-$(TORCH)
+	build/torch-$(TORCH)/bin/python -m pip install --quiet 'setuptools>=77' ninja torch==$(TORCH)
+	$(call copy,compat-$(TORCH))
+	cd build/compat-$(TORCH) && ../torch-$(TORCH)/bin/python -m pip install --quiet --no-build-isolation --editable '.[corpus,test]'
+	cd build/compat-$(TORCH) && ../torch-$(TORCH)/bin/python -m bhfast.doctor
+	cd build/compat-$(TORCH) && BHFAST_REQUIRE_EXTENSION=1 ../torch-$(TORCH)/bin/python -m pytest $(ARGS)
 
 ifneq ($(ENVIRONMENT),)
 NEEDS := numpy, safetensors, tqdm
