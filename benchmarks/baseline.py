@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 from bhfast.corpus import load_corpus
 
@@ -27,7 +28,7 @@ from bhfast.corpus import load_corpus
 class BaselineResult:
     steps_per_second: float
     seconds: float  # training, stacking and saving
-    losses: Tensor  # [R] bfloat16
+    losses: Tensor | None  # [R] bfloat16, if recorded
 
 
 class Windows(Dataset):
@@ -99,7 +100,26 @@ class RecordingTrainer(Trainer):
         return super()._maybe_log_save_evaluate(*args, **kwargs)
 
 
-def run_baseline(corpus: Tensor, *, steps: int, seed: int = 42, out: Path | None = None) -> BaselineResult:
+class AfterStep(TrainerCallback):
+    """Calls something after each optimizer step."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self.call = call
+
+    def on_step_end(self, *args, **kwargs) -> None:
+        self.call()
+
+
+def run_baseline(
+    corpus: Tensor,
+    *,
+    steps: int,
+    device: str,
+    seed: int = 42,
+    out: Path | None = None,
+    recording: bool = True,
+    after_step: Callable[[], None] = lambda: None,
+) -> BaselineResult:
     """Train ``steps`` steps at sigma 0 on ``corpus`` (uint8) and record all of them, to ``out`` or to nowhere."""
     torch.manual_seed(seed)
     config = GPT2Config(
@@ -110,7 +130,7 @@ def run_baseline(corpus: Tensor, *, steps: int, seed: int = 42, out: Path | None
     with torch.no_grad():
         embedding.copy_((torch.randn(64) * 0.02).bfloat16().expand_as(embedding))
     with tempfile.TemporaryDirectory() as folder:
-        trainer = RecordingTrainer(
+        trainer = (RecordingTrainer if recording else Trainer)(
             model=model,
             args=TrainingArguments(
                 output_dir=folder,
@@ -126,26 +146,29 @@ def run_baseline(corpus: Tensor, *, steps: int, seed: int = 42, out: Path | None
                 seed=seed,
                 report_to="none",
                 disable_tqdm=True,
-                use_cpu=not torch.cuda.is_available(),
+                use_cpu=device == "cpu",
             ),
             train_dataset=Windows(corpus, 128),
+            callbacks=[AfterStep(after_step)],
         )
-        trainer.recorder = ListRecorder(embedding)
+        if recording:
+            trainer.recorder = ListRecorder(embedding)
         start = time.perf_counter()
         trainer.train()
         trained = time.perf_counter()
-        losses = trainer.recorder.save(out or Path(folder) / "trace.safetensors")
+        losses = trainer.recorder.save(out or Path(folder) / "trace.safetensors") if recording else None
         return BaselineResult(steps / (trained - start), time.perf_counter() - start, losses)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="The reference run on the Hugging Face Trainer.")
     parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--corpus", help="as that of bhfast train")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     corpus = load_corpus(args.corpus, vocab_size=128, window=129)
-    result = run_baseline(corpus.data, steps=args.steps, out=args.out)
+    result = run_baseline(corpus.data, steps=args.steps, device=args.device, out=args.out)
     print(
         f"{args.steps:,} steps: {result.steps_per_second:.1f} steps/s, {result.seconds:.1f} s with stacking and saving"
     )

@@ -15,6 +15,10 @@ from bhfast.corpus import Corpus, load_corpus
 SUMMARY: list[str] = []  # lines
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--tryout", action="store_true", help="test_bench_gpu.py: a few steps on the CPU, to see it work")
+
+
 @pytest.fixture(scope="session")
 def corpus() -> Corpus:
     """The corpus of ``bhfast.train`` here; BHFAST_CORPUS names another."""
@@ -36,11 +40,18 @@ def median(values: list[float]) -> float:
     return torch.tensor(values, dtype=torch.float64).quantile(0.5).item()
 
 
-def race(name: str, benchmark, rounds: int, contestants: dict[str, Callable[[], float]]) -> None:
-    """Run contestants in turn, ``rounds`` times after a warm-up; keep the steps per second of each, and the ratios.
+def need_cuda() -> None:
+    """Skip the benchmark where there is no CUDA device; but with BHFAST_REQUIRE_CUDA=1 fail."""
+    if not torch.cuda.is_available():
+        give_up = pytest.fail if os.environ.get("BHFAST_REQUIRE_CUDA") == "1" else pytest.skip
+        give_up("this machine has no cuda")
+
+
+def race(name: str, benchmark, rounds: int, contestants: dict[str, Callable[[], float]]) -> dict[str, float]:
+    """Run contestants in turn, ``rounds`` times after a warm-up; return the steps per second of each, the median.
 
     The first one is compared with each of the others, round by round: how many times as fast it is. The time that
-    pytest-benchmark reports is that of a round of all of them; speeds and ratios are in ``extra_info``.
+    pytest-benchmark reports is that of a round of all of them; all speeds, and the ratios, are in ``extra_info``.
     """
     speeds: dict[str, list[float]] = {contestant: [] for contestant in contestants}
 
@@ -56,10 +67,12 @@ def race(name: str, benchmark, rounds: int, contestants: dict[str, Callable[[], 
     ratios = {other: median([a / b for a, b in zip(speeds[first], speeds[other], strict=True)]) for other in others}
     benchmark.extra_info["steps_per_second"] = speeds
     benchmark.extra_info["median of ratios by round"] = ratios
+    medians = {contestant: median(values) for contestant, values in speeds.items()}
     SUMMARY.append(f"{name}, median of {rounds} rounds:")
-    for contestant, values in speeds.items():
+    for contestant, speed in medians.items():
         against = f"   x {ratios[contestant]:.3f}" if contestant in ratios else ""
-        SUMMARY.append(f"  {contestant:<30}{median(values):10.1f} steps/s{against}")
+        SUMMARY.append(f"  {contestant:<30}{speed:10.1f} steps/s{against}")
+    return medians
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -71,6 +84,7 @@ def pytest_benchmark_update_machine_info(machine_info: dict) -> None:
     machine_info.pop("node", None)
 
 
+@pytest.hookimpl(trylast=True)  # after the table: gpu.sh shows the end
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if SUMMARY:
         terminalreporter.section("speeds and ratios")

@@ -1,43 +1,77 @@
 #!/usr/bin/env bash
-# All that needs a GPU, in one go: build, tests, a whole verified run, benchmarks, and our kernels under sanitizers.
+# All that needs a GPU, in one go and under 10 minutes; figures first. Every section runs, whatever became of the others.
 #
-#     benchmarks/gpu.sh [FOLDER]      the figures go to FOLDER/gpu-NAME.json (default: benchmarks/results)
+#     benchmarks/gpu.sh [FOLDER]      (default: benchmarks/results)
 #
-# Takes the Python at hand (PYTHON=... names another), which needs a CUDA build of torch, nvcc, and the test and bench
-# extras. It takes less than 8 minutes; nothing is skipped for want of a GPU.
-set -euo pipefail
-folder=$(realpath "${1:-$(dirname "$0")/results}")
-cd "$(dirname "$0")/.."
+# leaves in FOLDER: gpu-summary.txt, what this prints; gpu-engines.json and gpu-adam.json, the figures; gpu.log, all output.
+# Exit status 1 if a section failed; the last line names those that did. It needs a CUDA build of torch, nvcc, and the
+# test and bench extras; it installs nothing. PYTHON=... names another Python than python3.
+set -um # m: each section is a process group, so that its children can be killed with it
+root=$(realpath "$(dirname "$0")/..")
+folder=$(realpath -m "${1:-$root/benchmarks/results}")
+cd "$root" || exit
+mkdir -p "$folder" || exit
 python=${PYTHON:-python3}
-export BHFAST_REQUIRE_CUDA=1 BHFAST_REQUIRE_EXTENSION=1
+limit=${LIMIT:-570}        # seconds for all sections,
+most=${SECTION_LIMIT:-570} # for each of them,
+grace=${GRACE:-5}          # and from a section's interruption to its end
+log=$folder/gpu.log summary=$folder/gpu-summary.txt
+export BHFAST_REQUIRE_CUDA=1 BHFAST_REQUIRE_EXTENSION=1 PYTHONUNBUFFERED=1
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} # for the programs that tests start
+
 scratch=$(mktemp -d)
-trap 'rm -rf "$scratch"' EXIT
-section() { echo; echo "== $1 ($SECONDS s)"; }
+group=
+end_group() { [ -z "$group" ] || kill -KILL -- "-$group" 2>/dev/null; }
+trap 'end_group; rm -rf "$scratch"' EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
 
-section build
-BHFAST_BUILD=cuda "$python" setup.py -q build_ext --inplace >"$scratch/build.log" 2>&1 || {
-  tail -40 "$scratch/build.log"
-  exit 1
+failed=()
+section() { # NAME SECONDS COMMAND...
+  local name=$1 seconds=$2 begun=$SECONDS verdict status begins
+  shift 2
+  ((seconds <= most)) || seconds=$most
+  ((seconds <= limit - SECONDS)) || seconds=$((limit - SECONDS))
+  echo "== $name: $*" >>"$log"
+  begins=$(($(wc -l <"$log") + 1))
+  if ((seconds <= 0)); then
+    verdict="no time left"
+  else
+    # SIGINT: an interrupted pytest still reports, and writes its JSON.
+    timeout -s INT -k "$grace" "$seconds" "$@" >>"$log" 2>&1 </dev/null &
+    group=$!
+    wait "$group" 2>/dev/null
+    status=$?
+    :
+    group=
+    verdict="failed, status $status"
+    ((SECONDS - begun < seconds)) || verdict="out of time"
+    ((status != 0)) || verdict=passed
+  fi
+  [ "$verdict" = passed ] || failed+=("$name")
+  {
+    echo "== $name: $verdict, $((SECONDS - begun)) s"
+    tail -n "+$begins" "$log" | tail -n 30
+  } | tee -a "$summary"
 }
-"$python" -m bhfast.doctor
 
-section tests
-"$python" -m pytest -q -r fE -p no:cacheprovider tests
+: >"$log" >"$summary"
+tests=("$python" -m pytest -q -p no:cacheprovider)
+train=("$python" -m bhfast.train --device cuda --engine graph)
+sanitizer=(compute-sanitizer --kernel-regex kns=bhfast --report-api-errors no --error-exitcode 1)
 
-section "10,000 steps, verified"
-"$python" -m bhfast.train --device cuda --engine graph --out "$scratch/t.safetensors"
-"$python" -m bhfast.verify "$scratch/t.safetensors"
-
-section benchmarks
-name=$("$python" -c 'import re, torch; print(re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()))')
-mkdir -p "$folder"
-"$python" -m pytest benchmarks -q --benchmark-only -k "graph or step_by_step or (adam and cuda)" \
-  --benchmark-json "$folder/gpu-$name.json"
-section sanitizers
-short=(-m bhfast.train --device cuda --engine graph --steps 20 --quiet --overwrite --out "$scratch/s.safetensors")
+# Up to the figures the limits add up to less than 570: nothing can take their time.
+section build 130 env BHFAST_BUILD=cuda "$python" setup.py -q build_ext --inplace
+section doctor 20 "$python" -m bhfast.doctor
+section kernels 80 "${tests[@]}" tests -k cuda
+section train 30 "${train[@]}" --out "$scratch/t.safetensors"
+section verify 30 "$python" -m bhfast.verify "$scratch/t.safetensors"
+section engines 180 "${tests[@]}" benchmarks/test_bench_gpu.py --benchmark-json "$folder/gpu-engines.json"
+section adam 60 "${tests[@]}" benchmarks/test_bench_adam.py -k cuda --benchmark-json "$folder/gpu-adam.json"
 for tool in memcheck racecheck; do
-  compute-sanitizer --tool "$tool" --kernel-regex kns=bhfast --report-api-errors no --error-exitcode 1 \
-    "$python" "${short[@]}"
+  section "$tool" 60 "${sanitizer[@]}" --tool "$tool" "${train[@]}" --steps 20 --quiet --out "$scratch/$tool.safetensors"
 done
+section tests 570 "${tests[@]}" tests
 
-section "done: $folder/gpu-$name.json"
+echo "failed: ${failed[*]:-none}" | tee -a "$summary"
+((${#failed[@]} == 0))

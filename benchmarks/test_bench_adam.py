@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import race
+from conftest import need_cuda, race
 from torch import Tensor
 
 from bhfast import FusedAdam
@@ -92,8 +92,8 @@ def copying(
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("case", CASES)
 def test_adam_with_recording(case: str, device: str, benchmark) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("this machine has no cuda")
+    if device == "cuda":
+        need_cuda()
     shapes, slots, steps, rounds = CASES[case]
     shape = parameters(shapes, device)[0].shape
     rings = {field: torch.zeros(slots, *shape, dtype=torch.bfloat16, device=device) for field in FIELDS}

@@ -53,7 +53,7 @@ def test_native_against_the_others(benchmark, corpus: Corpus, settings: dict) ->
         return result.steps_per_second
 
     def trainer() -> float:
-        result = run_baseline(corpus.data, steps=600)
+        result = run_baseline(corpus.data, steps=600, device="cpu")
         losses["trainer"] = result.losses[400:600].float().mean().item()
         return result.steps_per_second
 
@@ -104,7 +104,7 @@ def test_command_to_file(benchmark, settings: dict) -> None:
     contestants = {
         "bhfast train": command(*ours),
         "bhfast train --storage stream": command(*ours, "--storage", "stream"),
-        "Trainer and lists": command(str(Path(__file__).with_name("baseline.py"))),
+        "Trainer and lists": command(str(Path(__file__).with_name("baseline.py")), "--device", "cpu"),
     }
     race(f"Command to file, {steps:,} steps", benchmark, 3, contestants)
 

@@ -92,7 +92,9 @@ class TrainConfig:
     corpus: str | None = _flag(None, "text file (default: data/gatsby_clean.txt if there, else the built-in corpus)")
     out: str | None = _flag(None, "trace file (default: tensors/Lil_Gatsby/1.12b_training_data_sigmaSIGMA.safetensors)")
     device: str = _flag("auto", "auto takes cuda, then mps, then cpu", choices=DEVICES)
-    engine: str = _flag("auto", "how a step is run; auto takes the fastest there is", choices=ENGINES)
+    engine: str = _flag(
+        "auto", "how a step is run; auto takes graph on cuda, native on a cpu, else torch", choices=ENGINES
+    )
     storage: str = _flag(
         "auto",
         "where the recording grows: in memory, or straight in the file; auto streams if it is more than half of memory",
@@ -338,7 +340,8 @@ def select_device(name: str) -> tuple[torch.device, str]:
     """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        return torch.device(next(device for device, ready in there.items() if ready)), "the best there is"
+        first = next(device for device, ready in there.items() if ready)
+        return torch.device(first), "the first there is of cuda, mps and cpu"
     if not there[name]:
         raise ConfigError(
             f"device {name} is not available here; use --device {' or '.join(d for d in there if there[d])}"

@@ -11,10 +11,11 @@ import torch
 from lanes import SlowLane
 from traces import assert_same_data
 
-from bhfast import _ops, recorder
+from bhfast import _ops, doctor, recorder
 from bhfast.engines import Addresses, Job, graph, select_engine
 from bhfast.engines.graph import GraphEngine
 from bhfast.errors import BhfastError, ConfigError
+from bhfast.model import GPTConfig
 from bhfast.train import TrainConfig, train
 from bhfast.verify import verify
 
@@ -106,8 +107,22 @@ def test_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
         "torch",
         "a CUDA graph needs the CUDA kernels: the extension is not built",
     )
+
+
+def test_auto_takes_it_and_says_that_its_speed_is_not_measured(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """This goes when ``benchmarks/results`` has the figures of a GPU."""
+    cuda = torch.device("cuda")
     monkeypatch.setattr(_ops, "backend", lambda device: ("CUDA", "compiled"))
-    assert select_engine("auto", torch.device("cuda"))[0] == "graph"
+    monkeypatch.setattr(_ops, "native_instruction_sets", lambda: ["portable"])
+    reason = "its speed is not measured yet; --device cpu --engine native may be faster"
+    assert select_engine("auto", cuda) == ("graph", reason)
+    assert select_engine("graph", cuda) == ("graph", "as asked")
+    unfit = GPTConfig(hidden_dim=24, heads=2)  # for the native engine
+    assert select_engine("auto", cuda, unfit) == ("graph", "its speed is not measured yet")
+
+    monkeypatch.setattr(doctor, "select_device", lambda name: (cuda, ""))
+    assert doctor.main([]) == 0
+    assert f"graph ({reason})" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
