@@ -15,13 +15,15 @@ if not hasattr(os, "fork"):
 
 
 def fork(work: Callable[[], object], errors: Path | None = None) -> int:
-    """Run ``work`` in a forked process; return its pid. After an exception, which it writes to ``errors``, it exits with 1."""
+    """Run ``work`` in a forked process, which exits with 1 after an exception, told to ``errors``; return its pid."""
     if pid := os.fork():
         return pid
     status = 1
     try:
         work()
         status = 0
+    except SystemExit as leaving:
+        status = int(leaving.code or 0)
     except BaseException:
         text = traceback.format_exc()
         sys.stderr.write(text) if errors is None else errors.write_text(text)

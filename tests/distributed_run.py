@@ -2,8 +2,8 @@
 
     python distributed_run.py FOLDER
 
-records every case of ``CASES`` in a folder of its name, and writes beside it, to ``NAME.RANK``, where each process found
-the trace, or the error that entering the recorder raised.
+records every case of ``CASES`` in a folder of its name. Beside it, in ``NAME.RANK``, each process says where the trace
+is, or which error entering the recorder raised.
 """
 
 from __future__ import annotations
