@@ -112,7 +112,7 @@ def test_killed_at_every_call_that_finishes_a_trace(collapses, tmp_path: Path, m
 
     def unfinished() -> None:
         monkeypatch.setattr(stream, "finish", stop)
-        record(path, 60, announced=3000)
+        record(path, 60, announced=400)
 
     assert status_of(fork(unfinished)) == 7
     for call in range(1000):
