@@ -1,5 +1,6 @@
 # make run        set up and run the main job
 # make test       set up and pass the tests
+# make soak       the long tests: random kills, and much fuzzing
 # make bench      set up and measure
 # make check      format, lint, types
 # make cuda       compile and link the CUDA kernels; needs nvcc, but no GPU
@@ -27,13 +28,16 @@ endif
 # The same from another folder.
 PY_HERE := $(if $(findstring /,$(PY)),$(abspath $(PY)),$(PY))
 
-.PHONY: run test bench check cuda sanitize compat setup
+.PHONY: run test soak bench check cuda sanitize compat setup
 
 run: setup
 	$(PY) -m bhfast.train --sigma 0 $(ARGS)
 
 test: setup
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
+
+soak: setup
+	$(PY) -m pytest -m slow $(ARGS)
 
 bench: setup
 	$(PY) -m pytest benchmarks --benchmark-only $(ARGS)
@@ -82,11 +86,12 @@ compat:
 	$(call copy,compat-$(TORCH))
 	cd build/compat-$(TORCH) && ../torch-$(TORCH)/bin/python -m pip install --quiet --no-build-isolation --editable '.[corpus,test]'
 	cd build/compat-$(TORCH) && ../torch-$(TORCH)/bin/python -m bhfast.doctor
-	cd build/compat-$(TORCH) && BHFAST_REQUIRE_EXTENSION=1 ../torch-$(TORCH)/bin/python -m pytest $(ARGS)
+	cd build/compat-$(TORCH) && BHFAST_REQUIRE_EXTENSION=1 ../torch-$(TORCH)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 ifneq ($(ENVIRONMENT),)
 NEEDS := numpy, safetensors, tqdm
-test: NEEDS += , pytest, hypothesis
+test soak: NEEDS += , pytest, hypothesis
+test: NEEDS += , xdist
 bench: NEEDS += , pytest, pytest_benchmark
 check: NEEDS += , mypy, clang_format
 setup: $(READY)

@@ -102,6 +102,10 @@ class Recorder:
             block, at the next step, if the disk filled up or failed; what was committed becomes a trace.
     """
 
+    _open_storage = staticmethod(open_storage)
+    _half_size = staticmethod(half_size)
+    _make_lane = staticmethod(make_lane)
+
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
@@ -205,7 +209,7 @@ class Recorder:
             claim = stack.enter_context(Claim(self._share.path, overwrite=self._overwrite))
             self.metadata = {**self.metadata, **self._describe_replay(), **self._share.metadata()}
             sizes = {source.key: source.nbytes for source in self._sources}
-            self._storage, self._where = open_storage(
+            self._storage, self._where = self._open_storage(
                 claim,
                 self._wanted_storage,
                 records=self._records,
@@ -247,13 +251,13 @@ class Recorder:
 
     def _half(self, size: int) -> int:
         """Return how many records are sent from a device together, of a tensor with records of ``size`` bytes."""
-        return half_size(max(size, sum(source.nbytes for source in self._sources)), self._records or 1 << 62)
+        return self._half_size(max(size, sum(source.nbytes for source in self._sources)), self._records or 1 << 62)
 
     def _make_slots(self, key: str, device: torch.device, blank: float | None) -> Tensor:
         """Return where the records of a tensor are made: in a ring on its device, or where they are kept."""
         half = self._half(self._hosts[key][0].nbytes)
         if (device, half) not in self._rings:
-            lane = make_lane(device)
+            lane = self._make_lane(device)
             if lane is None:
                 if blank is None:
                     self._populator.add(self._hosts[key])

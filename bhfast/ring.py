@@ -258,14 +258,14 @@ class _Track(NamedTuple):
 # Host memory in the background
 
 
-def split(host: Tensor, slots: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Split a copy to part of a :func:`host_tensor` where it would cross from one pinned piece to the next.
+def split(host: Tensor, slots: Tensor, piece: int = PIN_PIECE) -> Iterator[tuple[Tensor, Tensor]]:
+    """Split a copy to part of a :func:`host_tensor` where it would cross from one pinned piece of memory to the next.
 
     CUDA takes memory that was registered in two pieces for two.
     """
     start = host.storage_offset() * host.itemsize
     end = start + host.nbytes
-    cuts = range(start - start % PIN_PIECE + PIN_PIECE, end, PIN_PIECE)
+    cuts = range(start - start % piece + piece, end, piece)
     if not cuts:
         yield host, slots
         return

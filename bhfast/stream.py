@@ -35,15 +35,16 @@ MAX_REGIONS = 4 << 40  # bytes: far below what file systems allow in one file
 POLL = 0.001  # seconds
 
 
-def slots_of(size: int, group: int, records: int) -> int:
+def slots_of(size: int, group: int, records: int, buffer_bytes: int = BUFFER) -> int:
     """Return how many records of a tensor the host's memory holds: a multiple of ``group``, no more than needed.
 
     Args:
         size: bytes of a record of all tensors known at the start, or of this one if it is larger.
         group: see :meth:`StreamStorage.add`.
         records: how many there can be.
+        buffer_bytes: of all records that may wait for the disk.
     """
-    return min(max(2, BUFFER // (group * max(1, size))), -(-records // group)) * group
+    return min(max(2, buffer_bytes // (group * max(1, size))), -(-records // group)) * group
 
 
 class _Tensor(NamedTuple):
@@ -79,6 +80,8 @@ class StreamStorage:
         every: how many steps apart they are.
         names: of the tensors whose size is known, with the bytes of a record of each.
         metadata: for the header's ``__metadata__``.
+        buffer_bytes: of records that may wait for the disk.
+        commit_seconds: between two commits, where records are slow to come.
 
     Raises:
         StorageError: the disk is too small.
@@ -92,9 +95,13 @@ class StreamStorage:
         every: int,
         names: Mapping[str, int],
         metadata: Mapping[str, str],
+        buffer_bytes: int = BUFFER,
+        commit_seconds: float = COMMIT_SECONDS,
     ) -> None:
         self.claim = claim
         self.committed = self.waits = 0
+        self._buffer_bytes = buffer_bytes
+        self._commit_seconds = commit_seconds
         self.slots = 1 << 62  # the fewest that a tensor has
         size = max(1, sum(names.values()))
         self._is_open_ended = records is None
@@ -164,7 +171,7 @@ class StreamStorage:
                     ) from None
             else:
                 self.claim.reserve(self._header + self._end)
-        slots = slots_of(max(track.size, self._size), group, self.capacity)
+        slots = slots_of(max(track.size, self._size), group, self.capacity, self._buffer_bytes)
         host = host_tensor((slots, *shape), dtype)
         if blank is not None:
             host.fill_(blank)
@@ -203,7 +210,7 @@ class StreamStorage:
     def is_due(self, records: int) -> bool:
         self._check()
         new = records - self._submitted
-        return new >= self.slots // 4 or (new > 0 and time.monotonic() - self._submitted_at >= COMMIT_SECONDS)
+        return new >= self.slots // 4 or (new > 0 and time.monotonic() - self._submitted_at >= self._commit_seconds)
 
     def submit(self, records: int, tickets: Sequence[Ticket]) -> None:
         with self._changed:
@@ -309,7 +316,7 @@ class StreamStorage:
         """Fill the records that were committed before the tensor was known; zeros are there already."""
         if track.blank == 0 or track.offset is None:
             return
-        each = max(1, BUFFER // track.size)
+        each = max(1, self._buffer_bytes // track.size)
         for first in range(0, self.committed, each):
             blanks = track.blanks(min(each, self.committed - first))
             write_at(self.claim.fd, bytes_of(blanks), self._header + track.offset + first * track.size)
@@ -324,13 +331,15 @@ def open_storage(
     sizes: Mapping[str, int],
     group: int,
     metadata: Mapping[str, str],
+    buffer_bytes: int = BUFFER,
+    commit_seconds: float = COMMIT_SECONDS,
 ) -> tuple[Storage, str]:
     """Return the storage for a recording, and which it is and why, for people.
 
     Args:
         claim: of the file.
         wanted: ``memory``, ``stream``, or ``auto``, which takes memory for up to half of what is free.
-        records, every, metadata: see :class:`StreamStorage`.
+        records, every, metadata, buffer_bytes, commit_seconds: see :class:`StreamStorage`.
         sizes: of the tensors whose size is known, by name the bytes of a record.
         group: records that are sent from a device together.
 
@@ -354,8 +363,17 @@ def open_storage(
         claim.reserve(needs)
         storage = MemoryStorage(claim, records=records, every=every)
     else:
-        storage = StreamStorage(claim, records=records, every=every, names=sizes, metadata=metadata)
-        needs, way_out = slots_of(record, group, storage.capacity) * record, "record fewer parameters or rows"
+        storage = StreamStorage(
+            claim,
+            records=records,
+            every=every,
+            names=sizes,
+            metadata=metadata,
+            buffer_bytes=buffer_bytes,
+            commit_seconds=commit_seconds,
+        )
+        slots = slots_of(record, group, storage.capacity, buffer_bytes)
+        needs, way_out = slots * record, "record fewer parameters or rows"
     if needs > memory:
         storage.close()
         raise StorageError(

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; the processes that tests start have it too
 import torch
 
 from bhfast import _ops, corpus
@@ -115,6 +117,15 @@ def _recording_nothing(adam_: Callable[..., None], *args: object, **kwargs: obje
     """Call ``adam_``; by default without rings."""
     named = dict(zip(inspect.signature(adam_).parameters, args, strict=False))
     adam_(**{"rings": (), "ring_of": (), "step": None, "every": 1, **named, **kwargs})
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Tests run side by side, with one thread of torch each, but for those that ask for more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

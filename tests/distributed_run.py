@@ -1,22 +1,51 @@
-"""What each process of a recording by several does: train a little, in the way the first argument names.
+"""What each process of a recording by several does: train a little, once for each case.
 
-Prints where the trace is, or the error that entering the recorder raised.
+    python distributed_run.py FOLDER
+
+records every case of ``CASES`` in a folder of its name. Beside it, in ``NAME.RANK``, each process says where the trace
+is, or which error entering the recorder raised.
 """
 
 from __future__ import annotations
 
-import os
+import signal
 import sys
+from functools import partial
+from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from children import fork, status_of
 from torch import nn
 
 from bhfast.errors import BhfastError
 from bhfast.recorder import Recorder
 
 ROWS = {"spread": [0, 3, 4, 9], "low": [1, 2], "unordered": [9, 0]}
+SECONDS = 100  # that a process may take
+
+
+class Case(NamedTuple):
+    """How the model is distributed, over how many processes, and what is recorded."""
+
+    how: str
+    processes: int
+    storage: str = "memory"
+    rows: str = "spread"
+
+
+CASES = {
+    "ddp": Case("ddp", 2),
+    "ddp-stream": Case("ddp", 2, "stream"),
+    "fsdp": Case("fsdp", 2),
+    "fsdp-stream": Case("fsdp", 2, "stream", "low"),
+    "fsdp-all": Case("fsdp", 2, rows="all"),
+    "fsdp-unordered": Case("fsdp", 2, rows="unordered"),
+    "fsdp-precious": Case("fsdp", 2),  # where one process finds a file in its way
+    "hsdp": Case("hsdp", 4, rows="all"),
+}
 
 
 class Model(nn.Module):
@@ -44,17 +73,15 @@ def distribute(model: nn.Module, how: str) -> nn.Module:
     return model
 
 
-def main(how: str, path: str, storage: str, rows: str) -> None:
+def record(case: Case, path: Path) -> str:
     """Train 20 steps on the same batches in every process, so that averaging gradients changes no bit."""
-    if "RANK" in os.environ:
-        dist.init_process_group("gloo")
     torch.manual_seed(0)
-    model = distribute(Model().bfloat16(), how)
+    model = distribute(Model().bfloat16(), case.how)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, foreach=False)
     generator = torch.Generator().manual_seed(1)
-    chosen = {"wte.weight": ROWS[rows]} if rows != "all" else {}
+    rows = {"wte.weight": ROWS[case.rows]} if case.rows != "all" else {}
     try:
-        recorder = Recorder(optimizer, "*", model=model, rows=chosen, steps=20, path=path, storage=storage)
+        recorder = Recorder(optimizer, "*", model=model, rows=rows, steps=20, path=path, storage=case.storage)
         with recorder:
             for _ in range(20):
                 optimizer.zero_grad()
@@ -62,13 +89,33 @@ def main(how: str, path: str, storage: str, rows: str) -> None:
                 loss.backward()
                 optimizer.step()
                 recorder.log(loss=loss)
-        said = f"trace {Path(recorder.path).name}"
     except BhfastError as error:
-        said = f"error {error}"
-    os.write(sys.stdout.fileno(), f"{said}\n".encode())  # at once: the processes share the pipe
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        return f"error {error}"
+    return f"trace {Path(recorder.path).name}"
+
+
+def work(folder: Path, names: list[str], rank: int, world: int) -> None:
+    """Be one of ``world`` processes, for one case after the other."""
+    signal.alarm(SECONDS)  # if the others have died, there is nobody to wait for
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting-{world}", rank=rank, world_size=world)
+    for name in names:
+        said = record(CASES[name], folder / name / "run.safetensors")
+        (folder / f"{name}.{rank}").write_text(said)
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+def main(folder: Path) -> int:
+    """Fork the processes, so that torch is imported once; return 1 if one of them failed."""
+    import torch.distributed.fsdp  # noqa: F401 - before the fork
+
+    statuses = []
+    for world, names in groupby(CASES, key=lambda name: CASES[name].processes):
+        chosen = [*names]
+        ranks = [fork(partial(work, folder, chosen, rank, world)) for rank in range(world)]
+        statuses += [status_of(rank) for rank in ranks]
+    return int(any(statuses))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(main(Path(sys.argv[1])))

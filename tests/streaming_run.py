@@ -1,17 +1,17 @@
-"""A run of a few steps that streams, always with the same bits; for processes that are killed, and what they leave."""
+"""A run of a few steps that streams, always with the same bits, and what may become of it."""
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from bhfast import recorder as recorder_module
-from bhfast import stream
 from bhfast.optim import FusedAdam
 from bhfast.recorder import Recorder
+from bhfast.stream import COMMIT_SECONDS, open_storage
+from bhfast.trace import open_trace
 
 SHAPE = 48, 24
 ROWS = [1, 2, 3, 5, 8, 13, 21, 34]
@@ -23,22 +23,26 @@ def record(
     *,
     announced: int | None = None,
     storage: str = "stream",
-    buffer: int = 1 << 19,
+    buffer_bytes: int = 1 << 19,
+    commit_seconds: float = COMMIT_SECONDS,
     after_step: Callable[[int, Recorder], None] = lambda step, recorder: None,
 ) -> Recorder:
     """Train ``steps`` steps of a matrix and a vector; record the first, some rows of a second one, and a loss.
 
     Args:
         announced: the number of steps that the recorder is told; None if it is not told.
-        buffer: bytes of records that may wait for the disk.
+        buffer_bytes, commit_seconds: see :class:`bhfast.stream.StreamStorage`.
         after_step: called with the number of each step.
     """
-    stream.BUFFER = buffer
-    recorder_module.half_size = lambda record_bytes, records: 8  # small blocks
+
+    class SmallRecorder(Recorder):
+        _half_size = staticmethod(lambda record_bytes, records: 8)
+        _open_storage = staticmethod(partial(open_storage, buffer_bytes=buffer_bytes, commit_seconds=commit_seconds))
+
     start = torch.linspace(-1, 1, SHAPE[0] * SHAPE[1]).view(SHAPE).bfloat16()
     first, second = (torch.nn.Parameter(start.clone()) for _ in range(2))
     optimizer = FusedAdam([first, second], lr=0.01)
-    recorder = Recorder(
+    recorder = SmallRecorder(
         optimizer,
         {"first": first, "second": second},
         rows={"second": ROWS},
@@ -60,13 +64,22 @@ def record(
     return recorder
 
 
-def main(path: str, steps: str) -> None:
-    """Run until a signal comes, saying when the recording has begun."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with SIGINT ignored
-    record(Path(path), int(steps), after_step=lambda step, _: print("recording", flush=True) if step == 100 else None)
+def reference(folder: Path, steps: int) -> Path:
+    """What the run records without streaming."""
+    return record(folder / "reference.safetensors", steps, announced=steps, storage="memory").path
 
 
-if __name__ == "__main__":
-    import sys
+def assert_begins_like(shorter: Path, longer: Path, *, logged: int | None = None) -> None:
+    """Each tensor of the shorter trace is the beginning of that of the longer one, byte for byte.
 
-    main(*sys.argv[1:])
+    Args:
+        logged: of how many records at least all values are there; None: of all.
+    """
+    a, b = open_trace(shorter), open_trace(longer)
+    assert set(a) <= set(b)
+    for name in a:
+        records = min(len(a.steps), logged or len(a.steps)) if name in ("loss", "late") else len(a.steps)
+        is_record = len(b[name]) == len(b.steps)
+        x, y = (t[name][:records] if is_record else t[name] for t in (a, b))
+        assert torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (x, y))), name
+    assert list(a.damage()) == []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -134,10 +133,19 @@ def test_console_script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 
 def test_programs_run_as_modules() -> None:
-    environment = {**os.environ, "PYTHONWARNINGS": "error"}
-    for program in console.PROGRAMS:
-        command = [sys.executable, "-m", f"bhfast.{program}", "--help"]
-        assert subprocess.run(command, capture_output=True, env=environment).returncode == 0, program
+    """As ``python -W error -m`` does, but in forks of one process, which has imported torch."""
+    code = """if True:
+        import os, runpy, sys
+        import torch, children
+        for program in sys.argv[1:]:
+            def run():
+                sys.argv[1:] = ["--help"]
+                runpy.run_module(f"bhfast.{program}", run_name="__main__", alter_sys=True)
+            print(program, children.status_of(children.fork(run)), file=sys.stderr)
+    """
+    command = [sys.executable, "-W", "error", "-c", code, *console.PROGRAMS]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    assert done.stderr.splitlines() == [f"{program} 0" for program in console.PROGRAMS]
 
 
 def test_doctor_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:

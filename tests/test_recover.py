@@ -11,59 +11,52 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from streaming_run import record
-from test_stream import assert_begins_like, reference
+from children import fork, status_of
+from streaming_run import assert_begins_like, record, reference
 
-from bhfast import journal, recover, stream
-from bhfast import recorder as module
+from bhfast import journal, recover, stream, verify
 from bhfast.errors import StorageError, TraceError
 from bhfast.journal import journal_path
+from bhfast.recorder import Recorder
 from bhfast.recover import main
 from bhfast.storage import Claim
 from bhfast.trace import open_trace
-
-if not hasattr(os, "fork"):
-    pytest.skip("needs fork", allow_module_level=True)
 
 STEPS = 1500
 KILLS = 30
 SLOTS = 48  # of a buffer of half a megabyte: as many steps as a kill may lose
 
 
-@pytest.fixture(autouse=True)
-def _own_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "BUFFER", stream.BUFFER)
-    monkeypatch.setattr(module, "half_size", module.half_size)
+@pytest.mark.parametrize("announced", [400, 1000, None])
+@pytest.mark.parametrize("last", [3, 47, 333])
+def test_killed_after_a_step(last: int, announced: int | None, tmp_path: Path) -> None:
+    """Of the steps done at most one buffer is lost, and what is committed has the bits of an undisturbed run."""
+    path = tmp_path / "t.safetensors"
+    seen = mmap.mmap(-1, 8)  # shared with the child: the records that were committed
+
+    def die(step: int, recorder: Recorder) -> None:
+        seen[:] = recorder.stats().committed.to_bytes(8, "little")
+        if step == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert status_of(fork(lambda: record(path, 400, announced=announced, after_step=die))) == -signal.SIGKILL
+    committed = int.from_bytes(seen, "little")
+    assert (committed > 0) or last <= SLOTS
+    if committed == 0:
+        return
+    result = recover.recover(tmp_path / "t.safetensors.partial")
+    assert result.path == path
+    assert max(last - SLOTS, committed - 1) <= result.last_step <= last
+    assert result.damaged == 0
+    assert_begins_like(path, reference(tmp_path, 400), logged=last)
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """A forked process must not wait for threads of OpenMP that it does not have."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def in_child(work: Callable[[], None]) -> int:
-    """Run ``work`` in a forked process; return its pid."""
-    if pid := os.fork():
-        return pid
-    try:
-        work()
-        os._exit(0)
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-
-
-def test_killed_at_random_moments(tmp_path: Path, one_thread: None) -> None:
+@pytest.mark.slow
+def test_killed_at_random_moments(tmp_path: Path) -> None:
     """Every committed step is recovered, with the bits of an undisturbed run; at most one buffer is lost."""
     whole = reference(tmp_path, STEPS)
     generator = random.Random(0)
@@ -81,10 +74,10 @@ def test_killed_at_random_moments(tmp_path: Path, one_thread: None) -> None:
 
             record(path, STEPS, announced=announced, after_step=note)
 
-        child = in_child(run)
+        child = fork(run)
         time.sleep(generator.uniform(0.02, 0.7))
         os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        status_of(child)
         done = int.from_bytes(reached[:], "little")
         if not path.exists():
             try:
@@ -105,12 +98,11 @@ def test_killed_at_random_moments(tmp_path: Path, one_thread: None) -> None:
 
 
 @pytest.mark.parametrize("collapses", [True, False], ids=["collapse", "copy"])
-def test_killed_at_every_call_that_finishes_a_trace(collapses, tmp_path: Path, monkeypatch, one_thread: None) -> None:
+def test_killed_at_every_call_that_finishes_a_trace(collapses, tmp_path: Path, monkeypatch) -> None:
     """Before and after each call that changes a file, and again while it is being recovered."""
     whole = reference(tmp_path, 60)
     if not collapses:
         monkeypatch.setattr(journal, "_collapse_range", lambda *_: False)
-        monkeypatch.setattr(journal, "WORTH_COPYING", 0)
     made = tmp_path / "made"
     made.mkdir()
     path, partial = made / "t.safetensors", made / "t.safetensors.partial"
@@ -120,9 +112,9 @@ def test_killed_at_every_call_that_finishes_a_trace(collapses, tmp_path: Path, m
 
     def unfinished() -> None:
         monkeypatch.setattr(stream, "finish", stop)
-        record(path, 60, announced=3000)
+        record(path, 60, announced=400)
 
-    assert os.waitpid(in_child(unfinished), 0)[1] >> 8 == 7
+    assert status_of(fork(unfinished)) == 7
     for call in range(1000):
         here = tmp_path / str(call)
         shutil.copytree(made, here)
@@ -131,8 +123,7 @@ def test_killed_at_every_call_that_finishes_a_trace(collapses, tmp_path: Path, m
             _die_at(call)
             recover.recover(here / partial.name)
 
-        child = in_child(finish)
-        died = os.waitpid(child, 0)[1] >> 8 == 9
+        died = status_of(fork(finish)) == 9
         if (here / partial.name).exists():
             recover.recover(here / partial.name)
         assert_begins_like(here / path.name, whole)
@@ -249,7 +240,7 @@ def test_the_next_run_is_told_how_to_keep_the_steps(killed: Path) -> None:
     assert json.loads(journal_path(killed).read_bytes().split(b"\n")[0][9:])["start"]["every"] == 1
 
 
-def test_a_killed_run_of_train_is_recovered_and_verified(tmp_path: Path, text: str) -> None:
+def test_a_killed_run_of_train_is_recovered_and_verified(tmp_path: Path, text: str, capsys) -> None:
     out = tmp_path / "t.safetensors"
     command = [sys.executable, "-m", "bhfast.train", "--steps", "20000", "--corpus", text, "--device", "cpu"]
     command += ["--storage", "stream", "--out", str(out)]
@@ -257,11 +248,12 @@ def test_a_killed_run_of_train_is_recovered_and_verified(tmp_path: Path, text: s
         for line in process.stdout:
             if line.startswith("storage"):
                 break
-        time.sleep(2)
+        partial = out.with_name("t.safetensors.partial")
+        while journal.read_journal(partial).records < 50:
+            time.sleep(0.05)
         process.kill()
     recovery = recover.recover(tmp_path / "t.safetensors.partial")
     assert recovery.path == out
-    assert recovery.last_step > 50
-    verified = subprocess.run([sys.executable, "-m", "bhfast.verify", str(out)], capture_output=True, text=True)
-    assert verified.returncode == 0
-    assert f"{recovery.last_step:,} steps replayed, all bits" in verified.stdout
+    assert recovery.last_step >= 49
+    assert verify.main([str(out)]) == 0
+    assert f"{recovery.last_step:,} steps replayed, all bits" in capsys.readouterr().out

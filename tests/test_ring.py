@@ -157,13 +157,12 @@ def test_host_tensors_start_at_a_page_and_have_exactly_the_size() -> None:
     assert host_tensor((0, 5), torch.float32).shape == (0, 5)
 
 
-def test_copies_are_split_between_pinned_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ring, "PIN_PIECE", 64)
+def test_copies_are_split_between_pinned_pieces() -> None:
     host = host_tensor((40, 3), torch.int32)  # 12 bytes a row: pieces end within rows
     source = torch.arange(120, dtype=torch.int32).view(40, 3)
     for first, last in ((0, 40), (0, 5), (5, 6), (3, 17), (16, 32), (39, 40), (7, 7)):
         host.fill_(-1)
-        pairs = list(split(host[first:last], source[first:last]))
+        pairs = list(split(host[first:last], source[first:last], piece=64))
         for to, what in pairs:
             offset = to.storage_offset() * to.itemsize
             assert offset // 64 == max(offset, offset + to.nbytes - 1) // 64

@@ -6,54 +6,33 @@ import errno
 import itertools
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from children import fork, status_of
 from lanes import SlowLane
-from streaming_run import record
+from streaming_run import assert_begins_like, record, reference
 from traces import assert_same_data
 
 from bhfast import journal, stream
-from bhfast import recorder as module
 from bhfast.errors import ConfigError, StorageError
 from bhfast.recorder import Recorder
 from bhfast.recover import recover
+from bhfast.stream import open_storage
 from bhfast.trace import open_trace
 from bhfast.train import TrainConfig, train
 from bhfast.verify import verify
 
 Fail = Callable[[int, memoryview, int], int]
-
-
-def reference(folder: Path, steps: int) -> Path:
-    """What the run records without streaming."""
-    return record(folder / "reference.safetensors", steps, announced=steps, storage="memory").path
-
-
-def assert_begins_like(shorter: Path, longer: Path) -> None:
-    """Each tensor of the shorter trace is the beginning of that of the longer one, byte for byte."""
-    a, b = open_trace(shorter), open_trace(longer)
-    records = len(a.steps)
-    assert set(a) <= set(b)
-    for name in a:
-        whole = b[name][:records] if len(b[name]) == len(b.steps) else b[name]
-        x, y = (x.contiguous().reshape(-1).view(torch.uint8) for x in (a[name], whole))
-        assert torch.equal(x, y), name
-    assert list(a.damage()) == []
-
-
-@pytest.fixture(autouse=True)
-def _own_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let what a run sets end with the test."""
-    monkeypatch.setattr(stream, "BUFFER", stream.BUFFER)
-    monkeypatch.setattr(module, "half_size", module.half_size)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -66,7 +45,6 @@ def test_the_same_data_as_from_memory(announced, collapses, tmp_path: Path, monk
     """Of a run as long as announced, a shorter one, and one of unknown length."""
     if not collapses:
         monkeypatch.setattr(journal, "_collapse_range", lambda *_: False)
-        monkeypatch.setattr(journal, "WORTH_COPYING", 0)
     recorder = record(tmp_path / "t.safetensors", 300, announced=announced)
     assert_same_data(recorder.path, reference(tmp_path, 300))
     assert verify(recorder.path).replayed == 300
@@ -113,21 +91,22 @@ def test_streams_through_a_ring(every: int, tmp_path: Path, monkeypatch) -> None
     """As on a GPU: a slow lane to the host, a slow disk, tensors of very different sizes, buffers of few records."""
     lanes = []
 
-    def make_lane(device: torch.device) -> SlowLane:
-        lanes.append(SlowLane(delay=0.001))
-        return lanes[-1]
+    class RingRecorder(Recorder):
+        _open_storage = staticmethod(partial(open_storage, buffer_bytes=1 << 13))
+        _half_size = staticmethod(lambda record, records: 8 if record < 5000 else 2)
+
+        @staticmethod
+        def _make_lane(device: torch.device) -> SlowLane:
+            lanes.append(SlowLane(delay=0.001))
+            return lanes[-1]
 
     real = os.pwrite
-    for name in ("memory", "stream"):
-        if name == "stream":
-            monkeypatch.setattr(stream, "BUFFER", 1 << 13)
-            monkeypatch.setattr(module, "make_lane", make_lane)
-            monkeypatch.setattr(module, "half_size", lambda record, records: 8 if record < 5000 else 2)
-            monkeypatch.setattr(os, "pwrite", lambda *a: (time.sleep(0.0005), real(*a))[1])
+    monkeypatch.setattr(os, "pwrite", lambda *a: (time.sleep(0.0005), real(*a))[1])
+    for name, kind in (("memory", Recorder), ("stream", RingRecorder)):
         torch.manual_seed(0)
         weight = torch.nn.Parameter(torch.randn(12, 10).bfloat16())
         optimizer = torch.optim.AdamW([weight])
-        with Recorder(optimizer, {"w": weight}, steps=100, every=every, path=tmp_path / name, storage=name) as recorder:
+        with kind(optimizer, {"w": weight}, steps=100, every=every, path=tmp_path / name, storage=name) as recorder:
             for step in range(1, 101):
                 weight.grad = torch.randn(12, 10).bfloat16()
                 optimizer.step()
@@ -146,7 +125,7 @@ def test_streams_through_a_ring(every: int, tmp_path: Path, monkeypatch) -> None
 def test_a_slow_disk_makes_the_run_wait_and_loses_nothing(tmp_path: Path, monkeypatch) -> None:
     real = journal.sync
     monkeypatch.setattr(stream, "sync", lambda fd: (time.sleep(0.01), real(fd)))
-    recorder = record(tmp_path / "t.safetensors", 300, announced=300, buffer=1 << 16)
+    recorder = record(tmp_path / "t.safetensors", 300, announced=300, buffer_bytes=1 << 16)
     stats = recorder.stats()
     assert stats.waits > 20
     assert (stats.steps, stats.records, stats.committed) == (300, 301, 301)
@@ -155,36 +134,39 @@ def test_a_slow_disk_makes_the_run_wait_and_loses_nothing(tmp_path: Path, monkey
     assert_same_data(recorder.path, reference(tmp_path, 300))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/self/status")
 def test_memory_stays_flat(tmp_path: Path) -> None:
-    """400 MB of records through a buffer of 32."""
-    code = f"""
-import resource, torch
-from bhfast import Recorder
-weight = torch.nn.Parameter(torch.zeros(1000, 500).bfloat16())
-optimizer = torch.optim.SGD([weight], lr=0.1)
-weight.grad = torch.ones_like(weight)
-optimizer.step()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-with Recorder(optimizer, {{"w": weight}}, path={str(tmp_path / "t")!r}, storage="stream") as recorder:
-    for _ in range(200):
+    """160 MB of records through a buffer of 8, in a process of its own, as the memory is that at its peak."""
+
+    class SmallRecorder(Recorder):
+        _open_storage = staticmethod(partial(open_storage, buffer_bytes=8 << 20))
+
+    def peak() -> int:
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+
+    def run() -> None:
+        weight = torch.nn.Parameter(torch.zeros(1000, 500).bfloat16())
+        optimizer = torch.optim.SGD([weight], lr=0.1)
+        weight.grad = torch.ones_like(weight)
         optimizer.step()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, recorder.stats().bytes)
-"""
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    grown, recorded = map(int, run.stdout.split())
-    assert recorded > 400e6
-    assert grown < 120_000  # kilobytes
+        before = peak()
+        with SmallRecorder(optimizer, {"w": weight}, path=tmp_path / "t", storage="stream") as recorder:
+            for _ in range(80):
+                optimizer.step()
+        assert recorder.stats().bytes > 160e6
+        assert peak() - before < 40e6
+
+    assert status_of(fork(run)) == 0
 
 
-def test_slow_steps_are_committed_without_waiting_for_a_full_block(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(stream, "COMMIT_SECONDS", 0.0)
+def test_slow_steps_are_committed_without_waiting_for_a_full_block(tmp_path: Path) -> None:
     seen = []
 
     def look(step: int, recorder: Recorder) -> None:
         time.sleep(0.05)
         seen.append(recorder.stats().committed)
 
-    record(tmp_path / "t", 10, announced=1000, after_step=look)
+    record(tmp_path / "t", 10, announced=1000, commit_seconds=0.0, after_step=look)
     assert seen[-1] >= 8
 
 
@@ -220,22 +202,19 @@ def test_a_disk_that_fails_ends_the_run_with_what_was_saved(code, announced, tmp
 
 
 def test_a_failure_after_the_last_step_is_raised_too(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(stream, "COMMIT_SECONDS", 1e9)
-
     def fail(step: int, recorder: Recorder) -> None:
         if step == 150:
             monkeypatch.setattr(os, "pwrite", failing_pwrite(errno.EIO, after=0))
 
     with pytest.raises(StorageError, match=r"Input/output error; steps 0 to \d+ of 150 were saved: .*t\.safetensors"):
-        record(tmp_path / "t.safetensors", 150, announced=150, after_step=fail)
+        record(tmp_path / "t.safetensors", 150, announced=150, commit_seconds=1e9, after_step=fail)
     assert open_trace(tmp_path / "t.safetensors").steps[-1] < 150
 
 
 def test_a_disk_that_fails_at_once_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(stream, "COMMIT_SECONDS", 1e9)
     monkeypatch.setattr(os, "pwrite", failing_pwrite(errno.EIO, after=0))
     with pytest.raises(StorageError, match="Input/output error; nothing was saved"):
-        record(tmp_path / "t.safetensors", 3, announced=3)
+        record(tmp_path / "t.safetensors", 3, announced=3, commit_seconds=1e9)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -263,30 +242,27 @@ def test_short_writes_are_continued(tmp_path: Path, monkeypatch) -> None:
 def test_a_writer_that_dies_is_noticed(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(stream, "checksums", lambda data: 1 / 0)
     with pytest.raises(StorageError, match="failed: ZeroDivisionError"):
-        record(tmp_path / "t.safetensors", 10_000, announced=None, buffer=1 << 16)
+        record(tmp_path / "t.safetensors", 10_000, announced=None, buffer_bytes=1 << 16)
     assert not list(tmp_path.glob("*.safetensors"))
 
 
 @pytest.mark.parametrize("announced", [5000, None])
 def test_a_limit_on_the_size_of_files(announced: int | None, tmp_path: Path) -> None:
     """Refused before the first step if the length is known, and an end with all that fits if it is not."""
-    code = f"""
-import resource, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from pathlib import Path
-from streaming_run import record
-resource.setrlimit(resource.RLIMIT_FSIZE, (4 << 20, 4 << 20))
-record(Path({str(tmp_path / "t.safetensors")!r}), 5000, announced={announced})
-"""
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert run.returncode == 1
+    folder, errors = tmp_path / "t", tmp_path / "errors"
+
+    def run() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4 << 20, 4 << 20))
+        record(folder / "t.safetensors", 5000, announced=announced)
+
+    assert status_of(fork(run, errors)) == 1
     if announced:
-        assert "StorageError: cannot reserve" in run.stderr
-        assert "File too large" in run.stderr
-        assert list(tmp_path.iterdir()) == []
+        assert "StorageError: cannot reserve" in errors.read_text()
+        assert "File too large" in errors.read_text()
+        assert list(folder.iterdir()) == []
     else:
-        assert "is full:" in run.stderr
-        assert_begins_like(tmp_path / "t.safetensors", reference(tmp_path, 5000))
+        assert "is full:" in errors.read_text()
+        assert_begins_like(folder / "t.safetensors", reference(tmp_path, 5000))
 
 
 def test_a_full_disk(tmp_path: Path) -> None:
@@ -322,17 +298,29 @@ def test_too_many_names(tmp_path: Path) -> None:
 # Signals
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, -2), (signal.SIGTERM, 143)], ids=["INT", "TERM"])
-def test_signals_end_a_run_of_the_users_own_in_a_valid_file(number, code, tmp_path: Path) -> None:
-    path = tmp_path / "t.safetensors"
-    script = Path(__file__).with_name("streaming_run.py")
-    process = subprocess.Popen(
-        [sys.executable, str(script), str(path), "10000000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline() == "recording\n"
-    time.sleep(0.3)
-    process.send_signal(number)
-    process.communicate(timeout=60)
-    assert process.returncode in (code, 130)
-    assert_begins_like(path, reference(tmp_path, int(open_trace(path).steps[-1])))
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [(signal.SIGINT, 1, "KeyboardInterrupt"), (signal.SIGTERM, 143, "")],
+    ids=["INT", "TERM"],
+)
+def test_signals_end_a_run_of_the_users_own_in_a_valid_file(number, code, said, tmp_path: Path) -> None:
+    path, errors = tmp_path / "t.safetensors", tmp_path / "errors"
+    errors.touch()
+    ready, recording = os.pipe()
+
+    def run() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with SIGINT ignored
+        record(path, 10_000_000, after_step=lambda step, _: os.write(recording, b".") if step == 100 else None)
+
+    child = fork(run, errors)
+    os.read(ready, 1)
+    time.sleep(0.1)
+    os.kill(child, number)
+    assert status_of(child) == code
+    assert said in errors.read_text()
+    last = int(open_trace(path).steps[-1])
+    assert last >= 100
+    assert_begins_like(path, reference(tmp_path, last), logged=last)  # it may end between a step and what it logs
     assert not list(tmp_path.glob("*.partial*"))
+    for end in (ready, recording):
+        os.close(end)

@@ -7,19 +7,23 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from bhfast import sweep as module
 from bhfast.errors import ConfigError
-from bhfast.sweep import main, sweep
+from bhfast.sweep import crew, main, sweep
 from bhfast.sweep.crew import divide
 from bhfast.sweep.grid import plan, rank_and_world, read_grid, read_grid_file
 from bhfast.sweep.register import Register
-from bhfast.sweep.worker import Worker
+from bhfast.sweep.worker import Worker, run_task
 from bhfast.trace import open_trace
 from bhfast.train import TrainConfig, train
 from bhfast.verify import verify
@@ -38,6 +42,38 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [*os.environ]:
         if name.startswith("SLURM_") or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
             monkeypatch.delenv(name)
+
+
+class Here:
+    """A worker without a process: it runs its tasks in the thread that asks, one at a time."""
+
+    alone = threading.Lock()
+    is_alive = True
+
+    def __init__(self) -> None:
+        self.started_at = time.monotonic()
+
+    def run(self, **task: Any) -> Iterator[dict[str, Any]]:
+        said: list[dict[str, Any]] = []
+        with self.alone:
+            outcome = run_task({**task, "threads": 1}, lambda **reply: said.append(reply))
+        yield from [*said, outcome]
+
+    def kill(self) -> None:
+        pass
+
+    def __enter__(self) -> Here:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a sweep whose workers are not what is tested: torch is imported already."""
+    monkeypatch.setattr(module, "Worker", Here)
+    monkeypatch.setattr(crew, "Worker", Here)
 
 
 def names(**grid: object) -> list[str]:
@@ -149,6 +185,7 @@ def test_refuses_a_file_that_is_no_grid(tmp_path: Path) -> None:
         read_grid_file(tmp_path / "bad")
 
 
+@pytest.mark.usefixtures("in_process")
 def test_flags_go_before_the_file(flags: list[str], tmp_path: Path) -> None:
     (tmp_path / "grid.toml").write_text("sigma = [0, 1e-4]\nseed = 43\nhidden-dim = 32\nsteps = 7")
     assert main([*flags, "--grid", str(tmp_path / "grid.toml"), "--seed", "1", "2", "--quiet"]) == 0
@@ -238,6 +275,7 @@ def test_a_run_that_fails_does_not_stop_the_rest(flags: list[str], tmp_path: Pat
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.usefixtures("in_process")
 def test_what_is_done_is_kept(flags: list[str], tmp_path: Path, capsys) -> None:
     out = tmp_path / "out"
     assert main([*flags, "--sigma", "0", "1e-4", "--quiet"]) == 0
@@ -269,6 +307,7 @@ def test_what_is_done_is_kept(flags: list[str], tmp_path: Path, capsys) -> None:
 # Many processes
 
 
+@pytest.mark.usefixtures("in_process")
 def test_two_ranks_leave_what_one_process_does(flags: list[str], tmp_path: Path) -> None:
     grid = ["--sigma", "0", "1e-4", "1e-3", "--seed", "1", "2", "3", "--jobs", "1"]
     ranks = [start(*flags, *grid, RANK=str(rank), WORLD_SIZE="2") for rank in (0, 1)]
@@ -327,9 +366,10 @@ def test_no_update_of_the_register_is_lost(tmp_path: Path) -> None:
     assert [run["state"] for run in register(tmp_path).values()] == ["done"] * 40
 
 
+@pytest.mark.usefixtures("in_process")
 def test_threads_are_divided_and_runs_streamed(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    tasks, real = [], Worker.run
-    monkeypatch.setattr(Worker, "run", lambda self, **task: tasks.append(task) or real(self, **task))
+    tasks, real = [], Here.run
+    monkeypatch.setattr(Here, "run", lambda self, **task: tasks.append(task) or real(self, **task))
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8), raising=False)
     for more, storage in (([], "stream"), (["--storage", "auto"], "auto")):
         assert main([*flags, *more, "--seed", "1", "2", "--quiet", "--overwrite"]) == 0
@@ -358,6 +398,7 @@ def test_each_worker_has_a_gpu(environment: dict[str, str], jobs, gpus: list[str
     assert divide(plan(read_grid({"seed": range(5)}, "grid"), "out"), jobs).gpus == gpus
 
 
+@pytest.mark.usefixtures("in_process")
 def test_a_slurm_task_does_its_share_alone(flags: list[str], tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
     monkeypatch.setenv("SLURM_ARRAY_TASK_MIN", "1")
@@ -371,6 +412,7 @@ def test_a_slurm_task_does_its_share_alone(flags: list[str], tmp_path: Path, mon
 
 
 @needs_proc
+@pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=["KILL", "INT", "TERM"])
 def test_a_sweep_that_is_ended_goes_on(number: signal.Signals, flags: list[str], tmp_path: Path) -> None:
     """A short run is done, a long one is under way; the same command again leaves what an undisturbed sweep does."""
