@@ -136,7 +136,7 @@ def test_reading_is_lazy(tmp_path: Path) -> None:
         reset_peak_memory()
         before = peak_memory()
         step = open_trace(path)["x"][number]
-        assert step.sum() == 0
+        assert step.max() == 0
     assert step.nbytes <= peak_memory() - before < 2 * step.nbytes
 
 
