@@ -42,7 +42,7 @@ section() { # NAME SECONDS COMMAND...
     group=$!
     wait "$group" 2>/dev/null
     status=$?
-    :
+    end_group # whoever it left running
     group=
     verdict="failed, status $status"
     ((SECONDS - begun < seconds)) || verdict="out of time"
