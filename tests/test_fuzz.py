@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,12 @@ import safetensors
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from strategies import CHANGES, JUNK, SECOND, mutated
 
 from bhfast import trace
 from bhfast.errors import TraceError
-from bhfast.journal import VERSION, Journal, State, journal_path, read_journal
 from bhfast.trace import Entry, Trace, bytes_of, open_trace
 
-SECOND = 1000.0  # milliseconds
 OURS = re.compile(r"a name stands twice|the metadata's (config|optimizer|tied) is")  # what only we refuse, by message
 
 
@@ -141,33 +139,6 @@ def test_arbitrary_bytes(path: Path, content: bytes, has_length: bool) -> None:
     check(path, with_header(content, b"") if has_length else content)
 
 
-def mutated(content: bytes, changes: list[tuple[str, int, bytes]]) -> bytes:
-    """Replace, insert or delete some bytes, or cut off the end; each at a position modulo the length."""
-    result = bytearray(content)
-    for kind, position, new in changes:
-        at = position % (len(result) + 1)
-        if kind == "replace":
-            result[at : at + len(new)] = new
-        elif kind == "insert":
-            result[at:at] = new
-        elif kind == "delete":
-            del result[at : at + len(new)]
-        else:
-            del result[at:]
-    return bytes(result)
-
-
-CHANGES = st.lists(
-    st.tuples(
-        st.sampled_from(["replace", "insert", "delete", "cut"]),
-        st.integers(0, 1 << 16),
-        st.binary(min_size=1, max_size=9),
-    ),
-    min_size=1,
-    max_size=4,
-)
-
-
 @settings(max_examples=500, deadline=SECOND)
 @given(changes=CHANGES)
 @example(changes=[("delete", 100, b"1")])
@@ -193,21 +164,6 @@ def test_every_flipped_bit_of_the_data_is_found(path: Path, at: int, bit: int) -
 # ---------------------------------------------------------------------------------------------------------------------
 # Headers
 
-LEAVES = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(-5, 100),
-    st.integers(-(1 << 70), 1 << 70),
-    st.sampled_from([1 << 31, 1 << 32, (1 << 61) - 1, 1 << 62, (1 << 63) - 1, 1 << 63, (1 << 64) - 1]),
-    st.floats(),
-    st.sampled_from(["", "w", "\ud800", "\ufeff", "\0", "__metadata__", *trace.DTYPES, "F4", "F6_E2M3", "F33", "f32"]),
-    st.text(max_size=5),
-)
-JUNK = st.recursive(
-    LEAVES,
-    lambda x: st.one_of(st.lists(x, max_size=4), st.dictionaries(st.text(max_size=4), x, max_size=3)),
-    max_leaves=6,
-)
 NAMES = sorted(VALID_HEADER.keys() - {"__metadata__"})
 ENTRY_CHANGES = st.lists(
     st.tuples(st.sampled_from(NAMES), st.sampled_from(["dtype", "shape", "data_offsets", None, "more"]), JUNK),
@@ -327,101 +283,3 @@ def test_a_long_header_of_zeros(path: Path) -> None:
         file.truncate(8 + 100_000_000)
     with pytest.raises(TraceError, match="its header is not valid JSON"):
         open_trace(path)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Journals
-
-EVENTS: list[dict[str, Any]] = [
-    {"start": {"version": VERSION, "every": 1, "records": 9, "header": 4096, "metadata": {"format": trace.FORMAT}}},
-    {"tensor": "w", "dtype": "F32", "shape": [4, 8], "blank": 0.0, "offset": 0},
-    {"tensor": "loss", "dtype": "F32", "shape": [], "blank": float("nan"), "offset": None},
-    {"constant": "rows", "dtype": "I64", "shape": [1], "data": "BQAAAAAAAAA="},
-    {"records": 2, "crc32": {"w": "AAAAAAEAAAA="}, "values": {"loss": "AAAAAAAAAAA="}},
-    {"metadata": {"more": "of it"}},
-    {"records": 3, "crc32": {"w": "AgAAAA=="}, "values": {"loss": "AAAAAA=="}},
-    {"keep": 2},
-    {"collapse": [8192, 4096], "size": 65536},
-    {"tail": True},
-]
-
-
-@pytest.fixture(scope="module")
-def journal(path: Path) -> tuple[Path, bytes]:
-    """The file that is streamed into, and the journal beside it."""
-    partial = path.with_name("j.safetensors.partial")
-    partial.write_bytes(b"\0" * 100)
-    writer = Journal(journal_path(partial))
-    for event in EVENTS:
-        writer.append(event)
-    writer.release()
-    writer.close()
-    return partial, journal_path(partial).read_bytes()
-
-
-def read(partial: Path, content: bytes) -> State | None:
-    journal_path(partial).write_bytes(content)
-    try:
-        return read_journal(partial)
-    except TraceError:
-        return None
-
-
-def test_a_journal_is_read_up_to_its_first_bad_line(journal: tuple[Path, bytes]) -> None:
-    partial, content = journal
-    ends = [i + 1 for i, byte in enumerate(content) if byte == ord("\n")]
-    assert len(ends) == len(EVENTS)
-    for cut in range(0, len(content), 3):
-        state = read(partial, content[:cut])
-        whole = [end for end in ends if end <= cut]
-        if not whole:
-            assert state is None
-        else:
-            assert state is not None
-            assert state.end == whole[-1]
-            assert state.records == [0, 0, 0, 0, 2, 2, 3, 2, 2, 2][len(whole) - 1]
-
-
-@settings(max_examples=400, deadline=SECOND)
-@given(changes=CHANGES)
-def test_damaged_journals(journal: tuple[Path, bytes], changes: list[tuple[str, int, bytes]]) -> None:
-    partial, content = journal
-    state = read(partial, mutated(content, changes))
-    if state is not None:
-        assert state.start == EVENTS[0]["start"]
-        assert 0 <= state.records <= 3
-        assert state.tracks.keys() <= {"w", "loss"}
-
-
-@settings(max_examples=400, deadline=SECOND)
-@given(
-    changes=st.lists(
-        st.tuples(st.sampled_from(range(len(EVENTS))), st.sampled_from(sorted({k for e in EVENTS for k in e})), JUNK),
-        min_size=1,
-        max_size=2,
-    )
-)
-def test_journals_of_anything(journal: tuple[Path, bytes], changes: list[tuple[int, str, Any]]) -> None:
-    events = [dict(event) for event in EVENTS]
-    for line, key, junk in changes:
-        events[line][key] = junk
-    read(journal[0], lines(*(json.dumps(event).encode() for event in events)))
-
-
-def lines(*texts: bytes) -> bytes:
-    return b"".join(b"%08x %s\n" % (zlib.crc32(text), text) for text in texts)
-
-
-@pytest.mark.parametrize(
-    "text", [b"", b"{x}", b"\xff", b"[" * 100_000, b"[]", b'"tensor"', b"{}"], ids=lambda x: str(x)[:20]
-)
-def test_peculiar_lines_of_journals(journal: tuple[Path, bytes], text: bytes) -> None:
-    assert read(journal[0], lines(text)) is None
-    assert read(journal[0], lines(json.dumps(EVENTS[0]).encode(), text)) is None
-
-
-def test_a_journal_of_a_file_that_is_gone(journal: tuple[Path, bytes]) -> None:
-    gone = journal[0].with_name("gone.partial")
-    journal_path(gone).write_bytes(lines(*(json.dumps(event).encode() for event in EVENTS[:-1])))
-    with pytest.raises(TraceError, match=r"cannot open .*gone\.partial"):
-        read_journal(gone)

@@ -11,11 +11,12 @@ import torch
 from lanes import SlowLane
 from traces import assert_same_data
 
-from bhfast import _ops, doctor, recorder
+from bhfast import _ops, doctor
 from bhfast.engines import Addresses, Job, graph, select_engine
 from bhfast.engines.graph import GraphEngine
 from bhfast.errors import BhfastError, ConfigError
 from bhfast.model import GPTConfig
+from bhfast.recorder import Recorder
 from bhfast.train import TrainConfig, train
 from bhfast.verify import verify
 
@@ -48,8 +49,8 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> list[SlowLane]:
     monkeypatch.setattr(graph, "capture", lambda work, device: work)
     monkeypatch.setattr(graph, "side_stream", lambda device: nullcontext())
     monkeypatch.setattr("bhfast.train.select_engine", lambda name, device, model: (name, "as asked"))
-    monkeypatch.setattr(recorder, "make_lane", make_lane)
-    monkeypatch.setattr(recorder, "half_size", lambda *_: 4)
+    monkeypatch.setattr(Recorder, "_make_lane", staticmethod(make_lane))
+    monkeypatch.setattr(Recorder, "_half_size", staticmethod(lambda *_: 4))
     return lanes
 
 
@@ -133,7 +134,7 @@ def test_auto_takes_it_and_says_that_its_speed_is_not_measured(monkeypatch: pyte
 @pytest.mark.parametrize("changes", [{}, {"steps": 400, "record_every": 3}, {"grad_accum": 3}], ids=str)
 def test_on_a_gpu_it_records_what_the_torch_engine_does(changes, device, tmp_path, text, monkeypatch) -> None:
     """The same kernels in the same order: the same bits, and every one of them replays on the CPU."""
-    monkeypatch.setattr(recorder, "half_size", lambda *_: 4)  # the ring goes round many times
+    monkeypatch.setattr(Recorder, "_half_size", staticmethod(lambda *_: 4))  # the ring goes round many times
     config = settings(tmp_path, text, device="cuda", **changes)
     eager = train(replace(config, engine="torch", out=str(tmp_path / "eager.safetensors")))
     captured = train(replace(config, engine="graph"))

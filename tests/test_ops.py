@@ -115,6 +115,18 @@ def test_grad_norm_does_not_depend_on_the_number_of_threads(kernels, generator) 
     assert norms.pop() == pytest.approx(grads[0].double().norm().item(), rel=1e-6)
 
 
+@pytest.mark.usefixtures("two_threads")
+def test_adam_does_not_depend_on_the_number_of_threads(kernels, generator) -> None:
+    state = tensors(200_003, torch.bfloat16, generator, finite=True)
+    wanted = _ops.adam(*state, coefficients(), "per-op")
+    p, g, m, v = ([x.clone().to(kernels.device) for x in whole.split([70_001, 130_002])] for whole in state)
+    rings = [torch.zeros(1, 130_002, dtype=torch.bfloat16, device=kernels.device)]
+    kernels.adam_(p, g, m, v, coefficients()[0], None, "per-op", rings, [4], torch.tensor(1), 1)
+    for got, want in zip((p, m, v), wanted, strict=True):
+        assert same_bits(torch.cat(got), want)
+    assert same_bits(rings[0][0], p[1])
+
+
 @pytest.mark.parametrize(
     ("grad", "limit", "wanted"),
     [(0.0, 1.0, 1.0), (0.5, 1.0, 1.0), (2.0, 1.0, 0.5), (3.0, 1.0, 0.333984375), (3.0, math.inf, 1.0),

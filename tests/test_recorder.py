@@ -245,20 +245,22 @@ def test_one_optimizer_has_one_fused_recorder(tmp_path: Path) -> None:
     assert torch.equal(open_trace(tmp_path / "a")["w"][1], model.weight)
 
 
-def test_a_device_that_fails_leaves_the_records_that_had_arrived(tmp_path: Path, monkeypatch) -> None:
+def test_a_device_that_fails_leaves_the_records_that_had_arrived(tmp_path: Path) -> None:
     class FailingLane(SlowLane):
         def drain(self) -> None:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(module, "make_lane", lambda device: FailingLane())
-    monkeypatch.setattr(module, "half_size", lambda record, records: 4)
+    class RingRecorder(Recorder):
+        _make_lane = staticmethod(lambda device: FailingLane())
+        _half_size = staticmethod(lambda record, records: 4)
+
     for name, own in (("a", None), ("b", ValueError("the user's own"))):
         model = linear()
         optimizer = FusedAdam(model.parameters())
         wanted = [model.weight.detach().clone()]
         with (
             pytest.raises(type(own or RuntimeError()), match="the user's own" if own else "illegal memory access"),
-            Recorder(optimizer, {"w": model.weight}, steps=20, path=tmp_path / name),
+            RingRecorder(optimizer, {"w": model.weight}, steps=20, path=tmp_path / name),
         ):
             for _ in range(14):
                 train_step(model, optimizer)
@@ -271,18 +273,19 @@ def test_a_device_that_fails_leaves_the_records_that_had_arrived(tmp_path: Path,
 
 @pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("optimizer_class", [FusedAdam, torch.optim.AdamW])
-def test_records_through_a_ring_what_it_records_without(optimizer_class, every, tmp_path, monkeypatch) -> None:
+def test_records_through_a_ring_what_it_records_without(optimizer_class, every, tmp_path: Path) -> None:
     """As on a GPU, with a lane that is slow; steps that do not fill the last half; a loss logged late."""
-    lanes = []
-    for name in ("straight", "ring"):
-        if name == "ring":
-            lanes.append(SlowLane(delay=0.002))
-            monkeypatch.setattr(module, "make_lane", lambda device: lanes[0])
-            monkeypatch.setattr(module, "half_size", lambda record, records: 4 if record < 200 else 2)
+    lane = SlowLane(delay=0.002)
+
+    class RingRecorder(Recorder):
+        _make_lane = staticmethod(lambda device: lane)
+        _half_size = staticmethod(lambda record, records: 4 if record < 200 else 2)
+
+    for name, kind in (("straight", Recorder), ("ring", RingRecorder)):
         model = linear()
         optimizer = optimizer_class(model.parameters())
         torch.manual_seed(1)
-        with Recorder(optimizer, {"w": model.weight}, steps=50, every=every, path=tmp_path / name) as recorder:
+        with kind(optimizer, {"w": model.weight}, steps=50, every=every, path=tmp_path / name) as recorder:
             for step in range(1, 43):
                 loss = train_step(model, optimizer)
                 if step > 6:
@@ -291,7 +294,7 @@ def test_records_through_a_ring_what_it_records_without(optimizer_class, every, 
                     recorder.log(seldom=torch.tensor(step))
                 with torch.no_grad():
                     model.weight.grad.fill_(float("nan"))  # poison: what changes after the step is not the step's
-    assert lanes[0].closed
+    assert lane.closed
     straight, through_ring = (open_trace(tmp_path / name) for name in ("straight", "ring"))
     assert straight.steps.tolist() == list(range(0, 43, every))
     for key in straight:

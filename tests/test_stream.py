@@ -20,6 +20,7 @@ import pytest
 import torch
 from children import fork, status_of
 from lanes import SlowLane
+from memory import peak_memory
 from streaming_run import assert_begins_like, record, reference
 from traces import assert_same_data
 
@@ -141,20 +142,17 @@ def test_memory_stays_flat(tmp_path: Path) -> None:
     class SmallRecorder(Recorder):
         _open_storage = staticmethod(partial(open_storage, buffer_bytes=8 << 20))
 
-    def peak() -> int:
-        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-
     def run() -> None:
         weight = torch.nn.Parameter(torch.zeros(1000, 500).bfloat16())
         optimizer = torch.optim.SGD([weight], lr=0.1)
         weight.grad = torch.ones_like(weight)
         optimizer.step()
-        before = peak()
+        before = peak_memory()
         with SmallRecorder(optimizer, {"w": weight}, path=tmp_path / "t", storage="stream") as recorder:
             for _ in range(80):
                 optimizer.step()
         assert recorder.stats().bytes > 160e6
-        assert peak() - before < 40e6
+        assert peak_memory() - before < 40e6
 
     assert status_of(fork(run)) == 0
 

@@ -207,7 +207,6 @@ def test_recording_does_not_change_the_run(settings: TrainConfig) -> None:
         assert torch.equal(p, q)
 
 
-@pytest.mark.usefixtures("two_threads")
 def test_the_extension_makes_the_same_file_as_pure_torch(extension, settings: TrainConfig, tmp_path: Path) -> None:
     settings = dataclasses.replace(settings, engine="torch", weight_decay=0.1, steps=60)
     configs = [
@@ -215,12 +214,11 @@ def test_the_extension_makes_the_same_file_as_pure_torch(extension, settings: Tr
         for rounding in ("per-op", "opmath")
     ]
     code = f"""if True:
-        import sys, torch
+        import sys
         sys.modules["bhfast._C"] = None  # as if it were not built
         from bhfast import _ops
         from bhfast.train import TrainConfig, train
         assert _ops.backend()[0] == "torch"
-        torch.set_num_threads(2)
         for config in {[dataclasses.asdict(config) for config in configs]!r}:
             train(TrainConfig(**config))
     """

@@ -1,4 +1,4 @@
-"""Comparing trace files."""
+"""Trace files: a small one to write, and comparing two."""
 
 from __future__ import annotations
 
@@ -6,7 +6,26 @@ from pathlib import Path
 
 import torch
 
+from bhfast.storage import Claim, write_trace
 from bhfast.trace import open_trace
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    return {
+        "losses": torch.tensor([1.0, 2.0, 3.0]).bfloat16(),
+        "steps": torch.arange(3),
+        "cube": torch.arange(3 * 32, dtype=torch.float32).view(3, 4, 8),
+        "half": torch.ones(3, 5).half(),
+        "scalar": torch.tensor(1e-8, dtype=torch.float64),
+        "flags": torch.tensor([True, False, True]),
+        "nothing": torch.zeros(0, 4),
+    }
+
+
+def write(path: Path, **options: bool) -> None:
+    with Claim(path, **options) as claim:
+        claim.reserve(1000)
+        write_trace(claim, tensors(), {"config": '{"steps": 2}'}, path)
 
 
 def assert_same_data(one: Path, other: Path) -> None:
