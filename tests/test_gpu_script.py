@@ -161,7 +161,7 @@ def test_figures_survive_a_contestant_that_fails(tmp_path: Path) -> None:
     """Here it is the graph engine, for want of a GPU."""
     pytest.importorskip("pytest_benchmark", reason="needs pytest-benchmark")
     command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks/test_bench_gpu.py", "-k", "not trainer"]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     run = subprocess.run(
         [sys.executable, *command, "--tryout", "--benchmark-json", tmp_path / "figures.json"],
         cwd=ROOT,

@@ -400,22 +400,20 @@ def test_refuses_a_device_that_is_not_there(settings: TrainConfig) -> None:
 
 
 def test_program_prints_one_line_and_no_traceback(tmp_path: Path, text: str, capsys) -> None:
-    def program(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, "-m", "bhfast.train", *arguments], capture_output=True, text=True)
-
     assert main(["--sigma", "-1"]) == 2
     assert capsys.readouterr().err == "bhfast train: error: sigma must be finite and at least 0, got -1.0\n"
     with pytest.raises(SystemExit):
         main(["--steps", "x"])
     assert "invalid int value: 'x'" in capsys.readouterr().err
-    missing = program("--corpus", str(tmp_path / "gone"))
+    assert main(["--steps", "3", "--corpus", text, "--out", str(tmp_path / "t")]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert "largest pairwise distance 0.000000" in printed.out
+    command = [sys.executable, "-m", "bhfast.train", "--corpus", str(tmp_path / "gone")]
+    missing = subprocess.run(command, capture_output=True, text=True)
     assert missing.returncode == 2
     assert missing.stderr.startswith("bhfast train: error: cannot read the corpus")
     assert missing.stderr.count("\n") == 1
-    good = program("--steps", "3", "--corpus", text, "--out", str(tmp_path / "t"))
-    assert good.returncode == 0, good.stderr
-    assert good.stderr == ""
-    assert "largest pairwise distance 0.000000" in good.stdout
 
 
 def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path: Path, text: str) -> None:
