@@ -52,7 +52,8 @@ OPERATIONS = ("clip_coefficient", "adam_", "record_")
 def cuda_on_cpu(extension: ModuleType) -> SimpleNamespace:
     """The operations as a CUDA device has them, its kernels executed by the CPU.
 
-    The kernels get the addresses of a step's numbers; ``by_value(True)`` hands them over themselves.
+    The kernels get the addresses of a step's numbers; ``by_value(True)`` hands them over themselves. ``seed(n)`` seeds the
+    order in which threads run.
     """
     from cuda_on_cpu import build
 
@@ -61,9 +62,13 @@ def cuda_on_cpu(extension: ModuleType) -> SimpleNamespace:
         schema = str(getattr(torch.ops.bhfast, name).default._schema)
         torch.library.define(f"bhfast_cuda_on_cpu::{name}", schema[schema.index("(") :])
     torch.ops.load_library(library)
-    by_value = ctypes.c_bool.in_dll(ctypes.CDLL(library), "numbers_by_value")
+    stand_in = ctypes.CDLL(library)
+    by_value = ctypes.c_bool.in_dll(stand_in, "numbers_by_value")
+    stand_in.cuda_on_cpu_seed.argtypes = (ctypes.c_uint64,)
     operations = {name: _with_signature(name, getattr(torch.ops.bhfast_cuda_on_cpu, name)) for name in OPERATIONS}
-    return SimpleNamespace(by_value=lambda value: setattr(by_value, "value", value), **operations)
+    return SimpleNamespace(
+        by_value=lambda value: setattr(by_value, "value", value), seed=stand_in.cuda_on_cpu_seed, **operations
+    )
 
 
 def _with_signature(name: str, operation: Callable[..., object]) -> Callable[..., object]:

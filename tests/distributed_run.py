@@ -61,6 +61,9 @@ class Model(nn.Module):
         return (self.head(self.wte(tokens)) * self.scale).square().sum()
 
 
+SHARDS_ON_CPU = hasattr(torch.cpu.Stream, "record_event")  # which fully_shard needs; torch 2.6 lacks it
+
+
 def distribute(model: nn.Module, how: str) -> nn.Module:
     if how == "ddp":
         return nn.parallel.DistributedDataParallel(model)
@@ -111,7 +114,7 @@ def main(folder: Path) -> int:
 
     statuses = []
     for world, names in groupby(CASES, key=lambda name: CASES[name].processes):
-        chosen = [*names]
+        chosen = [name for name in names if SHARDS_ON_CPU or CASES[name].how == "ddp"]
         ranks = [fork(partial(work, folder, chosen, rank, world)) for rank in range(world)]
         statuses += [status_of(rank) for rank in ranks]
     return int(any(statuses))

@@ -90,3 +90,12 @@ def test_numbers_of_a_step_come_by_address_or_by_value(by_value: bool, cuda_on_c
     finally:
         cuda_on_cpu.by_value(False)
     assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_results_do_not_depend_on_the_order_of_threads(cuda_on_cpu, generator) -> None:
+    grads = [torch.randn(n, generator=generator) for n in (5000, 3, 2049)]
+    wanted = _ops.clip_coefficient(grads, 1.0)
+    for seed in range(20):
+        cuda_on_cpu.seed(seed)
+        for got, want in zip(cuda_on_cpu.clip_coefficient(grads, 1.0), wanted, strict=True):
+            assert same_bits(got, want)

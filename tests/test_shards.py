@@ -21,6 +21,11 @@ if not torch.distributed.is_available() or not torch.distributed.is_gloo_availab
     pytest.skip("this torch has no gloo", allow_module_level=True)
 
 
+needs_shards = pytest.mark.skipif(
+    not distributed_run.SHARDS_ON_CPU, reason="this torch's fully_shard does not run on a CPU"
+)
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trace]:
     """What one process records, by the rows it was told."""
@@ -71,6 +76,7 @@ def test_ddp_is_recorded_by_rank_0(name: str, recorded: Path, alone: dict[str, T
 
 
 @pytest.mark.parametrize("name", ["fsdp", "fsdp-stream", "hsdp"])
+@needs_shards
 def test_each_rank_records_its_shards(name: str, recorded: Path, alone: dict[str, Trace]) -> None:
     """Of parameters of odd sizes, with replicas recorded once."""
     assert said(recorded, name) == ["trace run.safetensors.index.json"] * CASES[name].processes
@@ -85,6 +91,7 @@ def test_each_rank_records_its_shards(name: str, recorded: Path, alone: dict[str
         assert "head.weight.grad" in load_file(recorded / name / file)
 
 
+@needs_shards
 def test_the_index_follows_the_convention(recorded: Path) -> None:
     path = recorded / "fsdp-all" / "run.safetensors.index.json"
     assert said(recorded, "fsdp-all") == [f"trace {path.name}"] * 2
@@ -100,6 +107,7 @@ def test_the_index_follows_the_convention(recorded: Path) -> None:
     assert described["tensors"]["wte.weight"] == {"shape": [11, 6], "offset": [6, 0]}
 
 
+@needs_shards
 def test_slices_across_the_files_are_those_of_the_whole(recorded: Path, alone: dict[str, Trace]) -> None:
     tensor, whole = (
         x["wte.weight"] for x in (open_trace(recorded / "fsdp-all" / "run.safetensors.index.json"), alone["all"])
@@ -108,6 +116,7 @@ def test_slices_across_the_files_are_those_of_the_whole(recorded: Path, alone: d
         assert torch.equal(tensor[index], whole[index]), index
 
 
+@needs_shards
 def test_what_fails_in_one_process_is_raised_in_all(recorded: Path) -> None:
     printed = said(recorded, "fsdp-precious")
     assert len(printed) == 2
@@ -116,6 +125,7 @@ def test_what_fails_in_one_process_is_raised_in_all(recorded: Path) -> None:
     assert files(recorded / "fsdp-precious") == ["run-00002-of-00002.safetensors"]
 
 
+@needs_shards
 def test_rows_of_a_sharded_parameter_must_be_increasing(recorded: Path) -> None:
     assert (
         said(recorded, "fsdp-unordered")

@@ -55,10 +55,12 @@ def library() -> Path:
 
     CXXFLAGS adds to the compiler's flags: sanitizers, for a process that has loaded them.
     """
+    import torch
     from torch.utils.cpp_extension import include_paths, library_paths
 
     system = [*include_paths(), sysconfig.get_paths()["include"]]
     flags = [*shlex.split(os.environ.get("CXXFLAGS", "")), *(f"-isystem{path}" for path in system)]
+    flags.append(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
     libraries = ["-shared", *(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
     return _build("kernels.so", [ROOT / "csrc/ops.cpp", *_kernels(ROOT / "csrc")], ROOT / "csrc", flags, libraries)
 
