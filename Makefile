@@ -38,6 +38,7 @@ test: setup
 
 soak: setup
 	$(PY) -m pytest -m slow $(ARGS)
+	BHFAST_FUZZ_TIMES=50 $(PY) -m pytest -n 2 --dist worksteal tests/test_fuzz.py tests/test_journal.py $(ARGS)
 
 bench: setup
 	$(PY) -m pytest benchmarks --benchmark-only $(ARGS)
@@ -97,7 +98,7 @@ compat:
 ifneq ($(ENVIRONMENT),)
 NEEDS := numpy, safetensors, tqdm
 test soak: NEEDS += , pytest, hypothesis
-test: NEEDS += , xdist
+test soak: NEEDS += , xdist
 bench: NEEDS += , pytest, pytest_benchmark
 check: NEEDS += , mypy, clang_format
 setup: $(READY)

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import os
+
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from bhfast import trace
 
-SECOND = 1000.0  # milliseconds
+TIMES = int(os.environ.get("BHFAST_FUZZ_TIMES", "1"))
+
+
+def fuzzed(examples: int) -> settings:
+    """Decorate a test that is given so many examples, BHFAST_FUZZ_TIMES as many in a soak, a second for each."""
+    return settings(max_examples=examples * TIMES, deadline=1000.0)
 
 
 def mutated(content: bytes, changes: list[tuple[str, int, bytes]]) -> bytes:

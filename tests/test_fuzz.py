@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import safetensors
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
-from strategies import CHANGES, JUNK, SECOND, mutated
+from strategies import CHANGES, JUNK, fuzzed, mutated
 
 from bhfast import trace
 from bhfast.errors import TraceError
@@ -133,13 +133,13 @@ def test_a_file_as_we_write_it_passes(path: Path) -> None:
 # Bytes
 
 
-@settings(max_examples=300, deadline=SECOND)
+@fuzzed(300)
 @given(content=st.binary(max_size=200), has_length=st.booleans())
 def test_arbitrary_bytes(path: Path, content: bytes, has_length: bool) -> None:
     check(path, with_header(content, b"") if has_length else content)
 
 
-@settings(max_examples=500, deadline=SECOND)
+@fuzzed(500)
 @given(changes=CHANGES)
 @example(changes=[("delete", 100, b"1")])
 @example(changes=[("cut", len(VALID) - 1, b"")])
@@ -147,7 +147,7 @@ def test_damaged_bytes(path: Path, changes: list[tuple[str, int, bytes]]) -> Non
     check(path, mutated(VALID, changes))
 
 
-@settings(max_examples=200, deadline=SECOND)
+@fuzzed(200)
 @given(at=st.integers(0, len(DATA) - 1), bit=st.integers(0, 7))
 def test_every_flipped_bit_of_the_data_is_found(path: Path, at: int, bit: int) -> None:
     """All but those of padding, which nobody reads."""
@@ -171,7 +171,7 @@ ENTRY_CHANGES = st.lists(
 )
 
 
-@settings(max_examples=500, deadline=SECOND)
+@fuzzed(500)
 @given(changes=ENTRY_CHANGES, swapped=st.tuples(st.sampled_from(NAMES), st.sampled_from(NAMES)))
 def test_entries_of_anything(path: Path, changes: list[tuple[str, str | None, Any]], swapped: tuple[str, str]) -> None:
     header = json.loads(json.dumps(VALID_HEADER))
@@ -188,7 +188,7 @@ def test_entries_of_anything(path: Path, changes: list[tuple[str, str | None, An
 SIZES = st.lists(st.one_of(st.integers(0, 4), st.sampled_from([1 << 31, 1 << 40, 1 << 61])), max_size=5)
 
 
-@settings(max_examples=300, deadline=SECOND)
+@fuzzed(300)
 @given(
     shape=SIZES,
     dtype=st.sampled_from([*trace.DTYPES]),
@@ -219,7 +219,7 @@ def test_any_shape_dtype_and_alignment(
     assert opened is not None or not is_usual({"dtype": dtype, "shape": shape}) or size == 4096
 
 
-@settings(max_examples=300, deadline=SECOND)
+@fuzzed(300)
 @given(
     key=st.sampled_from(["config", "optimizer", "tied", "crc32", "crc32_records", "format", "other", None]),
     value=st.one_of(

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from strategies import CHANGES, JUNK, SECOND, mutated
+from strategies import CHANGES, JUNK, fuzzed, mutated
 
 from bhfast import journal as module
 from bhfast import trace
@@ -277,7 +277,7 @@ def test_a_journal_is_read_up_to_its_first_bad_line(journal: tuple[Path, bytes])
             assert state.records == [0, 0, 0, 0, 2, 2, 3, 2, 2, 2][len(whole) - 1]
 
 
-@settings(max_examples=400, deadline=SECOND)
+@fuzzed(400)
 @given(changes=CHANGES)
 def test_damaged_journals(journal: tuple[Path, bytes], changes: list[tuple[str, int, bytes]]) -> None:
     partial, content = journal
@@ -288,7 +288,7 @@ def test_damaged_journals(journal: tuple[Path, bytes], changes: list[tuple[str, 
         assert state.tracks.keys() <= {"w", "loss"}
 
 
-@settings(max_examples=400, deadline=SECOND)
+@fuzzed(400)
 @given(
     changes=st.lists(
         st.tuples(st.sampled_from(range(len(EVENTS))), st.sampled_from(sorted({k for e in EVENTS for k in e})), JUNK),
