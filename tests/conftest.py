@@ -52,8 +52,8 @@ OPERATIONS = ("clip_coefficient", "adam_", "record_")
 def cuda_on_cpu(extension: ModuleType) -> SimpleNamespace:
     """The operations as a CUDA device has them, its kernels executed by the CPU.
 
-    The kernels get the addresses of a step's numbers; ``by_value(True)`` hands them over themselves. ``seed(n)`` seeds the
-    order in which threads run.
+    The kernels get the addresses of a step's numbers; ``by_value(True)`` hands them over themselves. ``seed(n)`` seeds
+    the order in which threads run.
     """
     from cuda_on_cpu import build
 

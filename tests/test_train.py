@@ -21,6 +21,7 @@ import bhfast
 from bhfast import corpus
 from bhfast.engines import select_engine
 from bhfast.errors import ConfigError, StorageError
+from bhfast.journal import journal_path
 from bhfast.trace import open_trace
 from bhfast.train import TrainConfig, TrainResult, is_run_of, main, train
 from bhfast.verify import verify
@@ -265,16 +266,16 @@ def test_gradients_that_are_not_finite_are_recorded_and_reported_once(settings, 
 def test_an_interrupted_run_leaves_a_valid_shorter_file(number, code, tmp_path: Path, text: str) -> None:
     out = tmp_path / "t.safetensors"
     command = [sys.executable, "-m", "bhfast.train", "--steps", "20000", "--corpus", text, "--device", "cpu"]
-    command += ["--out", str(out)]
+    command += ["--out", str(out), "--storage", "stream"]
     # A shell starts background jobs with SIGINT ignored; a terminal does not.
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
-    for line in process.stdout:
-        if line.startswith("storage"):
-            break
-    time.sleep(0.5)
+    journal = journal_path(out.with_name(out.name + ".partial"))
+    while not (journal.exists() and journal.read_bytes().count(b'"crc32"') > 1):  # until steps are committed
+        assert process.poll() is None
+        time.sleep(0.01)
     process.send_signal(number)
     process.send_signal(number)  # an impatient user
     printed, _ = process.communicate(timeout=120)
