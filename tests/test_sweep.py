@@ -302,6 +302,9 @@ def test_what_is_done_is_kept(flags: list[str], tmp_path: Path, capsys) -> None:
     entry = register(out)["sigma0_seed42"]
     assert entry == {**first["sigma0_seed42"], "steps_per_second": None, "seconds": None}
 
+    assert main([*flags, "--quiet", "--overwrite"]) == 0
+    assert identity(kept) != seen
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Many processes
