@@ -15,10 +15,11 @@ from conftest import SUMMARY, median, race
 
 from bhfast import _ops
 from bhfast._ops import _extension
+from bhfast.config import TrainConfig
 from bhfast.corpus import Corpus
 from bhfast.engines.native import NativeEngine
 from bhfast.model import GPTConfig
-from bhfast.train import TrainConfig, train
+from bhfast.train import train
 
 STEPS = 3000
 LARGER = {"vocab_size": 10_000, "batch_size": 8}

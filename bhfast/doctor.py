@@ -13,13 +13,12 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-import bhfast
 from bhfast import _ops
 from bhfast.engines import select_engine
+from bhfast.machine import available_memory, select_device
 from bhfast.optim import FusedAdam
-from bhfast.storage import available_memory
 from bhfast.trace import format_bytes
-from bhfast.train import select_device
+from bhfast.version import __version__
 
 PACKAGES = ("numpy", "safetensors", "tqdm", "unidecode", "pytest", "pytest-benchmark", "transformers")
 
@@ -50,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     backend, backend_reason = _ops.backend(device)
     fault = self_test()
     rows = {
-        "bhfast": bhfast.__version__,
+        "bhfast": __version__,
         "python": f"{platform.python_version()} on {platform.platform()}",
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
         "cpu": f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",

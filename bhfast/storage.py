@@ -325,21 +325,3 @@ def write_trace(claim: Claim, tensors: Mapping[str, Tensor], metadata: Mapping[s
         sync_folder(path.parent)
     except OSError as error:
         raise StorageError(f"writing the trace {path} failed: {error.strerror}; nothing was saved") from error
-
-
-def available_memory() -> int:
-    """Return how many bytes of memory this process may still take: the machine's, or its control group's if less."""
-    limits = []
-    try:
-        with open("/proc/meminfo") as file:
-            fields = dict(line.split(":") for line in file)
-        limits.append(int(fields["MemAvailable"].split()[0]) * 1024)
-    except (OSError, KeyError):
-        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    try:
-        group = Path("/sys/fs/cgroup")
-        used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        limits.append(int((group / "memory.max").read_text()) - int(used["anon"]))
-    except (OSError, KeyError, ValueError):
-        pass  # no control group, or one without a limit ("max")
-    return min(limits)

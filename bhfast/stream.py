@@ -19,8 +19,9 @@ from torch import Tensor
 
 from bhfast.errors import ConfigError, StorageError
 from bhfast.journal import VERSION, Journal, Track, encode, finish, journal_path, sync, write_at
+from bhfast.machine import available_memory
 from bhfast.ring import Ticket, host_tensor
-from bhfast.storage import Claim, MemoryStorage, Storage, available_memory
+from bhfast.storage import Claim, MemoryStorage, Storage
 from bhfast.trace import MAX_CHECKSUMS, bytes_of, checksums, format_bytes
 
 SMALL = 64  # bytes: records below it go to the journal

@@ -16,7 +16,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; the p
 import torch
 
 from bhfast import _ops, corpus
-from bhfast.train import TrainConfig, TrainResult, train
+from bhfast.config import TrainConfig
+from bhfast.train import TrainResult, train
 
 REQUIRE_CUDA = os.environ.get("BHFAST_REQUIRE_CUDA") == "1"
 REQUIRE_EXTENSION = os.environ.get("BHFAST_REQUIRE_EXTENSION") == "1"

@@ -12,12 +12,13 @@ from lanes import SlowLane
 from traces import assert_same_data
 
 from bhfast import _ops, doctor
+from bhfast.config import TrainConfig
 from bhfast.engines import Addresses, Job, graph, select_engine
 from bhfast.engines.graph import GraphEngine
 from bhfast.errors import BhfastError, ConfigError
 from bhfast.model import GPTConfig
 from bhfast.recorder import Recorder
-from bhfast.train import TrainConfig, train
+from bhfast.train import train
 from bhfast.verify import verify
 
 SETTINGS = {"steps": 23, "hidden_dim": 32, "context": 16, "batch_size": 2, "quiet": True}

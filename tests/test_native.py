@@ -13,6 +13,7 @@ from tolerances import LOSS
 from traces import assert_same_data
 
 from bhfast import _ops
+from bhfast.config import TrainConfig
 from bhfast.engines import Job, make_engine, select_engine
 from bhfast.engines.native import NativeEngine
 from bhfast.engines.torch import TorchEngine
@@ -21,7 +22,7 @@ from bhfast.model import GPTConfig, TiedGPT, build_model, window_loss
 from bhfast.optim import FusedAdam
 from bhfast.recorder import NullRecorder
 from bhfast.trace import open_trace
-from bhfast.train import TrainConfig, train
+from bhfast.train import train
 from bhfast.verify import verify
 
 pytestmark = pytest.mark.usefixtures("extension")

@@ -16,11 +16,12 @@ import torch
 from safetensors.torch import save_file
 
 from bhfast import lattice, report
-from bhfast.report.figures import figures, max_pairwise_distance, window_means
+from bhfast.config import TrainConfig
 from bhfast.report.survey import Survey, survey
 from bhfast.report.sweep import survey_sweep
+from bhfast.summary import figures, max_pairwise_distance, window_means
 from bhfast.trace import open_trace
-from bhfast.train import TrainConfig, TrainResult, train
+from bhfast.train import TrainResult, train
 
 
 def test_identical_vectors_are_at_distance_zero(generator) -> None:

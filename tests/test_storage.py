@@ -15,7 +15,8 @@ from traces import tensors, write
 
 from bhfast import storage
 from bhfast.errors import StorageError
-from bhfast.storage import Claim, MemoryStorage, Stats, available_memory, lock, write_trace
+from bhfast.machine import available_memory
+from bhfast.storage import Claim, MemoryStorage, Stats, lock, write_trace
 from bhfast.trace import open_trace
 
 # ---------------------------------------------------------------------------------------------------------------------

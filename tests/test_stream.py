@@ -25,12 +25,13 @@ from streaming_run import assert_begins_like, record, reference
 from traces import assert_same_data
 
 from bhfast import journal, stream
+from bhfast.config import TrainConfig
 from bhfast.errors import ConfigError, StorageError
 from bhfast.recorder import Recorder
 from bhfast.recover import recover
 from bhfast.stream import open_storage
 from bhfast.trace import open_trace
-from bhfast.train import TrainConfig, train
+from bhfast.train import train
 from bhfast.verify import verify
 
 Fail = Callable[[int, memoryview, int], int]

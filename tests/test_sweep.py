@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from bhfast import sweep as module
+from bhfast.config import TrainConfig
 from bhfast.errors import ConfigError
 from bhfast.sweep import crew, main, sweep
 from bhfast.sweep.crew import divide
@@ -25,7 +26,7 @@ from bhfast.sweep.grid import plan, rank_and_world, read_grid, read_grid_file
 from bhfast.sweep.register import Register
 from bhfast.sweep.worker import Worker, run_task
 from bhfast.trace import open_trace
-from bhfast.train import TrainConfig, train
+from bhfast.train import train
 from bhfast.verify import verify
 
 LONG = 2000  # steps that take long enough to be disturbed
@@ -394,7 +395,7 @@ def test_each_worker_has_a_gpu(environment: dict[str, str], jobs, gpus: list[str
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
-    monkeypatch.setattr(sys.modules["bhfast.train"], "select_device", lambda name: (torch.device("cuda"), ""))
+    monkeypatch.setattr("bhfast.machine.select_device", lambda name: (torch.device("cuda"), ""))
     assert divide(plan(read_grid({"seed": range(5)}, "grid"), "out"), jobs).gpus == gpus
 
 

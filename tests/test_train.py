@@ -19,10 +19,12 @@ from safetensors.torch import load_file
 
 import bhfast
 from bhfast import corpus
+from bhfast.config import TrainConfig
 from bhfast.engines import select_engine
 from bhfast.errors import ConfigError, StorageError
+from bhfast.experiment import is_run_of
 from bhfast.trace import open_trace
-from bhfast.train import TrainConfig, TrainResult, is_run_of, main, train
+from bhfast.train import TrainResult, main, train
 from bhfast.verify import verify
 
 STEPS = 130  # of the run in conftest.py
@@ -344,7 +346,8 @@ def test_knows_what_is_no_whole_run(settings: TrainConfig, monkeypatch: pytest.M
         if step >= 6:
             raise RuntimeError
 
-    monkeypatch.setattr("bhfast.train.PROGRESS_EVERY", 3)  # steps from one look to the next, at most
+    for module in ("train", "progress"):
+        monkeypatch.setattr(f"bhfast.{module}.PROGRESS_EVERY", 3)  # steps from one look to the next, at most
     with pytest.raises(RuntimeError):
         train(settings, progress=stop)
     assert 6 <= open_trace(settings.path).steps[-1] < 12

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from bhfast.errors import BhfastError
-from bhfast.report.figures import figures
+from bhfast.summary import figures
 from bhfast.trace import open_trace
 
 

@@ -85,7 +85,7 @@ def _sweep(
     overwrite: bool,
     quiet: bool,
 ) -> SweepResult:
-    from bhfast.train import printer
+    from bhfast.progress import printer
 
     grid = {**{name: [getattr(bhfast.TrainConfig, name)] for name in ALWAYS_NAMED}, **grid}
     runs = plan(grid, out_dir)
@@ -138,7 +138,7 @@ def _table(entries: Sequence[Mapping[str, Any]], kept: Collection[str]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from bhfast.train import kind_of
+    from bhfast.config import kind_of
 
     parser = argparse.ArgumentParser(
         prog="bhfast sweep",

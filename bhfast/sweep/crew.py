@@ -45,7 +45,7 @@ def divide(runs: Sequence[Run], jobs: int | None) -> Machine:
     """
     import torch
 
-    from bhfast.train import select_device
+    from bhfast.machine import select_device
 
     if jobs is not None and jobs < 1:
         raise ConfigError(f"jobs must be at least 1, got {jobs}")
