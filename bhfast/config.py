@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from bhfast import _ops
 from bhfast.engines import ENGINES
 from bhfast.errors import ConfigError
 from bhfast.model import GPTConfig
+from bhfast.ops.arithmetic import ROUNDINGS
 from bhfast.storage import STORAGES
 
 SCHEDULES = ("linear", "constant")
@@ -51,7 +51,7 @@ class TrainConfig:
     )
     max_grad_norm: float = _flag(1.0, "clip the global gradient norm to this; inf for no clipping")
     lr_schedule: str = _flag("linear", "linear falls to 0 at the end", choices=SCHEDULES)
-    adam_rounding: str = _flag("per-op", "bfloat16 after every operation, or once per output", choices=_ops.ROUNDINGS)
+    adam_rounding: str = _flag("per-op", "bfloat16 after every operation, or once per output", choices=ROUNDINGS)
     corpus: str | None = _flag(None, "text file (default: data/gatsby_clean.txt if there, else the built-in corpus)")
     out: str | None = _flag(None, "trace file (default: tensors/Lil_Gatsby/1.12b_training_data_sigmaSIGMA.safetensors)")
     device: str = _flag("auto", "auto takes cuda, then mps, then cpu", choices=DEVICES)

@@ -13,9 +13,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from bhfast import _ops
 from bhfast.engines import select_engine
 from bhfast.machine import available_memory, select_device
+from bhfast.ops import extension
 from bhfast.optim import FusedAdam
 from bhfast.trace import format_bytes
 from bhfast.version import __version__
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.parse_args(argv)
     device, device_reason = select_device("auto")
     engine, engine_reason = select_engine("auto", device)
-    backend, backend_reason = _ops.backend(device)
+    backend, backend_reason = extension.backend(device)
     fault = self_test()
     rows = {
         "bhfast": __version__,
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         "device": f"{device.type} ({device_reason})",
         "engine": f"{engine} ({engine_reason})",
         "operations": f"{backend} ({backend_reason})",
-        "native": ", ".join(_ops.native_instruction_sets()) or "not built",
+        "native": ", ".join(extension.native_instruction_sets()) or "not built",
         "packages": ", ".join(f"{name} {_version(name)}" for name in PACKAGES),
         "self-test": fault or "FusedAdam equals torch.optim.AdamW bit for bit",
     }

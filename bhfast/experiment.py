@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from bhfast import _ops
 from bhfast.config import TrainConfig
 from bhfast.corpus import Corpus, load_corpus
 from bhfast.engines import select_engine
 from bhfast.errors import StorageError, TraceError
 from bhfast.machine import select_device
+from bhfast.ops import extension
 from bhfast.trace import Trace, open_trace
 
 # What may differ between two runs of one experiment, and is not recorded; corpus, device and engine are compared as the
@@ -37,7 +37,7 @@ def _describe(config: TrainConfig, corpus: Corpus, device: torch.device, engine:
 def _bits_depend_on(engine: str) -> dict[str, str]:
     """Return what else of this machine the metadata must name, as sums are ordered by it."""
     if engine == "native":
-        return {"instruction_set": _ops.native_instruction_sets()[0]}
+        return {"instruction_set": extension.native_instruction_sets()[0]}
     return {"threads": str(torch.get_num_threads())}
 
 

@@ -16,8 +16,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from bhfast import _ops, replay
+from bhfast import replay
 from bhfast.errors import BhfastError, ConfigError, StorageError
+from bhfast.ops import checks, kernels
 from bhfast.ring import Ring, half_size, make_lane, populator
 from bhfast.select import Params, select
 from bhfast.shards import Share, local
@@ -27,7 +28,7 @@ from bhfast.storage import STORAGES, Claim, Stats, Storage
 from bhfast.stream import open_storage
 from bhfast.trace import FORMAT, FORMAT_VERSION, format_bytes
 
-FIELDS = _ops.FIELDS
+FIELDS = checks.FIELDS
 
 
 @runtime_checkable
@@ -566,7 +567,7 @@ class Recorder:
             sources.append(value.to(slots.device, slots.dtype))
             rings.append(slots)
         for sources, rings in records.values():
-            _ops.record_(sources, rings, self._step_tensor, self.every)
+            kernels.record_(sources, rings, self._step_tensor, self.every)
 
     def log_into(self, **values: Tensor) -> dict[str, Tensor]:
         """Make room for values as :meth:`log` does, but record nothing: for engines that write records themselves.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bhfast import _ops
+from bhfast.ops import kernels
 
 SETTINGS = ("betas", "eps", "weight_decay")
 DTYPES = (torch.bfloat16, torch.float32)
@@ -57,7 +57,7 @@ class Description:
         }
 
     def _arithmetic(self, params: list[Tensor]) -> tuple[str | None, str]:
-        """Return the rounding of :func:`bhfast._ops.adam` that the optimizer's arithmetic equals, and why."""
+        """Return the rounding of :func:`bhfast.ops.arithmetic.adam` that the optimizer's arithmetic equals, and why."""
         optimizer, kind = self.optimizer, type(self.optimizer).__name__
         if self.changed_at is not None:
             return None, f"the optimizer's settings were changed before step {self.changed_at}"
@@ -74,9 +74,9 @@ class Description:
             return None, f"{kind} is only on a CPU known to the bit"
         if any(param.dtype not in DTYPES for param in params):
             return None, "a replay knows bfloat16 and float32"
-        if inexact := [p.dtype for p in params if not _ops.torch_rounds_per_op(p.dtype)]:
+        if inexact := [p.dtype for p in params if not kernels.torch_rounds_per_op(p.dtype)]:
             return None, f"torch's {kind} of {inexact[0]} is not exact to the bit on this CPU"
-        if not all(_ops.torch_has_one_lerp(float(group["betas"][0])) for group in groups):
+        if not all(kernels.torch_has_one_lerp(float(group["betas"][0])) for group in groups):
             return None, f"at betas[0] = 0 the sign that torch's {kind} gives a zero depends on where it lies"
         return "per-op", f"{kind} on a CPU rounds after every operation"
 

@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bhfast import _ops
 from bhfast.config import TrainConfig, kind_of
 from bhfast.corpus import load_corpus, window_offsets
 from bhfast.engines import Job, make_engine, select_engine
@@ -33,6 +32,7 @@ from bhfast.errors import BhfastError
 from bhfast.experiment import _bits_depend_on, _describe, _require_same_settings
 from bhfast.machine import select_device
 from bhfast.model import TiedGPT, build_model
+from bhfast.ops import extension
 from bhfast.optim import FusedAdam
 from bhfast.progress import PROGRESS_EVERY, _Watch, printer
 from bhfast.recorder import NullRecorder, Recorder
@@ -89,7 +89,7 @@ def train(config: TrainConfig | None = None, *, progress: Callable[[int, float],
 
     device, device_reason = select_device(config.device)
     engine_name, engine_reason = select_engine(config.engine, device, config.model_config())
-    backend, backend_reason = _ops.backend(device)
+    backend, backend_reason = extension.backend(device)
     corpus = load_corpus(config.corpus, vocab_size=config.vocab_size, window=config.context + 1)
     say(f"corpus   {corpus.name}: {len(corpus.data):,} bytes")
     if corpus.name.endswith("(built in)"):

@@ -25,22 +25,35 @@ MAY_IMPORT = {
         "version",
     },
     "__main__": set(),
-    "_ops": set(),
-    "config": {"_ops", "engines", "errors", "model", "storage"},
+    "config": {"engines", "errors", "model", "ops", "storage"},
     "corpus": {"errors"},
-    "doctor": {"_ops", "engines", "machine", "optim", "trace", "version"},
-    "engines/__init__": {"_ops", "engines", "errors", "model", "optim", "recorder"},
+    "doctor": {
+        "engines",
+        "machine",
+        "ops",
+        "optim",
+        "trace",
+        "version",
+    },
+    "engines/__init__": {
+        "engines",
+        "errors",
+        "model",
+        "ops",
+        "optim",
+        "recorder",
+    },
     "engines/graph": {"engines"},
-    "engines/native": {"_ops", "engines"},
+    "engines/native": {"engines", "ops"},
     "engines/torch": {"engines", "model"},
     "errors": set(),
     "experiment": {
-        "_ops",
         "config",
         "corpus",
         "engines",
         "errors",
         "machine",
+        "ops",
         "trace",
     },
     "hf": {"recorder", "select"},
@@ -52,11 +65,16 @@ MAY_IMPORT = {
     "lattice/motion": {"lattice"},
     "machine": {"errors"},
     "model": {"errors"},
-    "optim": {"_ops", "errors"},
+    "ops/__init__": {"ops"},
+    "ops/arithmetic": set(),
+    "ops/checks": {"ops"},
+    "ops/extension": set(),
+    "ops/kernels": {"ops"},
+    "optim": {"errors", "ops"},
     "progress": {"engines"},
     "recorder": {
-        "_ops",
         "errors",
+        "ops",
         "replay",
         "ring",
         "select",
@@ -68,7 +86,7 @@ MAY_IMPORT = {
         "trace",
     },
     "recover": {"errors", "journal", "storage"},
-    "replay": {"_ops"},
+    "replay": {"ops"},
     "report/__init__": {"errors", "report", "summary", "trace"},
     "report/__main__": {"report"},
     "report/page": {"errors", "report", "version"},
@@ -79,9 +97,16 @@ MAY_IMPORT = {
     "select": {"errors"},
     "shards": {"errors", "index", "select"},
     "signals": set(),
-    "sources": {"_ops", "shards"},
+    "sources": {"ops", "shards"},
     "storage": {"errors", "journal", "ring", "trace"},
-    "stream": {"errors", "journal", "machine", "ring", "storage", "trace"},
+    "stream": {
+        "errors",
+        "journal",
+        "machine",
+        "ring",
+        "storage",
+        "trace",
+    },
     "summary": {"errors", "trace"},
     "sweep/__init__": {"config", "errors", "progress", "sweep"},
     "sweep/__main__": {"sweep"},
@@ -91,7 +116,6 @@ MAY_IMPORT = {
     "sweep/worker": {"config", "errors", "experiment", "trace", "train"},
     "trace": {"errors", "index"},
     "train": {
-        "_ops",
         "config",
         "corpus",
         "engines",
@@ -99,6 +123,7 @@ MAY_IMPORT = {
         "experiment",
         "machine",
         "model",
+        "ops",
         "optim",
         "progress",
         "recorder",
@@ -107,7 +132,7 @@ MAY_IMPORT = {
         "trace",
         "version",
     },
-    "verify": {"_ops", "errors", "trace"},
+    "verify": {"errors", "ops", "trace"},
     "version": set(),
 }
 
@@ -181,9 +206,9 @@ def test_doctor_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_doctor_fails_if_the_self_test_does(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    from bhfast import _ops
+    from bhfast.ops import arithmetic
 
-    real = _ops.adam_coefficients
-    monkeypatch.setattr(_ops, "adam_coefficients", lambda steps, *a, **k: real([s + 1 for s in steps], *a, **k))
+    real = arithmetic.adam_coefficients
+    monkeypatch.setattr(arithmetic, "adam_coefficients", lambda steps, *a, **k: real([s + 1 for s in steps], *a, **k))
     assert doctor.main([]) == 1
     assert "values at step 1" in capsys.readouterr().out

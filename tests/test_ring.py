@@ -12,7 +12,8 @@ import torch
 from lanes import SlowLane
 from torch import Tensor
 
-from bhfast import _ops, ring
+from bhfast import ring
+from bhfast.ops import kernels
 from bhfast.ring import Preparer, Ring, half_size, host_tensor, split
 
 HALF = 4
@@ -30,7 +31,7 @@ def record_all(records: int, delay: float, width: int = 3) -> tuple[list[Tensor]
         if record == the_ring.room:
             the_ring.turn()
         values = [torch.full((width,), record), torch.tensor(float(record))]
-        _ops.record_(values, slots, torch.tensor(record), 1)
+        kernels.record_(values, slots, torch.tensor(record), 1)
     the_ring.drain(records)
     for x in slots:
         x.fill_(-7)  # what happens on the device after the end concerns nobody

@@ -218,9 +218,10 @@ def test_the_extension_makes_the_same_file_as_pure_torch(extension, settings: Tr
     code = f"""if True:
         import sys
         sys.modules["bhfast._C"] = None  # as if it were not built
-        from bhfast import _ops
-        from bhfast.train import TrainConfig, train
-        assert _ops.backend()[0] == "torch"
+        from bhfast.ops import backend
+        from bhfast.config import TrainConfig
+        from bhfast.train import train
+        assert backend()[0] == "torch"
         for config in {[dataclasses.asdict(config) for config in configs]!r}:
             train(TrainConfig(**config))
     """

@@ -9,9 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bhfast import _ops
 from bhfast.errors import BhfastError, ConfigError
 from bhfast.model import GPTConfig, TiedGPT
+from bhfast.ops import extension
 from bhfast.optim import FusedAdam
 from bhfast.recorder import NullRecorder, Recorder
 
@@ -130,8 +130,8 @@ def _reason_for_auto(engine: str, model: GPTConfig) -> str:
 def _graph_hindrance(device: torch.device, model: GPTConfig) -> str | None:
     if device.type != "cuda":
         return f"a CUDA graph needs a CUDA device, not {device.type}"
-    if _ops.backend(device)[0] != "CUDA":
-        return f"a CUDA graph needs the CUDA kernels: {_ops.backend(device)[1]}"
+    if extension.backend(device)[0] != "CUDA":
+        return f"a CUDA graph needs the CUDA kernels: {extension.backend(device)[1]}"
     return None
 
 
@@ -142,8 +142,8 @@ def _native_hindrance(device: torch.device, model: GPTConfig) -> str | None:
 
 
 def _native_hindrance_on_cpu(model: GPTConfig) -> str | None:
-    if not _ops.native_instruction_sets():
-        return f"the native engine needs the C++ kernels: {_ops.backend()[1]}"
+    if not extension.native_instruction_sets():
+        return f"the native engine needs the C++ kernels: {extension.backend()[1]}"
     if model.hidden_dim % 32 or model.hidden_dim // model.heads % 16:
         return (
             "the native engine needs a hidden_dim divisible by 32, and by 16 times heads, got "
