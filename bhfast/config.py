@@ -11,7 +11,7 @@ from bhfast.engines import ENGINES
 from bhfast.errors import ConfigError
 from bhfast.model import GPTConfig
 from bhfast.ops.arithmetic import ROUNDINGS
-from bhfast.storage import STORAGES
+from bhfast.storage.base import STORAGES
 
 SCHEDULES = ("linear", "constant")
 DEVICES = ("auto", "cpu", "cuda", "mps")

@@ -24,8 +24,9 @@ from bhfast.select import Params, select
 from bhfast.shards import Share, local
 from bhfast.signals import deferred_signals, terminable
 from bhfast.sources import KEY, Source, default_fields, source_of
-from bhfast.storage import STORAGES, Claim, Stats, Storage
-from bhfast.stream import open_storage
+from bhfast.storage.base import STORAGES, Stats, Storage
+from bhfast.storage.choose import open_storage
+from bhfast.storage.claim import Claim
 from bhfast.trace import FORMAT, FORMAT_VERSION, format_bytes
 
 FIELDS = checks.FIELDS

@@ -14,21 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import CHANGES, JUNK, SECOND, mutated
 
-from bhfast import journal as module
 from bhfast import trace
 from bhfast.errors import StorageError, TraceError
-from bhfast.journal import (
-    VERSION,
-    Journal,
-    State,
-    check_records,
-    encode,
-    finish,
-    journal_path,
-    read_journal,
-    sync_folder,
-    write_at,
-)
+from bhfast.storage.files import journal_path, sync_folder, write_at
+from bhfast.storage.finish import check_records, finish
+from bhfast.storage.journal import VERSION, Journal, State, encode, read_journal
 from bhfast.trace import bytes_of, checksums, open_trace
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -53,7 +43,7 @@ def test_each_line_has_its_checksum(tmp_path: Path) -> None:
 
 
 def test_a_journal_has_disk_in_hand_until_it_gives_it_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "AHEAD", 10_000)
+    monkeypatch.setattr("bhfast.storage.journal.AHEAD", 10_000)
     journal = Journal(tmp_path / "j")
     for record in range(1000):
         journal.append({"records": record})
@@ -83,7 +73,7 @@ def test_a_journal_goes_on_where_it_ended(tmp_path: Path) -> None:
 
 
 def test_writes_go_on_however_little_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CHUNK", 1000)
+    monkeypatch.setattr("bhfast.storage.files.CHUNK", 1000)
     real, sizes = os.pwrite, []
 
     def pwrite(fd: int, data: memoryview, offset: int) -> int:
@@ -170,7 +160,7 @@ WAYS = {"as it is": [], "by a copy": ["_collapse_range"], "with padding": ["_col
 @pytest.mark.parametrize("broken", WAYS.values(), ids=WAYS)
 def test_finishing_closes_the_gaps(broken: list[str], partial: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in broken:
-        monkeypatch.setattr(module, name, lambda *_: False)
+        monkeypatch.setattr(f"bhfast.storage.finish.{name}", lambda *_: False)
     path = partial.with_suffix("")
     finish(partial, path)
     assert_is_whole(path)

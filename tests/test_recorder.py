@@ -13,7 +13,6 @@ from lanes import SlowLane
 from torch import nn
 
 from bhfast import recorder as module
-from bhfast import stream
 from bhfast.errors import BhfastError, ConfigError, StorageError
 from bhfast.optim import FusedAdam
 from bhfast.recorder import Recorder
@@ -320,7 +319,7 @@ def test_refuses_bad_arguments(options, message, tmp_path: Path) -> None:
 
 
 def test_refuses_a_recording_that_memory_cannot_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "available_memory", lambda: 100)
+    monkeypatch.setattr("bhfast.storage.choose.available_memory", lambda: 100)
     model = linear()
     optimizer = FusedAdam(model.parameters())
     for storage, wanted in (("memory", r"0\.1 MB"), ("stream", r"0\.1 MB"), ("auto", r"0\.1 MB")):

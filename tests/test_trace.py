@@ -26,7 +26,8 @@ from bhfast import trace
 from bhfast.errors import TraceError
 from bhfast.optim import FusedAdam
 from bhfast.recorder import Recorder
-from bhfast.storage import Claim, write_trace
+from bhfast.storage.claim import Claim
+from bhfast.storage.memory import write_trace
 from bhfast.trace import TraceTensor, open_trace
 
 

@@ -133,7 +133,7 @@ class Crew:
         return self._signals[0] if self._signals else None
 
     def _work(self, number: int) -> None:
-        from bhfast.storage import Claim
+        from bhfast.storage.claim import Claim
 
         with ExitStack() as stack:
             while True:

@@ -30,7 +30,7 @@ class Register:
     @contextmanager
     def _update(self) -> Iterator[dict[str, Any]]:
         """Yield what is in the file, and write what the block makes of it."""
-        from bhfast.journal import sync_folder
+        from bhfast.storage.files import sync_folder
 
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
