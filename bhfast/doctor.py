@@ -17,7 +17,7 @@ from bhfast.engines import select_engine
 from bhfast.machine import available_memory, select_device
 from bhfast.ops import extension
 from bhfast.optim import FusedAdam
-from bhfast.trace import format_bytes
+from bhfast.trace.format import format_bytes
 from bhfast.version import __version__
 
 PACKAGES = ("numpy", "safetensors", "tqdm", "unidecode", "pytest", "pytest-benchmark", "transformers")

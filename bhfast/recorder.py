@@ -27,7 +27,7 @@ from bhfast.sources import KEY, Source, default_fields, source_of
 from bhfast.storage.base import STORAGES, Stats, Storage
 from bhfast.storage.choose import open_storage
 from bhfast.storage.claim import Claim
-from bhfast.trace import FORMAT, FORMAT_VERSION, format_bytes
+from bhfast.trace.format import FORMAT, FORMAT_VERSION, format_bytes
 
 FIELDS = checks.FIELDS
 

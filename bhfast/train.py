@@ -38,7 +38,8 @@ from bhfast.progress import PROGRESS_EVERY, _Watch, printer
 from bhfast.recorder import NullRecorder, Recorder
 from bhfast.signals import deferred_signals
 from bhfast.summary import figures
-from bhfast.trace import format_bytes, open_trace
+from bhfast.trace import open_trace
+from bhfast.trace.format import format_bytes
 from bhfast.version import __version__
 
 KEYS = {"param": "embeddings", "grad": "grads", "exp_avg": "momentum", "exp_avg_sq": "variance"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from bhfast import trace
+from bhfast.trace.format import DTYPES
 
 SECOND = 1000.0  # milliseconds
 
@@ -42,7 +42,7 @@ LEAVES = st.one_of(
     st.integers(-(1 << 70), 1 << 70),
     st.sampled_from([1 << 31, 1 << 32, (1 << 61) - 1, 1 << 62, (1 << 63) - 1, 1 << 63, (1 << 64) - 1]),
     st.floats(),
-    st.sampled_from(["", "w", "\ud800", "\ufeff", "\0", "__metadata__", *trace.DTYPES, "F4", "F6_E2M3", "F33", "f32"]),
+    st.sampled_from(["", "w", "\ud800", "\ufeff", "\0", "__metadata__", *DTYPES, "F4", "F6_E2M3", "F33", "f32"]),
     st.text(max_size=5),
 )
 JUNK = st.recursive(

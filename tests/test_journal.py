@@ -14,12 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import CHANGES, JUNK, SECOND, mutated
 
-from bhfast import trace
 from bhfast.errors import StorageError, TraceError
 from bhfast.storage.files import journal_path, sync_folder, write_at
 from bhfast.storage.finish import check_records, finish
 from bhfast.storage.journal import VERSION, Journal, State, encode, read_journal
-from bhfast.trace import bytes_of, checksums, open_trace
+from bhfast.trace import open_trace
+from bhfast.trace.checksums import checksums
+from bhfast.trace.format import FORMAT, bytes_of
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing
@@ -118,7 +119,7 @@ def partial(tmp_path: Path) -> Path:
         write_at(file.fileno(), bytes_of(LONG), header + room)
     journal = Journal(journal_path(partial))
     none = {"blank": 0.0}
-    metadata = {"format": trace.FORMAT, "of": "π"}
+    metadata = {"format": FORMAT, "of": "π"}
     start = {"version": VERSION, "every": 3, "records": None, "header": header, "metadata": metadata}
     sums = {"wide": encode(checksums(WIDE).tobytes()), "long": encode(checksums(LONG).tobytes())}
     for event in (
@@ -218,7 +219,7 @@ def test_a_missing_journal_is_named(tmp_path: Path) -> None:
 # Journals that were damaged
 
 EVENTS: list[dict[str, Any]] = [
-    {"start": {"version": VERSION, "every": 1, "records": 9, "header": 4096, "metadata": {"format": trace.FORMAT}}},
+    {"start": {"version": VERSION, "every": 1, "records": 9, "header": 4096, "metadata": {"format": FORMAT}}},
     {"tensor": "w", "dtype": "F32", "shape": [4, 8], "blank": 0.0, "offset": 0},
     {"tensor": "loss", "dtype": "F32", "shape": [], "blank": float("nan"), "offset": None},
     {"constant": "rows", "dtype": "I64", "shape": [1], "data": "BQAAAAAAAAA="},

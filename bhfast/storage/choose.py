@@ -11,7 +11,7 @@ from bhfast.storage.base import Storage
 from bhfast.storage.claim import Claim
 from bhfast.storage.memory import MemoryStorage
 from bhfast.storage.stream import BUFFER, COMMIT_SECONDS, StreamStorage, slots_of
-from bhfast.trace import format_bytes
+from bhfast.trace.format import format_bytes
 
 
 def open_storage(

@@ -11,9 +11,7 @@ from types import TracebackType
 
 from bhfast.errors import StorageError
 from bhfast.storage.files import journal_path
-from bhfast.trace import (
-    format_bytes,
-)
+from bhfast.trace.format import format_bytes
 
 
 class Claim:

@@ -14,17 +14,8 @@ from torch import Tensor
 from bhfast.errors import StorageError, TraceError
 from bhfast.storage.files import CHUNK, journal_path, sync_folder, write_at
 from bhfast.storage.journal import AHEAD, Journal, State, Track, _collapsed, read_journal
-from bhfast.trace import (
-    ALIGNMENT,
-    Entry,
-    bytes_of,
-    checksum_metadata,
-    checksums,
-    encode_header,
-    join_checksums,
-    place,
-    records_per_checksum,
-)
+from bhfast.trace.checksums import checksum_metadata, checksums, join_checksums, records_per_checksum
+from bhfast.trace.format import ALIGNMENT, Entry, bytes_of, encode_header, place
 
 WORTH_COPYING = 1 << 20  # bytes of gaps
 

@@ -2,7 +2,8 @@
 
 While a run streams into ``NAME.partial``, ``NAME.partial.journal`` says line by line what is in it. Data is on the disk
 before the line that speaks of it, so at any moment the two files hold every committed step, and
-:func:`bhfast.storage.finish.finish` makes an ordinary trace of them: at the end of a run, or, called by :mod:`bhfast.recover`, after one that was killed.
+:func:`bhfast.storage.finish.finish` makes an ordinary trace of them: at the end of a run, or, called by
+:mod:`bhfast.recover`, after one that was killed.
 
 Each line is a CRC-32, a space, and a JSON object with one of these keys; a line that does not fit its CRC ends the
 journal:
@@ -37,12 +38,8 @@ from torch import Tensor
 
 from bhfast.errors import TraceError
 from bhfast.storage.files import journal_path, sync, write_at
-from bhfast.trace import (
-    DTYPE_NAMES,
-    DTYPES,
-    bytes_of,
-    checksums,
-)
+from bhfast.trace.checksums import checksums
+from bhfast.trace.format import DTYPE_NAMES, DTYPES, bytes_of
 
 VERSION = 1
 AHEAD = 1 << 20  # bytes of disk that the journal has in hand, at least

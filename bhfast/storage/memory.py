@@ -13,14 +13,8 @@ from bhfast.errors import StorageError
 from bhfast.ring import Ticket, host_tensor
 from bhfast.storage.claim import Claim
 from bhfast.storage.files import sync_folder, write_at
-from bhfast.trace import (
-    bytes_of,
-    checksum_metadata,
-    checksums,
-    encode_header,
-    place,
-    records_per_checksum,
-)
+from bhfast.trace.checksums import checksum_metadata, checksums, records_per_checksum
+from bhfast.trace.format import bytes_of, encode_header, place
 
 
 class MemoryStorage:

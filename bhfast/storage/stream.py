@@ -22,7 +22,8 @@ from bhfast.storage.claim import Claim
 from bhfast.storage.files import journal_path, sync, write_at
 from bhfast.storage.finish import finish
 from bhfast.storage.journal import VERSION, Journal, Track, encode
-from bhfast.trace import MAX_CHECKSUMS, bytes_of, checksums, format_bytes
+from bhfast.trace.checksums import MAX_CHECKSUMS, checksums
+from bhfast.trace.format import bytes_of, format_bytes
 
 SMALL = 64  # bytes: records below it go to the journal
 BUFFER = 32 << 20  # bytes of records that may wait for the disk
