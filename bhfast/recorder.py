@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from bhfast import replay
 from bhfast.errors import BhfastError, ConfigError, StorageError
 from bhfast.ops import checks, kernels
-from bhfast.ring import Ring, half_size, make_lane, populator
 from bhfast.select import Params, select
 from bhfast.shards import Share, local
 from bhfast.signals import deferred_signals, terminable
@@ -28,6 +27,9 @@ from bhfast.storage.base import STORAGES, Stats, Storage
 from bhfast.storage.choose import open_storage
 from bhfast.storage.claim import Claim
 from bhfast.trace.format import FORMAT, FORMAT_VERSION, format_bytes
+from bhfast.transfer.host_memory import populator
+from bhfast.transfer.lanes import make_lane
+from bhfast.transfer.ring import Ring, half_size
 
 FIELDS = checks.FIELDS
 
@@ -57,7 +59,7 @@ class Recorder:
 
     Nothing is cached between steps: a parameter or gradient whose storage is replaced is read where it then is.
     :class:`bhfast.FusedAdam` writes the records in the same pass that updates the parameters; on a CUDA device they
-    go through a ring (:mod:`bhfast.ring`), and the run waits only if that is full.
+    go through a ring (:mod:`bhfast.transfer.ring`), and the run waits only if that is full.
 
     With ``storage="stream"`` a thread writes the records into the file meanwhile, in flat memory, and a run that is
     killed leaves ``PATH.partial``, of which ``python -m bhfast.recover`` makes a trace.

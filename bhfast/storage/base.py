@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bhfast.ring import Ticket
+from bhfast.transfer.lanes import Ticket
 
 STORAGES = ("auto", "memory", "stream")
 

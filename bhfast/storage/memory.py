@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from bhfast.errors import StorageError
-from bhfast.ring import Ticket, host_tensor
 from bhfast.storage.claim import Claim
 from bhfast.storage.files import sync_folder, write_at
 from bhfast.trace.checksums import checksum_metadata, checksums, records_per_checksum
 from bhfast.trace.format import bytes_of, encode_header, place
+from bhfast.transfer.host_memory import host_tensor
+from bhfast.transfer.lanes import Ticket
 
 
 class MemoryStorage:

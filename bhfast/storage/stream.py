@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from bhfast.errors import ConfigError, StorageError
-from bhfast.ring import Ticket, host_tensor
 from bhfast.storage.claim import Claim
 from bhfast.storage.files import journal_path, sync, write_at
 from bhfast.storage.finish import finish
 from bhfast.storage.journal import VERSION, Journal, Track, encode
 from bhfast.trace.checksums import MAX_CHECKSUMS, checksums
 from bhfast.trace.format import bytes_of, format_bytes
+from bhfast.transfer.host_memory import host_tensor
+from bhfast.transfer.lanes import Ticket
 
 SMALL = 64  # bytes: records below it go to the journal
 BUFFER = 32 << 20  # bytes of records that may wait for the disk
