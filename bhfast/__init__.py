@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from bhfast.config import TrainConfig as TrainConfig
     from bhfast.errors import BhfastError as BhfastError
     from bhfast.optim import FusedAdam as FusedAdam
-    from bhfast.recorder import Recorder as Recorder
+    from bhfast.recording.recorder import Recorder as Recorder
     from bhfast.trace import open_trace as open_trace
     from bhfast.train import TrainResult as TrainResult
     from bhfast.train import train as train
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _HOME = {
     "BhfastError": "errors",
     "FusedAdam": "optim",
-    "Recorder": "recorder",
+    "Recorder": "recording.recorder",
     "TrainConfig": "config",
     "TrainResult": "train",
     "open_trace": "trace",

@@ -35,7 +35,8 @@ from bhfast.model import TiedGPT, build_model
 from bhfast.ops import extension
 from bhfast.optim import FusedAdam
 from bhfast.progress import PROGRESS_EVERY, _Watch, printer
-from bhfast.recorder import NullRecorder, Recorder
+from bhfast.recording.protocols import NullRecorder
+from bhfast.recording.recorder import Recorder
 from bhfast.signals import deferred_signals
 from bhfast.summary import figures
 from bhfast.trace import open_trace

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from bhfast.optim import FusedAdam
-from bhfast.recorder import Recorder
+from bhfast.recording.recorder import Recorder
 from bhfast.storage.choose import open_storage
 from bhfast.storage.stream import COMMIT_SECONDS
 from bhfast.trace import open_trace

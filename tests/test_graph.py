@@ -18,7 +18,7 @@ from bhfast.engines.graph import GraphEngine
 from bhfast.errors import BhfastError, ConfigError
 from bhfast.model import GPTConfig
 from bhfast.ops import extension
-from bhfast.recorder import Recorder
+from bhfast.recording.recorder import Recorder
 from bhfast.train import train
 from bhfast.verify import verify
 

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from bhfast.errors import StorageError
 from bhfast.ops import checks
-from bhfast.recorder import Recorder
+from bhfast.recording.recorder import Recorder
 from bhfast.trace import open_trace
 from bhfast.verify import verify
 

@@ -20,7 +20,7 @@ from bhfast.errors import BhfastError, ConfigError
 from bhfast.model import GPTConfig, TiedGPT, build_model, window_loss
 from bhfast.ops import arithmetic, extension
 from bhfast.optim import FusedAdam
-from bhfast.recorder import NullRecorder
+from bhfast.recording.protocols import NullRecorder
 from bhfast.trace import open_trace
 from bhfast.train import train
 from bhfast.verify import verify

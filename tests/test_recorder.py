@@ -12,10 +12,9 @@ import torch
 from lanes import SlowLane
 from torch import nn
 
-from bhfast import recorder as module
 from bhfast.errors import BhfastError, ConfigError, StorageError
 from bhfast.optim import FusedAdam
-from bhfast.recorder import Recorder
+from bhfast.recording.recorder import FIELDS, Recorder
 from bhfast.trace import open_trace
 
 OPTIMIZERS = {
@@ -306,7 +305,7 @@ def test_records_through_a_ring_what_it_records_without(optimizer_class, every, 
         ({"steps": 0}, "steps and every must be at least 1, got steps=0"),
         ({"every": 0}, "got steps=3, every=0"),
         ({"fields": []}, "fields must name at least one field, got none"),
-        ({"keys": {f: "same" for f in module.FIELDS}}, "keys must give every tensor a name of its own, got same twice"),
+        ({"keys": {f: "same" for f in FIELDS}}, "keys must give every tensor a name of its own, got same twice"),
         ({"storage": "cloud"}, "storage must be one of auto, memory, stream, got 'cloud'"),
         ({"storage": "memory", "steps": None}, "storage memory needs steps=; if it is not known, use storage stream"),
     ],

@@ -20,7 +20,7 @@ from streaming_run import assert_begins_like, record, reference
 
 from bhfast import recover, verify
 from bhfast.errors import StorageError, TraceError
-from bhfast.recorder import Recorder
+from bhfast.recording.recorder import Recorder
 from bhfast.recover import main
 from bhfast.storage import finish as finishing
 from bhfast.storage.claim import Claim

@@ -26,7 +26,7 @@ from traces import assert_same_data
 
 from bhfast.config import TrainConfig
 from bhfast.errors import ConfigError, StorageError
-from bhfast.recorder import Recorder
+from bhfast.recording.recorder import Recorder
 from bhfast.recover import recover
 from bhfast.storage.choose import open_storage
 from bhfast.storage.files import sync

@@ -24,7 +24,7 @@ from traces import tensors, write
 
 from bhfast.errors import TraceError
 from bhfast.optim import FusedAdam
-from bhfast.recorder import Recorder
+from bhfast.recording.recorder import Recorder
 from bhfast.storage.claim import Claim
 from bhfast.storage.memory import write_trace
 from bhfast.trace import Trace, TraceTensor, open_trace

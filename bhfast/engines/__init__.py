@@ -13,7 +13,8 @@ from bhfast.errors import BhfastError, ConfigError
 from bhfast.model import GPTConfig, TiedGPT
 from bhfast.ops import extension
 from bhfast.optim import FusedAdam
-from bhfast.recorder import NullRecorder, Recorder
+from bhfast.recording.protocols import NullRecorder
+from bhfast.recording.recorder import Recorder
 
 ENGINES = ("auto", "torch", "graph", "native")
 

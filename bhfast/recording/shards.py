@@ -20,7 +20,7 @@ import torch.distributed
 from torch import Tensor
 
 from bhfast.errors import BhfastError, ConfigError, StorageError
-from bhfast.select import Selection
+from bhfast.recording.selection import Selection
 from bhfast.trace.sharded import INDEX_FORMAT, INDEX_SUFFIX
 
 

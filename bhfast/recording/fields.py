@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bhfast.ops import checks
-from bhfast.shards import Piece, local
+from bhfast.recording.shards import Piece, local
 
 KEY = "{name}.{field}"  # of a tensor in the file; a parameter's own has its bare name
 
