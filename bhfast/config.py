@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from bhfast.engines import ENGINES
+from bhfast.engines.choose import ENGINES
 from bhfast.errors import ConfigError
 from bhfast.model import GPTConfig
 from bhfast.ops.arithmetic import ROUNDINGS

@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from bhfast.engines import select_engine
+from bhfast.engines.choose import select_engine
 from bhfast.machine import available_memory, select_device
 from bhfast.ops import extension
 from bhfast.optim import FusedAdam

@@ -11,7 +11,7 @@ import torch
 
 from bhfast.config import TrainConfig
 from bhfast.corpus import Corpus, load_corpus
-from bhfast.engines import select_engine
+from bhfast.engines.choose import select_engine
 from bhfast.errors import StorageError, TraceError
 from bhfast.machine import select_device
 from bhfast.ops import extension

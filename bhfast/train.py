@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from bhfast.config import TrainConfig, kind_of
 from bhfast.corpus import load_corpus, window_offsets
-from bhfast.engines import Job, make_engine, select_engine
+from bhfast.engines.choose import make_engine, select_engine
+from bhfast.engines.job import Job
 from bhfast.errors import BhfastError
 from bhfast.experiment import _bits_depend_on, _describe, _require_same_settings
 from bhfast.machine import select_device

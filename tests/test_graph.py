@@ -13,8 +13,10 @@ from traces import assert_same_data
 
 from bhfast import doctor
 from bhfast.config import TrainConfig
-from bhfast.engines import Addresses, Job, graph, select_engine
+from bhfast.engines import graph
+from bhfast.engines.choose import select_engine
 from bhfast.engines.graph import GraphEngine
+from bhfast.engines.job import Addresses, Job
 from bhfast.errors import BhfastError, ConfigError
 from bhfast.model import GPTConfig
 from bhfast.ops import extension

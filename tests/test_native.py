@@ -13,7 +13,8 @@ from tolerances import LOSS
 from traces import assert_same_data
 
 from bhfast.config import TrainConfig
-from bhfast.engines import Job, make_engine, select_engine
+from bhfast.engines.choose import make_engine, select_engine
+from bhfast.engines.job import Job
 from bhfast.engines.native import NativeEngine
 from bhfast.engines.torch import TorchEngine
 from bhfast.errors import BhfastError, ConfigError

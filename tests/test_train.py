@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import bhfast
 from bhfast import corpus
 from bhfast.config import TrainConfig
-from bhfast.engines import select_engine
+from bhfast.engines.choose import select_engine
 from bhfast.errors import ConfigError, StorageError
 from bhfast.experiment import is_run_of
 from bhfast.trace import open_trace

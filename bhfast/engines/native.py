@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import torch
 
-from bhfast.engines import Addresses, Job
+from bhfast.engines.job import Addresses, Job
 from bhfast.ops import extension
 
 BLOCK = 16  # rows that a thread works on together
 
 
 class NativeEngine:
-    """See :class:`bhfast.engines.Engine`. Needs the extension, and a network on the CPU in bfloat16.
+    """See :class:`bhfast.engines.job.Engine`. Needs the extension, and a network on the CPU in bfloat16.
 
     Args:
         job: its network's ``hidden_dim`` must be divisible by 32 and by 16 times ``heads``.

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from bhfast.errors import StorageError
+from bhfast.sweep.format import FORMAT
 from bhfast.sweep.grid import Run, plain
-
-FORMAT = {"format": "bhfast-sweep", "version": 1}
 
 
 class Register:

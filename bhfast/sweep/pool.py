@@ -16,7 +16,7 @@ from tqdm import tqdm
 from bhfast.errors import ConfigError, StorageError
 from bhfast.signals import deferred_signals
 from bhfast.sweep.grid import Run
-from bhfast.sweep.register import Register
+from bhfast.sweep.results import Register
 from bhfast.sweep.worker import Worker
 
 
