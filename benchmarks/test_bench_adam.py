@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bhfast import FusedAdam
 from bhfast.model import GPTConfig, build_model
-from bhfast.recorder import FIELDS
+from bhfast.recording.recorder import FIELDS
 
 # name: shapes of the parameters, of which the first is recorded; slots of a record; steps in a row; rounds
 CASES = {

@@ -18,9 +18,11 @@ import pytest
 import torch
 from conftest import SUMMARY, need_cuda, race
 
+from bhfast.config import TrainConfig
 from bhfast.corpus import Corpus
-from bhfast.engines import Engine, Job, make_engine
-from bhfast.train import TrainConfig, train
+from bhfast.engines.choose import make_engine
+from bhfast.engines.job import Engine, Job
+from bhfast.train import train
 
 STEPS = {"trainer": 200, "torch": 300, "native": 3000, "graph": 3000}  # a second or two each
 ROUNDS = 5

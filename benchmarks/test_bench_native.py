@@ -13,17 +13,18 @@ import pytest
 import torch
 from conftest import SUMMARY, median, race
 
-from bhfast import _ops
-from bhfast._ops import _extension
+from bhfast.config import TrainConfig
 from bhfast.corpus import Corpus
 from bhfast.engines.native import NativeEngine
 from bhfast.model import GPTConfig
-from bhfast.train import TrainConfig, train
+from bhfast.ops import extension
+from bhfast.ops.extension import _extension
+from bhfast.train import train
 
 STEPS = 3000
 LARGER = {"vocab_size": 10_000, "batch_size": 8}
 
-pytestmark = pytest.mark.skipif(not _ops.native_instruction_sets(), reason="the extension is not built")
+pytestmark = pytest.mark.skipif(not extension.native_instruction_sets(), reason="the extension is not built")
 
 
 def on_cpu(settings: dict, threads: int | None = None, **more: object) -> Callable[[], float]:
@@ -155,7 +156,7 @@ def test_profile(threads: int, benchmark, settings: dict, monkeypatch: pytest.Mo
 
     net = GPTConfig()
     weights = net.layers * 12 * net.hidden_dim**2 + net.vocab_size * net.hidden_dim
-    instruction_set = _ops.native_instruction_sets()[0]
+    instruction_set = extension.native_instruction_sets()[0]
     gflops = {
         "products": 2 * 2 * weights * net.context / microseconds["products"] / 1e3,  # forward, and back to activations
         "weight gradients": 2 * weights * net.context / microseconds["weight gradients"] / 1e3,

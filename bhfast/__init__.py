@@ -8,22 +8,22 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from bhfast.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from bhfast.config import TrainConfig as TrainConfig
     from bhfast.errors import BhfastError as BhfastError
     from bhfast.optim import FusedAdam as FusedAdam
-    from bhfast.recorder import Recorder as Recorder
+    from bhfast.recording.recorder import Recorder as Recorder
     from bhfast.trace import open_trace as open_trace
-    from bhfast.train import TrainConfig as TrainConfig
     from bhfast.train import TrainResult as TrainResult
     from bhfast.train import train as train
 
 _HOME = {
     "BhfastError": "errors",
     "FusedAdam": "optim",
-    "Recorder": "recorder",
-    "TrainConfig": "train",
+    "Recorder": "recording.recorder",
+    "TrainConfig": "config",
     "TrainResult": "train",
     "open_trace": "trace",
 }

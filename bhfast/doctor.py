@@ -13,13 +13,12 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-import bhfast
-from bhfast import _ops
-from bhfast.engines import select_engine
+from bhfast.engines.choose import select_engine
+from bhfast.machine import available_memory, select_device
+from bhfast.ops import extension
 from bhfast.optim import FusedAdam
-from bhfast.storage import available_memory
-from bhfast.trace import format_bytes
-from bhfast.train import select_device
+from bhfast.trace.format import format_bytes
+from bhfast.version import __version__
 
 PACKAGES = ("numpy", "safetensors", "tqdm", "unidecode", "pytest", "pytest-benchmark", "transformers")
 
@@ -47,10 +46,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.parse_args(argv)
     device, device_reason = select_device("auto")
     engine, engine_reason = select_engine("auto", device)
-    backend, backend_reason = _ops.backend(device)
+    backend, backend_reason = extension.backend(device)
     fault = self_test()
     rows = {
-        "bhfast": bhfast.__version__,
+        "bhfast": __version__,
         "python": f"{platform.python_version()} on {platform.platform()}",
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
         "cpu": f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
@@ -59,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         "device": f"{device.type} ({device_reason})",
         "engine": f"{engine} ({engine_reason})",
         "operations": f"{backend} ({backend_reason})",
-        "native": ", ".join(_ops.native_instruction_sets()) or "not built",
+        "native": ", ".join(extension.native_instruction_sets()) or "not built",
         "packages": ", ".join(f"{name} {_version(name)}" for name in PACKAGES),
         "self-test": fault or "FusedAdam equals torch.optim.AdamW bit for bit",
     }

@@ -12,8 +12,8 @@ from accelerate.optimizer import AcceleratedOptimizer  # type: ignore[import-unt
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from bhfast.recorder import Recorder
-from bhfast.select import Params
+from bhfast.recording.recorder import Recorder
+from bhfast.recording.selection import Params
 
 
 class RecorderCallback(TrainerCallback):

@@ -13,15 +13,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bhfast import _ops
 from bhfast.errors import BhfastError, ConfigError
+from bhfast.ops import arithmetic, checks, kernels
 
 DTYPES = (torch.bfloat16, torch.float32)
 ALIGNMENT = 16  # bytes that a CUDA thread reads at once: kBytes in csrc/cuda/launch.h
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """AdamW whose arithmetic is specified to the bit (see :mod:`bhfast._ops`), all parameters in one pass.
+    """AdamW whose arithmetic is specified to the bit (see :mod:`bhfast.ops`), all parameters in one pass.
 
     ``state_dict`` is interchangeable with ``torch.optim.AdamW``'s in both directions, with ``exp_avg`` and
     ``exp_avg_sq`` in the parameter's dtype. (Loading float32 moments for bfloat16 parameters rounds them:
@@ -63,8 +63,8 @@ class FusedAdam(torch.optim.Optimizer):
         for i, beta in enumerate(betas):
             if not 0 <= beta < 1:
                 raise ConfigError(f"betas[{i}] must be in [0, 1), got {beta!r}")
-        if rounding not in _ops.ROUNDINGS:
-            raise ConfigError(f"rounding must be one of {', '.join(_ops.ROUNDINGS)}, got {rounding!r}")
+        if rounding not in arithmetic.ROUNDINGS:
+            raise ConfigError(f"rounding must be one of {', '.join(arithmetic.ROUNDINGS)}, got {rounding!r}")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ConfigError(f"max_grad_norm must be above 0, or None for no clipping, got {max_grad_norm!r}")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
@@ -177,10 +177,10 @@ class FusedAdam(torch.optim.Optimizer):
         clip_coef = None
         if self.max_grad_norm is not None and batches:
             grads = [grad for batch in batches for grad in batch.grads]
-            self.grad_norm, self.clip_coef = _ops.clip_coefficient(grads, self.max_grad_norm)
+            self.grad_norm, self.clip_coef = kernels.clip_coefficient(grads, self.max_grad_norm)
             clip_coef = self.clip_coef
         for batch, c in zip(batches, coefficients, strict=True):
-            _ops.adam_(
+            kernels.adam_(
                 batch.params,
                 batch.grads,
                 [state["exp_avg"] for state in batch.states],
@@ -231,7 +231,7 @@ class FusedAdam(torch.optim.Optimizer):
 
 
 class Schedule(NamedTuple):
-    """Parameters that are updated as one, over some steps to come; see :func:`bhfast._ops.adam_`.
+    """Parameters that are updated as one, over some steps to come; see :func:`bhfast.ops.kernels.adam_`.
 
     Attributes:
         params, exp_avgs, exp_avg_sqs: equally long.
@@ -269,13 +269,13 @@ class _Batch:
         self.params = params
         self.grads: list[Any] = [p.grad for p in params]  # all Tensors: params are those that have one
         self.states = [state[p] for p in params]
-        self.recording: tuple[Any, ...] = ((), (), None, 1)  # the last arguments of _ops.adam_
+        self.recording: tuple[Any, ...] = ((), (), None, 1)  # the last arguments of kernels.adam_
         self._everyone = list(state.values())
         self._steps = [own["step"] for own in self.states]
-        self._row = _ops.row_view(self._steps)
+        self._row = arithmetic.row_view(self._steps)
         if recording is not None:
             rings = [
-                (ring, i * len(_ops.FIELDS) + _ops.FIELDS.index(field))
+                (ring, i * len(checks.FIELDS) + checks.FIELDS.index(field))
                 for i, p in enumerate(params)
                 for field, ring in recording.rings.get(p, {}).items()
             ]
@@ -313,7 +313,7 @@ class _Batch:
 
 def _schedule(batch: _Batch, steps: Iterable[int], lrs: Iterable[float]) -> Tensor:
     group = batch.group
-    return _ops.adam_coefficients(
+    return arithmetic.adam_coefficients(
         steps, lrs, betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"]
     )
 

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bhfast import _ops
 from bhfast.errors import BhfastError, TraceError
+from bhfast.ops import arithmetic, checks
 from bhfast.trace import Trace, open_trace
 
 CHUNK = 1 << 19  # elements replayed at once
@@ -97,7 +97,7 @@ def _hindrance(trace: Trace) -> str | None:
     if "learning_rates" not in trace:
         return "a replay needs learning_rates"
     for name, param in optimizer["params"].items():
-        if missing := [field for field in _ops.FIELDS if field not in param["keys"]]:
+        if missing := [field for field in checks.FIELDS if field not in param["keys"]]:
             return f"a replay needs {', '.join(missing)} of {name}"
     if "clip_coefs" in trace and bool(trace["clip_coefs"][1:].isnan().any()):
         return "between backward and step, gradients were changed by more than one factor"
@@ -113,7 +113,7 @@ def _replay(trace: Trace) -> Difference | None:
 def _replay_param(trace: Trace, described: dict[str, Any]) -> Difference | None:
     keys, settings = described["keys"], trace.optimizer["groups"][described["group"]]
     done = described["steps_done"]
-    param, grad, exp_avg, exp_avg_sq = (trace[keys[field]] for field in _ops.FIELDS)
+    param, grad, exp_avg, exp_avg_sq = (trace[keys[field]] for field in checks.FIELDS)
     if not done:
         for key in (keys["exp_avg"], keys["exp_avg_sq"]):
             if difference := _first_difference(trace, key, 0, trace[key][:1], torch.zeros_like(trace[key][:1])):
@@ -126,14 +126,14 @@ def _replay_param(trace: Trace, described: dict[str, Any]) -> Difference | None:
     for start in range(1, len(param), chunk):
         now = slice(start, min(start + chunk, len(param)))
         before = slice(now.start - 1, now.stop - 1)
-        coefficients = _ops.adam_coefficients(
+        coefficients = arithmetic.adam_coefficients(
             range(done + now.start, done + now.stop),
             rates[now].tolist(),
             betas=tuple(settings["betas"]),
             eps=settings["eps"],
             weight_decay=settings["weight_decay"],
         )
-        values = _ops.adam(
+        values = arithmetic.adam(
             param[before],
             grad[now] if coefs is None else grad[now] * coefs[now],
             exp_avg[before],

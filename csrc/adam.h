@@ -1,7 +1,8 @@
 // The arithmetic of bhfast for one element, compiled for the host and for CUDA devices alike.
 //
-// It is bhfast/_ops.py, operation by operation: each one is IEEE 754 round-to-nearest-even in float32, a fused
-// multiply-add is written out as fmaf, and the compiler must not contract or reorder (-ffp-contract=off, -fmad=false).
+// It is bhfast/ops/arithmetic.py, operation by operation: each one is IEEE 754 round-to-nearest-even in float32, a
+// fused multiply-add is written out as fmaf, and the compiler must not contract or reorder (-ffp-contract=off,
+// -fmad=false).
 #pragma once
 
 #include <cmath>
@@ -54,7 +55,7 @@ BHFAST_INLINE void store(bfloat16& to, float x) {
   to.bits = static_cast<uint16_t>(__builtin_bit_cast(uint32_t, x) >> 16);
 }
 
-// The coefficients of one step, in the order of _ops.AdamCoefficients.
+// The coefficients of one step, in the order of bhfast.ops.arithmetic.AdamCoefficients.
 struct Coefficients {
   float decay;       // 1 - lr * weight_decay
   float bias2_sqrt;  // sqrt(1 - beta2^step)

@@ -1,4 +1,5 @@
-// The operations that _ops.py declares, for tensors of the CPU and of CUDA: checks, then raw pointers for the kernels.
+// The operations that bhfast/ops/kernels.py declares, for tensors of the CPU and of CUDA: checks, then raw pointers for
+// the kernels.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
@@ -40,7 +41,7 @@ bool is_value(const Tensor&) { return true; }
 #endif
 
 // -------------------------------------------------------------------------------------------------------------------
-// Checks: those of _ops.py, in its words
+// Checks: those of bhfast/ops/checks.py, in its words
 
 std::string name_of(at::ScalarType dtype) {
   switch (dtype) {

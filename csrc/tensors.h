@@ -10,9 +10,9 @@ namespace bhfast {
 enum class Dtype { bfloat16, float32 };
 enum class Rounding { per_op, opmath };
 
-constexpr int kFields = 4;  // param, grad, exp_avg, exp_avg_sq: the order of _ops.FIELDS
+constexpr int kFields = 4;  // param, grad, exp_avg, exp_avg_sq: the order of bhfast.ops.checks.FIELDS
 
-constexpr int64_t kNormBlock = 1024;  // squares summed as one by a gradient norm: _ops.NORM_BLOCK
+constexpr int64_t kNormBlock = 1024;  // squares summed as one by a gradient norm: bhfast.ops.arithmetic.NORM_BLOCK
 
 struct AdamTensors {
   void* param;

@@ -15,8 +15,11 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; the processes that tests start have it too
 import torch
 
-from bhfast import _ops, corpus
-from bhfast.train import TrainConfig, TrainResult, train
+from bhfast import corpus
+from bhfast.config import TrainConfig
+from bhfast.ops import extension as module
+from bhfast.ops import kernels as torch_kernels
+from bhfast.train import TrainResult, train
 
 REQUIRE_CUDA = os.environ.get("BHFAST_REQUIRE_CUDA") == "1"
 REQUIRE_EXTENSION = os.environ.get("BHFAST_REQUIRE_EXTENSION") == "1"
@@ -39,10 +42,10 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture(scope="session")
 def extension() -> ModuleType:
     """The compiled extension; with BHFAST_REQUIRE_EXTENSION=1 its tests fail rather than skip where it is missing."""
-    if _ops._extension is None and not REQUIRE_EXTENSION:
-        pytest.skip(_ops.backend()[1])
-    assert _ops._extension is not None, _ops.backend()[1]
-    return _ops._extension
+    if module._extension is None and not REQUIRE_EXTENSION:
+        pytest.skip(module.backend()[1])
+    assert module._extension is not None, module.backend()[1]
+    return module._extension
 
 
 OPERATIONS = ("clip_coefficient", "adam_", "record_")
@@ -72,7 +75,7 @@ def cuda_on_cpu(extension: ModuleType) -> SimpleNamespace:
 
 
 def _with_signature(name: str, operation: Callable[..., object]) -> Callable[..., object]:
-    @wraps(getattr(_ops, name))
+    @wraps(getattr(torch_kernels, name))
     def call(*args: object, **kwargs: object) -> object:
         return operation(*args, **kwargs)
 
@@ -95,7 +98,7 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[SimpleNamespace]:
     the CUDA kernels executed by the CPU.
     """
     name, device = request.param[0], _require(request.param[1])
-    operations = {name: getattr(_ops, name) for name in OPERATIONS}
+    operations = {name: getattr(torch_kernels, name) for name in OPERATIONS}
     if name == "cuda-on":
         operations = {**vars(request.getfixturevalue("cuda_on_cpu"))}
     if name == "torch":
@@ -107,7 +110,7 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[SimpleNamespace]:
         return
     extension = request.getfixturevalue("extension")
     if device.type == "cuda":
-        assert _ops.backend(device)[0] == "CUDA", _ops.backend(device)[1]
+        assert module.backend(device)[0] == "CUDA", module.backend(device)[1]
         yield here
         return
     if name not in extension.instruction_sets():

@@ -21,7 +21,7 @@ from children import fork, status_of
 from torch import nn
 
 from bhfast.errors import BhfastError
-from bhfast.recorder import Recorder
+from bhfast.recording.recorder import Recorder
 
 ROWS = {"spread": [0, 3, 4, 9], "low": [1, 2], "unordered": [9, 0]}
 SECONDS = 100  # that a process may take

@@ -7,7 +7,7 @@ import os
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from bhfast import trace
+from bhfast.trace.format import DTYPES
 
 TIMES = int(os.environ.get("BHFAST_FUZZ_TIMES", "1"))
 
@@ -50,7 +50,7 @@ LEAVES = st.one_of(
     st.integers(-(1 << 70), 1 << 70),
     st.sampled_from([1 << 31, 1 << 32, (1 << 61) - 1, 1 << 62, (1 << 63) - 1, 1 << 63, (1 << 64) - 1]),
     st.floats(),
-    st.sampled_from(["", "w", "\ud800", "\ufeff", "\0", "__metadata__", *trace.DTYPES, "F4", "F6_E2M3", "F33", "f32"]),
+    st.sampled_from(["", "w", "\ud800", "\ufeff", "\0", "__metadata__", *DTYPES, "F4", "F6_E2M3", "F33", "f32"]),
     st.text(max_size=5),
 )
 JUNK = st.recursive(

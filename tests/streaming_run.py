@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from bhfast.optim import FusedAdam
-from bhfast.recorder import Recorder
-from bhfast.stream import COMMIT_SECONDS, open_storage
+from bhfast.recording.recorder import Recorder
+from bhfast.storage.choose import open_storage
+from bhfast.storage.stream import COMMIT_SECONDS
 from bhfast.trace import open_trace
 
 SHAPE = 48, 24
@@ -31,7 +32,7 @@ def record(
 
     Args:
         announced: the number of steps that the recorder is told; None if it is not told.
-        buffer_bytes, commit_seconds: see :class:`bhfast.stream.StreamStorage`.
+        buffer_bytes, commit_seconds: see :class:`bhfast.storage.stream.StreamStorage`.
         after_step: called with the number of each step.
     """
 

@@ -11,7 +11,7 @@ import torch
 from cuda_on_cpu import build
 from test_ops import coefficients, same_bits, tensors
 
-from bhfast import _ops
+from bhfast.ops import kernels as torch_kernels
 
 RIGHT = ["adam", "norm", "record", "warps", "barriers", "product", "launches"]
 FAULTS = {
@@ -80,7 +80,7 @@ def test_numbers_of_a_step_come_by_address_or_by_value(by_value: bool, cuda_on_c
     results = []
     cuda_on_cpu.by_value(by_value)
     try:
-        for adam_, record_ in ((cuda_on_cpu.adam_, cuda_on_cpu.record_), (_ops.adam_, _ops.record_)):
+        for adam_, record_ in ((cuda_on_cpu.adam_, cuda_on_cpu.record_), (torch_kernels.adam_, torch_kernels.record_)):
             p, g, m, v = (x.clone() for x in state)
             rings = [torch.full((3, 4099), 7.0, dtype=torch.bfloat16) for _ in range(3)]
             step, clip = torch.tensor(8), torch.tensor(0.5)
@@ -94,7 +94,7 @@ def test_numbers_of_a_step_come_by_address_or_by_value(by_value: bool, cuda_on_c
 
 def test_results_do_not_depend_on_the_order_of_threads(cuda_on_cpu, generator) -> None:
     grads = [torch.randn(n, generator=generator) for n in (5000, 3, 2049)]
-    wanted = _ops.clip_coefficient(grads, 1.0)
+    wanted = torch_kernels.clip_coefficient(grads, 1.0)
     for seed in range(20):
         cuda_on_cpu.seed(seed)
         for got, want in zip(cuda_on_cpu.clip_coefficient(grads, 1.0), wanted, strict=True):

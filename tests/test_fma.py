@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_ops import same_bits
 
-from bhfast import _ops
+from bhfast.ops import arithmetic
 
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
@@ -33,20 +33,20 @@ def test_fma_rounds_once(a: float, b: float, c: float) -> None:
         return  # may round to infinity, which has no nearest candidate
     args = [torch.tensor([x], dtype=torch.float32) for x in (a, b, c)]
     wanted = exact_fma(*(x.item() for x in args))
-    assert _ops.fma(*args).item() == wanted
-    assert _ops._fma_float64(*args).item() == wanted
+    assert arithmetic.fma(*args).item() == wanted
+    assert arithmetic._fma_float64(*args).item() == wanted
 
 
 def test_fma_emulation_equals_the_instruction(generator: torch.Generator) -> None:
-    if not _ops._addcmul_is_fused():
+    if not arithmetic._addcmul_is_fused():
         pytest.skip("this CPU has no fused multiply-add to compare with")
     bits = torch.randint(-(2**31), 2**31 - 1, (3, 500_000), dtype=torch.int32, generator=generator)
     a, b, c = bits.view(torch.float32)
-    assert same_bits(_ops._fma_float64(a, b, c), torch.addcmul(c, a, b))
+    assert same_bits(arithmetic._fma_float64(a, b, c), torch.addcmul(c, a, b))
 
 
 def test_fma_emulation_does_not_round_twice() -> None:
     """The product lies 2^-70 below half an ulp: float64 alone would see a tie, and round it to the even neighbour."""
     a, b, c = (torch.tensor([x]) for x in (2.0**-12 * (1 + 2.0**-23), 2.0**-12 * (1 - 2.0**-23), 1 + 2.0**-23))
     assert (a.double() * b.double() + c.double()).float().item() == 1 + 2.0**-22
-    assert _ops._fma_float64(a, b, c).item() == 1 + 2.0**-23
+    assert arithmetic._fma_float64(a, b, c).item() == 1 + 2.0**-23

@@ -15,9 +15,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import CHANGES, JUNK, fuzzed, mutated
 
-from bhfast import trace
 from bhfast.errors import TraceError
-from bhfast.trace import Entry, Trace, bytes_of, open_trace
+from bhfast.trace import Trace, open_trace
+from bhfast.trace.checksums import checksum_metadata, checksums
+from bhfast.trace.format import DTYPE_NAMES, DTYPES, FORMAT, PADDING, Entry, bytes_of, encode_header, place
 
 OURS = re.compile(r"a name stands twice|the metadata's (config|optimizer|tied) is")  # what only we refuse, by message
 
@@ -41,17 +42,17 @@ def valid_file() -> bytes:
         "scalar": torch.tensor(1e-8, dtype=torch.float64),
         "recorded_steps": torch.arange(3),
     }
-    places = trace.place(tensors)
+    places = place(tensors)
     end = max(entry.end for entry in places.values())
     places["scalar"] = Entry(torch.float64, (), end + -end % 8 + 16)
     metadata = {
-        "format": trace.FORMAT,
+        "format": FORMAT,
         "config": '{"steps": 2}',
         "optimizer": '{"name": "AdamW"}',
         "tied": '{"head": "w"}',
-        **trace.checksum_metadata({name: trace.checksums(x) for name, x in tensors.items()}, 1),
+        **checksum_metadata({name: checksums(x) for name, x in tensors.items()}, 1),
     }
-    header = trace.encode_header(places, metadata)
+    header = encode_header(places, metadata)
     content = bytearray(header).ljust(len(header) + places["scalar"].end, b"\0")
     for name, entry in places.items():
         content[len(header) + entry.offset : len(header) + entry.end] = bytes_of(tensors[name])
@@ -89,11 +90,11 @@ def check(path: Path, content: bytes) -> Trace | None:
     if opened is None:
         assert theirs is None or OURS.search(refusal) or not all(map(is_usual, theirs.values())), refusal
         return None
-    entries = {n: x for n, x in header_of(content).items() if n != "__metadata__" and not n.startswith(trace.PADDING)}
+    entries = {n: x for n, x in header_of(content).items() if n != "__metadata__" and not n.startswith(PADDING)}
     assert opened.keys() == entries.keys()
     repr(opened).encode()
     for name, tensor in opened.items():
-        assert trace.DTYPE_NAMES[tensor.dtype] == entries[name]["dtype"]
+        assert DTYPE_NAMES[tensor.dtype] == entries[name]["dtype"]
         assert list(tensor.shape) == list(tensor.numpy().shape) == entries[name]["shape"]
         assert type(tensor.clone()) is torch.Tensor
         assert theirs is None or bytes(bytes_of(tensor)) == theirs[name]["data"]
@@ -118,14 +119,14 @@ def opened_or_refused(path: Path) -> tuple[Trace | None, str]:
 def is_usual(entry: dict[str, Any]) -> bool:
     """Whether torch and numpy can hold a tensor that safetensors accepts."""
     elements = math.prod(n or 1 for n in entry["shape"])
-    return entry["dtype"] in trace.DTYPES and len(entry["shape"]) <= 32 and elements < 1 << 58
+    return entry["dtype"] in DTYPES and len(entry["shape"]) <= 32 and elements < 1 << 58
 
 
 def test_a_file_as_we_write_it_passes(path: Path) -> None:
     opened = check(path, VALID)
     assert opened is not None
     assert list(opened.damage()) == []
-    assert any(name.startswith(trace.PADDING) for name in VALID_HEADER)
+    assert any(name.startswith(PADDING) for name in VALID_HEADER)
     assert torch.equal(opened["head"], opened["w"])
 
 
@@ -158,7 +159,7 @@ def test_every_flipped_bit_of_the_data_is_found(path: Path, at: int, bit: int) -
     within = {
         n for n, x in VALID_HEADER.items() if n != "__metadata__" and x["data_offsets"][0] <= at < x["data_offsets"][1]
     }
-    assert {name for name, _ in opened.damage()} == {name for name in within if not name.startswith(trace.PADDING)}
+    assert {name for name, _ in opened.damage()} == {name for name in within if not name.startswith(PADDING)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -191,7 +192,7 @@ SIZES = st.lists(st.one_of(st.integers(0, 4), st.sampled_from([1 << 31, 1 << 40,
 @fuzzed(300)
 @given(
     shape=SIZES,
-    dtype=st.sampled_from([*trace.DTYPES]),
+    dtype=st.sampled_from([*DTYPES]),
     shift=st.integers(0, 9),
     sums=st.integers(0, 3),
     each=st.sampled_from(["1", "2", "0", "-1", "1" * 30, "9" * 5000, "x", ""]),
@@ -203,7 +204,7 @@ SIZES = st.lists(st.one_of(st.integers(0, 4), st.sampled_from([1 << 31, 1 << 40,
 def test_any_shape_dtype_and_alignment(
     path: Path, shape: list[int], dtype: str, shift: int, sums: int, each: str
 ) -> None:
-    size = torch.empty(0, dtype=trace.DTYPES[dtype]).itemsize
+    size = torch.empty(0, dtype=DTYPES[dtype]).itemsize
     for n in shape:
         size *= n
     size = min(size, 4096)

@@ -11,13 +11,17 @@ import torch
 from lanes import SlowLane
 from traces import assert_same_data
 
-from bhfast import _ops, doctor
-from bhfast.engines import Addresses, Job, graph, select_engine
+from bhfast import doctor
+from bhfast.config import TrainConfig
+from bhfast.engines import graph
+from bhfast.engines.choose import select_engine
 from bhfast.engines.graph import GraphEngine
+from bhfast.engines.job import Addresses, Job
 from bhfast.errors import BhfastError, ConfigError
 from bhfast.model import GPTConfig
-from bhfast.recorder import Recorder
-from bhfast.train import TrainConfig, train
+from bhfast.ops import extension
+from bhfast.recording.recorder import Recorder
+from bhfast.train import train
 from bhfast.verify import verify
 
 SETTINGS = {"steps": 23, "hidden_dim": 32, "context": 16, "batch_size": 2, "quiet": True}
@@ -99,7 +103,7 @@ def test_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
         ConfigError, match="engine graph cannot run here: a CUDA graph needs a CUDA device, not cpu; use"
     ):
         select_engine("graph", torch.device("cpu"))
-    monkeypatch.setattr(_ops, "backend", lambda device: ("torch", "the extension is not built"))
+    monkeypatch.setattr(extension, "backend", lambda device: ("torch", "the extension is not built"))
     with pytest.raises(
         ConfigError, match="a CUDA graph needs the CUDA kernels: the extension is not built; use --engine"
     ):
@@ -113,8 +117,8 @@ def test_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_auto_takes_it_and_says_that_its_speed_is_not_measured(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """This goes when ``benchmarks/results`` has the figures of a GPU."""
     cuda = torch.device("cuda")
-    monkeypatch.setattr(_ops, "backend", lambda device: ("CUDA", "compiled"))
-    monkeypatch.setattr(_ops, "native_instruction_sets", lambda: ["portable"])
+    monkeypatch.setattr(extension, "backend", lambda device: ("CUDA", "compiled"))
+    monkeypatch.setattr(extension, "native_instruction_sets", lambda: ["portable"])
     reason = "its speed is not measured yet; --device cpu --engine native may be faster"
     assert select_engine("auto", cuda) == ("graph", reason)
     assert select_engine("graph", cuda) == ("graph", "as asked")

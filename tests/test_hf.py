@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from bhfast import _ops
 from bhfast.errors import StorageError
-from bhfast.recorder import Recorder
+from bhfast.ops import checks
+from bhfast.recording.recorder import Recorder
 from bhfast.trace import open_trace
 from bhfast.verify import verify
 
@@ -233,5 +233,5 @@ def test_tied_weights_are_recorded_once(params: Any, tmp_path: Path) -> None:
     assert sum(name in {WTE, HEAD} for name in trace) == 1
     for name in asked:
         assert torch.equal(trace[name][-1], model.get_parameter(name))
-        for field in _ops.FIELDS[1:]:
+        for field in checks.FIELDS[1:]:
             assert trace[f"{name}.{field}"].shape == (2, 128, 64)

@@ -14,22 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import CHANGES, JUNK, fuzzed, mutated
 
-from bhfast import journal as module
-from bhfast import trace
 from bhfast.errors import StorageError, TraceError
-from bhfast.journal import (
-    VERSION,
-    Journal,
-    State,
-    check_records,
-    encode,
-    finish,
-    journal_path,
-    read_journal,
-    sync_folder,
-    write_at,
-)
-from bhfast.trace import bytes_of, checksums, open_trace
+from bhfast.storage.files import journal_path, sync_folder, write_at
+from bhfast.storage.finish import check_records, finish
+from bhfast.storage.journal import VERSION, Journal, State, encode, read_journal
+from bhfast.trace import open_trace
+from bhfast.trace.checksums import checksums
+from bhfast.trace.format import ALIGNMENT, FORMAT, bytes_of
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing
@@ -53,7 +44,7 @@ def test_each_line_has_its_checksum(tmp_path: Path) -> None:
 
 
 def test_a_journal_has_disk_in_hand_until_it_gives_it_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "AHEAD", 10_000)
+    monkeypatch.setattr("bhfast.storage.journal.AHEAD", 10_000)
     journal = Journal(tmp_path / "j")
     for record in range(1000):
         journal.append({"records": record})
@@ -83,7 +74,7 @@ def test_a_journal_goes_on_where_it_ended(tmp_path: Path) -> None:
 
 
 def test_writes_go_on_however_little_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CHUNK", 1000)
+    monkeypatch.setattr("bhfast.storage.files.CHUNK", 1000)
     real, sizes = os.pwrite, []
 
     def pwrite(fd: int, data: memoryview, offset: int) -> int:
@@ -128,7 +119,7 @@ def partial(tmp_path: Path) -> Path:
         write_at(file.fileno(), bytes_of(LONG), header + room)
     journal = Journal(journal_path(partial))
     none = {"blank": 0.0}
-    metadata = {"format": trace.FORMAT, "of": "π"}
+    metadata = {"format": FORMAT, "of": "π"}
     start = {"version": VERSION, "every": 3, "records": None, "header": header, "metadata": metadata}
     sums = {"wide": encode(checksums(WIDE).tobytes()), "long": encode(checksums(LONG).tobytes())}
     for event in (
@@ -170,7 +161,7 @@ WAYS = {"as it is": [], "by a copy": ["_collapse_range"], "with padding": ["_col
 @pytest.mark.parametrize("broken", WAYS.values(), ids=WAYS)
 def test_finishing_closes_the_gaps(broken: list[str], partial: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in broken:
-        monkeypatch.setattr(module, name, lambda *_: False)
+        monkeypatch.setattr(f"bhfast.storage.finish.{name}", lambda *_: False)
     path = partial.with_suffix("")
     finish(partial, path)
     assert_is_whole(path)
@@ -179,7 +170,7 @@ def test_finishing_closes_the_gaps(broken: list[str], partial: Path, monkeypatch
     if WAYS["by a copy"] == broken:  # which is free to align it
         content = path.read_bytes()
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        assert header["long"]["data_offsets"][0] % trace.ALIGNMENT == 0
+        assert header["long"]["data_offsets"][0] % ALIGNMENT == 0
 
 
 def test_only_the_records_that_are_to_be_kept(partial: Path) -> None:
@@ -232,7 +223,7 @@ def test_a_missing_journal_is_named(tmp_path: Path) -> None:
 # Journals that were damaged
 
 EVENTS: list[dict[str, Any]] = [
-    {"start": {"version": VERSION, "every": 1, "records": 9, "header": 4096, "metadata": {"format": trace.FORMAT}}},
+    {"start": {"version": VERSION, "every": 1, "records": 9, "header": 4096, "metadata": {"format": FORMAT}}},
     {"tensor": "w", "dtype": "F32", "shape": [4, 8], "blank": 0.0, "offset": 0},
     {"tensor": "loss", "dtype": "F32", "shape": [], "blank": float("nan"), "offset": None},
     {"constant": "rows", "dtype": "I64", "shape": [1], "data": "BQAAAAAAAAA="},

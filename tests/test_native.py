@@ -12,16 +12,18 @@ import torch
 from tolerances import LOSS
 from traces import assert_same_data
 
-from bhfast import _ops
-from bhfast.engines import Job, make_engine, select_engine
+from bhfast.config import TrainConfig
+from bhfast.engines.choose import make_engine, select_engine
+from bhfast.engines.job import Job
 from bhfast.engines.native import NativeEngine
 from bhfast.engines.torch import TorchEngine
 from bhfast.errors import BhfastError, ConfigError
 from bhfast.model import GPTConfig, TiedGPT, build_model, window_loss
+from bhfast.ops import arithmetic, extension
 from bhfast.optim import FusedAdam
-from bhfast.recorder import NullRecorder
+from bhfast.recording.protocols import NullRecorder
 from bhfast.trace import open_trace
-from bhfast.train import TrainConfig, train
+from bhfast.train import train
 from bhfast.verify import verify
 
 pytestmark = pytest.mark.usefixtures("extension")
@@ -39,7 +41,7 @@ SHAPES = [
 
 @pytest.fixture(params=["avx512bf16", "avx512", "avx2", "portable"])
 def instruction_set(request: pytest.FixtureRequest) -> str:
-    if request.param not in _ops.native_instruction_sets():
+    if request.param not in extension.native_instruction_sets():
         pytest.skip(f"this machine has no {request.param}")
     return request.param
 
@@ -173,7 +175,7 @@ def changed(settings: TrainConfig, **changes: object) -> TrainConfig:
     return TrainConfig(**{**vars(settings), **changes})
 
 
-@pytest.mark.parametrize("rounding", _ops.ROUNDINGS)
+@pytest.mark.parametrize("rounding", arithmetic.ROUNDINGS)
 def test_its_trace_proves_itself(rounding: str, settings: TrainConfig) -> None:
     result = train(changed(settings, adam_rounding=rounding))
     verification = verify(result.path)
@@ -181,7 +183,7 @@ def test_its_trace_proves_itself(rounding: str, settings: TrainConfig) -> None:
     assert verification.replayed == 40
     trace = open_trace(result.path)
     assert trace.metadata["engine"] == "native"
-    assert trace.metadata["instruction_set"] == _ops.native_instruction_sets()[0]
+    assert trace.metadata["instruction_set"] == extension.native_instruction_sets()[0]
     assert torch.equal(trace["losses"][1:], result.losses.bfloat16())
     assert torch.equal(trace["embeddings"][-1], result.model.wte.weight)
     assert torch.equal(trace["grads"][-1], result.model.wte.weight.grad)
@@ -277,8 +279,8 @@ def test_auto_takes_it_on_a_cpu() -> None:
 
 
 def test_without_the_extension_torch_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_ops, "_extension", None)
-    monkeypatch.setattr(_ops, "_unavailable", "the extension is not built")
+    monkeypatch.setattr(extension, "_extension", None)
+    monkeypatch.setattr(extension, "_unavailable", "the extension is not built")
     hindrance = "the native engine needs the C++ kernels: the extension is not built"
     assert select_engine("auto", torch.device("cpu")) == ("torch", hindrance)
 
@@ -303,8 +305,8 @@ def test_without_the_extension_torch_it_is(monkeypatch: pytest.MonkeyPatch) -> N
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
 def test_refuses_what_would_write_beyond_memory(change, message, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = _ops.native_engine
-    monkeypatch.setattr(_ops, "native_engine", lambda **arguments: real(**{**arguments, **change}))
+    real = extension.native_engine
+    monkeypatch.setattr(extension, "native_engine", lambda **arguments: real(**{**arguments, **change}))
     with pytest.raises((ValueError, TypeError), match=message):
         NativeEngine(make_job())
 

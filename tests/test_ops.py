@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bhfast import _ops
+from bhfast.ops import arithmetic
+from bhfast.ops import extension as module
+from bhfast.ops import kernels as torch_kernels
 
 SIZES = [*range(1, 66), 4097, 32767, 32769, 65535, 65536, 65537]
 DTYPES = [torch.bfloat16, torch.float32]
@@ -44,7 +46,7 @@ def tensors(n: int, dtype: torch.dtype, generator: torch.Generator, *, finite: b
 
 def coefficients(step: int = 7, weight_decay: float = 0.0, betas: tuple[float, float] = (0.9, 0.999)) -> Tensor:
     """``[1, 7]``."""
-    return _ops.adam_coefficients([step], [1e-3], betas=betas, eps=1e-8, weight_decay=weight_decay)
+    return arithmetic.adam_coefficients([step], [1e-3], betas=betas, eps=1e-8, weight_decay=weight_decay)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -56,7 +58,7 @@ def test_sqrt_is_correctly_rounded(device, generator) -> None:
     x = bits.view(torch.float32)
     with np.errstate(invalid="ignore"):
         wanted = torch.from_numpy(np.sqrt(x.numpy()))
-    assert same_bits(_ops.sqrt(x.to(_ops.exact_device(device))), wanted)
+    assert same_bits(arithmetic.sqrt(x.to(arithmetic.exact_device(device))), wanted)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -96,7 +98,7 @@ def test_grad_norm_of_many_and_large_tensors(kernels, generator) -> None:
         [torch.randn(1_100_000, generator=generator), torch.randn(3, generator=generator).bfloat16()],
         [torch.randn(2, 3, generator=generator).bfloat16().t() for _ in range(450)],
     ):
-        wanted = _ops.grad_norm([g.contiguous() for g in grads])
+        wanted = arithmetic.grad_norm([g.contiguous() for g in grads])
         norm, _ = kernels.clip_coefficient([g.to(kernels.device) for g in grads], 1.0)
         assert norm.item() == wanted.item()
 
@@ -118,7 +120,7 @@ def test_grad_norm_does_not_depend_on_the_number_of_threads(kernels, generator) 
 @pytest.mark.usefixtures("two_threads")
 def test_adam_does_not_depend_on_the_number_of_threads(kernels, generator) -> None:
     state = tensors(200_003, torch.bfloat16, generator, finite=True)
-    wanted = _ops.adam(*state, coefficients(), "per-op")
+    wanted = arithmetic.adam(*state, coefficients(), "per-op")
     p, g, m, v = ([x.clone().to(kernels.device) for x in whole.split([70_001, 130_002])] for whole in state)
     rings = [torch.zeros(1, 130_002, dtype=torch.bfloat16, device=kernels.device)]
     kernels.adam_(p, g, m, v, coefficients()[0], None, "per-op", rings, [4], torch.tensor(1), 1)
@@ -165,17 +167,17 @@ def test_clip_coefficient_of_any_nan_is_nan(bits: int, mixed: bool, kernels) -> 
 # Adam
 
 
-@pytest.mark.parametrize("number", ["clip_coef", *_ops.AdamCoefficients._fields])
-@pytest.mark.parametrize("rounding", _ops.ROUNDINGS)
+@pytest.mark.parametrize("number", ["clip_coef", *arithmetic.AdamCoefficients._fields])
+@pytest.mark.parametrize("rounding", arithmetic.ROUNDINGS)
 def test_adam_carries_on_any_nan_among_its_numbers(number: str, rounding: str, kernels, generator) -> None:
     nan = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
     c, clip = coefficients(weight_decay=0.1)[0], torch.tensor(0.5)
     if number == "clip_coef":
         clip = nan
     else:
-        c[_ops.AdamCoefficients._fields.index(number)] = nan
+        c[arithmetic.AdamCoefficients._fields.index(number)] = nan
     p, g, m, v = tensors(100, torch.bfloat16, generator, finite=True)
-    wanted = _ops.adam(p, g * clip, m, v, c[None], rounding)
+    wanted = arithmetic.adam(p, g * clip, m, v, c[None], rounding)
     p, g, m, v = (x.to(kernels.device) for x in (p, g, m, v))
     kernels.adam_([p], [g], [m], [v], c, clip.to(kernels.device), rounding)
     for got, want in zip((p, m, v), wanted, strict=True):
@@ -186,18 +188,18 @@ def test_adam_carries_on_any_nan_among_its_numbers(number: str, rounding: str, k
 @pytest.mark.parametrize("finite", [True, False], ids=["finite", "awkward"])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1, 50.0])
 def test_adam_per_op_equals_torch_operations_in_bfloat16(weight_decay, finite, generator) -> None:
-    if not _ops.torch_rounds_per_op(torch.bfloat16):
+    if not torch_kernels.torch_rounds_per_op(torch.bfloat16):
         pytest.skip("this CPU has no fused multiply-add, so torch's operations round in other places")
     c = coefficients(weight_decay=weight_decay)
     for n in SIZES:
         p, g, m, v = tensors(n, torch.bfloat16, generator, finite=finite)
-        wanted = _ops.adam(p, g, m, v, c, "per-op")
-        _ops._adam_torch_(p, g, m, v, c)
+        wanted = arithmetic.adam(p, g, m, v, c, "per-op")
+        torch_kernels._adam_torch_(p, g, m, v, c)
         for name, got, want in zip(("param", "exp_avg", "exp_avg_sq"), (p, m, v), wanted, strict=True):
             assert same_bits(got, want), f"{name}, {n} elements"
 
 
-@pytest.mark.parametrize("rounding", _ops.ROUNDINGS)
+@pytest.mark.parametrize("rounding", arithmetic.ROUNDINGS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("finite", [True, False], ids=["finite", "awkward"])
 @pytest.mark.parametrize(
@@ -216,7 +218,7 @@ def test_all_kernels_have_the_bits_of_the_formula(options, finite, dtype, roundi
     clip = torch.tensor(0.333984375)
     for n in SIZES:
         p, g, m, v = tensors(n, dtype, generator, finite=finite)
-        wanted = _ops.adam(p, g * clip, m, v, c, rounding)
+        wanted = arithmetic.adam(p, g * clip, m, v, c, rounding)
         p, g, m, v = (x.to(kernels.device) for x in (p, g, m, v))
         given = g.clone()
         kernels.adam_([p], [g], [m], [v], c[0], clip.to(kernels.device), rounding)
@@ -233,18 +235,18 @@ def test_torch_signs_zeros_by_their_place_at_beta1_zero() -> None:
         pytest.skip("this CPU has no vector instructions that torch knows")
     assert signs.any()
     assert not signs.all()
-    assert not _ops.torch_has_one_lerp(0.0)
-    assert not _ops.torch_has_one_lerp(1e-9)  # 1 in float32, when it is taken from 1
-    assert _ops.torch_has_one_lerp(1e-3)
+    assert not torch_kernels.torch_has_one_lerp(0.0)
+    assert not torch_kernels.torch_has_one_lerp(1e-9)  # 1 in float32, when it is taken from 1
+    assert torch_kernels.torch_has_one_lerp(1e-3)
 
 
-@pytest.mark.parametrize("rounding", _ops.ROUNDINGS)
+@pytest.mark.parametrize("rounding", arithmetic.ROUNDINGS)
 @pytest.mark.parametrize("emulated", [False, True], ids=["fma", "emulated"])
 def test_adam_does_not_depend_on_how_fma_is_made(rounding, emulated, generator, monkeypatch) -> None:
     state = tensors(4099, torch.bfloat16, generator, finite=False)
-    wanted = _ops.adam(*state, coefficients(), rounding)
-    monkeypatch.setattr(_ops, "_addcmul_is_fused", lambda: not emulated)
-    for got, want in zip(_ops.adam(*state, coefficients(), rounding), wanted, strict=True):
+    wanted = arithmetic.adam(*state, coefficients(), rounding)
+    monkeypatch.setattr(arithmetic, "_addcmul_is_fused", lambda: not emulated)
+    for got, want in zip(arithmetic.adam(*state, coefficients(), rounding), wanted, strict=True):
         assert same_bits(got, want)
 
 
@@ -258,8 +260,8 @@ def test_opmath_rounds_once(generator) -> None:
     _, exponent = torch.frexp(exact_p)
     half_ulp = 2.0 ** (exponent.double() - 9)
     errors = {}
-    for rounding in _ops.ROUNDINGS:
-        got, _, _ = _ops.adam(p, g, m, v, coefficients(), rounding)
+    for rounding in arithmetic.ROUNDINGS:
+        got, _, _ = arithmetic.adam(p, g, m, v, coefficients(), rounding)
         errors[rounding] = ((got.double() - exact_p).abs() / half_ulp).max().item()
     assert errors["opmath"] <= 1.001
     assert errors["per-op"] > 1.001
@@ -271,10 +273,10 @@ def test_adam_advances_many_steps_at_once(generator) -> None:
     lrs = [1e-3 * (1 - k / 5) for k in range(5)]
     options = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
     together = [torch.stack(x).view(5, 2, 3) for x in zip(*states, strict=True)]
-    c = _ops.adam_coefficients(range(1, 6), lrs, **options)[:, None, None]
-    results = _ops.adam(*together, c, "per-op")
+    c = arithmetic.adam_coefficients(range(1, 6), lrs, **options)[:, None, None]
+    results = arithmetic.adam(*together, c, "per-op")
     for k, state in enumerate(states):
-        alone = _ops.adam(*state, _ops.adam_coefficients([k + 1], [lrs[k]], **options), "per-op")
+        alone = arithmetic.adam(*state, arithmetic.adam_coefficients([k + 1], [lrs[k]], **options), "per-op")
         for many, one in zip(results, alone, strict=True):
             assert same_bits(many[k].flatten(), one)
 
@@ -284,7 +286,7 @@ def test_second_moment_never_decreases_in_per_op_bfloat16(generator) -> None:
     v = torch.rand(10_000, generator=generator).bfloat16()
     zeros = torch.zeros_like(v)
     for step in range(1, 50):
-        _, _, new = _ops.adam(zeros, zeros, zeros, v, coefficients(step), "per-op")
+        _, _, new = arithmetic.adam(zeros, zeros, zeros, v, coefficients(step), "per-op")
         assert (new >= v).all()
         v = new
 
@@ -295,7 +297,7 @@ def test_adam_in_place_takes_views_and_any_layout(clip, kernels, generator) -> N
     p, g, m, v = tensors(3 * 35, torch.bfloat16, generator, finite=True)
     coefficient = None if clip is None else torch.tensor(clip)
     clipped = g if clip is None else g * coefficient
-    wanted = _ops.adam(p, clipped, m, v, coefficients(), "per-op")
+    wanted = arithmetic.adam(p, clipped, m, v, coefficients(), "per-op")
 
     def scattered(flat: Tensor) -> list[Tensor]:
         wide = torch.zeros(5, 14, dtype=flat.dtype, device=kernels.device)
@@ -318,7 +320,7 @@ def test_adam_in_place_takes_views_and_any_layout(clip, kernels, generator) -> N
 def test_adam_takes_more_tensors_than_a_kernel_does_at_once(kernels, generator) -> None:
     sizes = [1 + i % 5 for i in range(700)]
     state = tensors(sum(sizes), torch.bfloat16, generator, finite=True)
-    wanted = _ops.adam(*state, coefficients(), "per-op")
+    wanted = arithmetic.adam(*state, coefficients(), "per-op")
     lists = [[x.clone() for x in t.to(kernels.device).split(sizes)] for t in state]
     kernels.adam_(*lists, coefficients()[0], None, "per-op")
     for got, want in zip((lists[0], lists[2], lists[3]), wanted, strict=True):
@@ -352,7 +354,7 @@ def test_autograd_sees_that_parameters_were_written_to(kernels, generator) -> No
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rounding", _ops.ROUNDINGS)
+@pytest.mark.parametrize("rounding", arithmetic.ROUNDINGS)
 def test_adam_records_what_it_read_and_what_it_made(rounding, dtype, kernels, generator) -> None:
     """Of two of three tensors, some fields; in the slot of the step; nothing at steps that are not recorded."""
     sizes = [70, 5000, 33]
@@ -477,12 +479,12 @@ def test_operations_keep_the_contracts_of_torch(device, generator) -> None:
 
 def test_backend_says_why(monkeypatch) -> None:
     for device in ("cpu", "cuda", "mps"):
-        name, reason = _ops.backend(device)
+        name, reason = module.backend(device)
         assert name in ("torch", "C++", "CUDA")
         assert reason
-    monkeypatch.setattr(_ops, "_extension", None)
-    monkeypatch.setattr(_ops, "_unavailable", "no such luck")
-    assert _ops.backend() == ("torch", "no such luck")
+    monkeypatch.setattr(module, "_extension", None)
+    monkeypatch.setattr(module, "_unavailable", "no such luck")
+    assert module.backend() == ("torch", "no such luck")
 
 
 def test_an_extension_that_does_not_load_is_told_from_one_that_is_not_built(monkeypatch) -> None:
@@ -492,18 +494,18 @@ def test_an_extension_that_does_not_load_is_told_from_one_that_is_not_built(monk
     def broken(name: str) -> None:
         raise ImportError("undefined symbol: _ZN3c10")
 
-    monkeypatch.setattr(_ops.importlib, "import_module", missing)
-    assert "not built" in _ops._load()[1]
-    monkeypatch.setattr(_ops.importlib, "import_module", broken)
-    assert _ops._load() == (None, "the extension does not load: undefined symbol: _ZN3c10; build it anew")
+    monkeypatch.setattr(module.importlib, "import_module", missing)
+    assert "not built" in module._load()[1]
+    monkeypatch.setattr(module.importlib, "import_module", broken)
+    assert module._load() == (None, "the extension does not load: undefined symbol: _ZN3c10; build it anew")
 
 
 @pytest.mark.parametrize("operation", ["clip_coefficient", "adam_", "record_"])
 def test_what_backend_says_is_what_runs(operation: str, extension) -> None:
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    assert _ops.backend("cpu")[0] == "C++"
+    assert module.backend("cpu")[0] == "C++"
     assert has_kernel(f"bhfast::{operation}", "CPU")
-    assert has_kernel(f"bhfast::{operation}", "CUDA") == (_ops.backend("cuda")[0] == "CUDA")
+    assert has_kernel(f"bhfast::{operation}", "CUDA") == (module.backend("cuda")[0] == "CUDA")
 
 
 def test_instruction_sets(extension) -> None:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from bhfast import _ops
 from bhfast.errors import ConfigError
+from bhfast.ops import arithmetic
 from bhfast.optim import ALIGNMENT, FusedAdam
 
 SHAPES = [(128, 64), (192,), (3, 5, 7), (1,)]
@@ -41,7 +41,7 @@ def assert_same(ours: list[nn.Parameter], a: torch.optim.Optimizer, theirs: list
             assert torch.equal(a.state[p][key], b.state[q][key]), key
 
 
-@pytest.mark.skipif(not _ops._addcmul_is_fused(), reason="torch's AdamW has other bits on a CPU without FMA")
+@pytest.mark.skipif(not arithmetic._addcmul_is_fused(), reason="torch's AdamW has other bits on a CPU without FMA")
 @pytest.mark.parametrize(
     "options",
     [
@@ -77,7 +77,7 @@ def test_float32_is_near_torch_adamw(generator) -> None:
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.skipif(not _ops._addcmul_is_fused(), reason="torch's AdamW has other bits on a CPU without FMA")
+@pytest.mark.skipif(not arithmetic._addcmul_is_fused(), reason="torch's AdamW has other bits on a CPU without FMA")
 def test_state_dict_goes_both_ways(generator) -> None:
     """Three steps here, three there, and back, through a file: the same bits as torch alone."""
     ours, theirs = twins(generator)
@@ -109,7 +109,7 @@ def test_works_with_schedulers_and_groups(generator) -> None:
         for x in (a, b, *schedulers):
             x.step()
     assert a.param_groups[0]["lr"] == b.param_groups[0]["lr"] < 1e-3
-    if _ops._addcmul_is_fused():
+    if arithmetic._addcmul_is_fused():
         assert_same(ours, a, theirs, b)
     torch.optim.lr_scheduler.OneCycleLR(a, max_lr=0.1, total_steps=5)  # reads and cycles betas
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -14,90 +15,82 @@ from bhfast import __main__ as console
 from bhfast import doctor
 
 PACKAGE = Path(bhfast.__file__).parent
-LEAVES = {"errors"}  # every room may raise these
-MAY_IMPORT = {
-    "__init__": {"errors", "optim", "recorder", "trace", "train"},
-    "__main__": set(),
-    "_ops": set(),
-    "corpus": LEAVES,
-    "doctor": {"_ops", "engines", "optim", "storage", "trace", "train"},
-    "engines/__init__": {*LEAVES, "_ops", "engines", "model", "optim", "recorder"},
-    "engines/graph": {"engines"},
-    "engines/native": {"_ops", "engines"},
-    "engines/torch": {"engines", "model"},
+# The plan of rooms, from bottom to top: each imports only from those above it in this table, and of these only what it
+# names. "bhfast" is what users import: bhfast/__init__.py.
+ROOMS: dict[str, set[str]] = {
     "errors": set(),
-    "model": LEAVES,
-    "hf": {"recorder", "select"},
-    "lattice/__init__": {"lattice"},
-    "lattice/cells": set(),
-    "lattice/crowds": {"lattice"},
-    "lattice/motion": {"lattice"},
-    "index": {*LEAVES, "trace"},
-    "journal": {*LEAVES, "trace"},
-    "optim": {*LEAVES, "_ops"},
-    "recorder": {
-        *LEAVES,
-        "_ops",
-        "replay",
-        "ring",
-        "select",
-        "shards",
-        "signals",
-        "sources",
-        "storage",
-        "stream",
-        "trace",
-    },
-    "recover": {*LEAVES, "journal", "storage"},
-    "replay": {"_ops"},
-    "report/__init__": {*LEAVES, "report", "trace"},
-    "report/__main__": {"report"},
-    "report/figures": {*LEAVES, "trace"},
-    "report/page": {*LEAVES, "report"},
-    "report/pictures": {*LEAVES, "report"},
-    "report/survey": {"lattice", "report", "trace"},
-    "report/sweep": {*LEAVES, "report", "sweep", "trace"},
-    "ring": set(),
-    "select": LEAVES,
-    "shards": {*LEAVES, "index", "select"},
+    "version": set(),
     "signals": set(),
-    "sources": {"_ops", "shards"},
-    "storage": {*LEAVES, "journal", "ring", "trace"},
-    "stream": {*LEAVES, "journal", "ring", "storage", "trace"},
-    "sweep/__init__": {*LEAVES, "sweep", "train"},
-    "sweep/__main__": {"sweep"},
-    "sweep/crew": {*LEAVES, "signals", "storage", "sweep", "train"},
-    "sweep/grid": {*LEAVES, "train"},
-    "sweep/register": {*LEAVES, "journal", "sweep"},
-    "sweep/worker": {*LEAVES, "trace", "train"},
-    "trace": {*LEAVES, "index"},
+    "lattice": set(),
+    "machine": {"errors"},
+    "model": {"errors"},
+    "corpus": {"errors"},
+    "ops": set(),
+    "optim": {"errors", "ops"},
+    "trace": {"errors"},
+    "transfer": set(),
+    "storage": {"errors", "machine", "trace", "transfer"},
+    "recording": {"errors", "ops", "signals", "storage", "trace", "transfer"},
+    "hf": {"recording"},
+    "verify": {"errors", "ops", "trace"},
+    "recover": {"errors", "storage"},
+    "summary": {"errors", "trace"},
+    "engines": {"errors", "model", "ops", "optim", "recording"},
+    "config": {"engines", "errors", "model", "ops", "storage"},
+    "experiment": {"config", "corpus", "engines", "errors", "machine", "ops", "trace"},
+    "progress": {"engines"},
     "train": {
-        *LEAVES,
-        "_ops",
-        "corpus",
-        "engines",
-        "model",
-        "optim",
-        "recorder",
-        "report",
-        "signals",
-        "storage",
-        "trace",
+        *("config", "corpus", "engines", "errors", "experiment", "machine", "model", "ops", "optim"),
+        *("progress", "recording", "signals", "summary", "trace", "version"),
     },
-    "verify": {*LEAVES, "_ops", "trace"},
+    "bhfast": {"config", "errors", "optim", "recording", "trace", "train", "version"},
+    "sweep": {
+        *("bhfast", "config", "errors", "experiment", "machine", "progress", "signals", "storage", "trace", "train"),
+    },
+    "report": {"errors", "lattice", "summary", "sweep", "trace", "version"},
+    "doctor": {"engines", "machine", "ops", "optim", "trace", "version"},
+    "__main__": set(),
 }
 
 
-def test_rooms_import_only_what_they_may() -> None:
-    files = {str(p.relative_to(PACKAGE).with_suffix("")): p for p in PACKAGE.rglob("*.py")}
-    assert files.keys() == MAY_IMPORT.keys()
-    for room, path in files.items():
-        imported = set()
+def imports_of_modules() -> dict[str, set[str]]:
+    """Every module of the package, and those of the package that it imports, wherever in it that stands."""
+    files = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+    files = {name.removesuffix(".__init__"): path for name, path in files.items()}
+    found: dict[str, set[str]] = {}
+    for name, path in files.items():
+        found[name] = set()
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bhfast"):
-                parts = node.module.split(".")
-                imported |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
-        assert imported <= MAY_IMPORT[room], room
+            if isinstance(node, ast.Import):
+                found[name] |= {alias.name for alias in node.names if alias.name in files}
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{name} imports relatively"
+                names = {f"{node.module}.{alias.name}" for alias in node.names}
+                found[name] |= names & files.keys()
+                if node.module in files and names - files.keys():
+                    found[name].add(node.module)
+    return found
+
+
+def room_of(module: str) -> str:
+    return module.split(".")[1] if "." in module else module
+
+
+def test_modules_import_in_no_circle() -> None:
+    TopologicalSorter(imports_of_modules()).prepare()  # raises CycleError, and names the circle
+
+
+def test_rooms_import_only_what_they_may() -> None:
+    rooms: dict[str, set[str]] = {}
+    for module, imported in imports_of_modules().items():
+        rooms.setdefault(room_of(module), set()).update(room_of(other) for other in imported)
+    assert {room: others - {room} for room, others in rooms.items()} == ROOMS
+
+
+def test_rooms_import_downward() -> None:
+    order = list(ROOMS)
+    for room, others in ROOMS.items():
+        assert others <= set(order[: order.index(room)]), room
 
 
 def test_import_is_light_and_silent() -> None:
@@ -157,9 +150,9 @@ def test_doctor_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_doctor_fails_if_the_self_test_does(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    from bhfast import _ops
+    from bhfast.ops import arithmetic
 
-    real = _ops.adam_coefficients
-    monkeypatch.setattr(_ops, "adam_coefficients", lambda steps, *a, **k: real([s + 1 for s in steps], *a, **k))
+    real = arithmetic.adam_coefficients
+    monkeypatch.setattr(arithmetic, "adam_coefficients", lambda steps, *a, **k: real([s + 1 for s in steps], *a, **k))
     assert doctor.main([]) == 1
     assert "values at step 1" in capsys.readouterr().out

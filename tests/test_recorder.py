@@ -12,11 +12,9 @@ import torch
 from lanes import SlowLane
 from torch import nn
 
-from bhfast import recorder as module
-from bhfast import stream
 from bhfast.errors import BhfastError, ConfigError, StorageError
 from bhfast.optim import FusedAdam
-from bhfast.recorder import Recorder
+from bhfast.recording.recorder import FIELDS, Recorder
 from bhfast.trace import open_trace
 
 OPTIMIZERS = {
@@ -307,7 +305,7 @@ def test_records_through_a_ring_what_it_records_without(optimizer_class, every, 
         ({"steps": 0}, "steps and every must be at least 1, got steps=0"),
         ({"every": 0}, "got steps=3, every=0"),
         ({"fields": []}, "fields must name at least one field, got none"),
-        ({"keys": {f: "same" for f in module.FIELDS}}, "keys must give every tensor a name of its own, got same twice"),
+        ({"keys": {f: "same" for f in FIELDS}}, "keys must give every tensor a name of its own, got same twice"),
         ({"storage": "cloud"}, "storage must be one of auto, memory, stream, got 'cloud'"),
         ({"storage": "memory", "steps": None}, "storage memory needs steps=; if it is not known, use storage stream"),
     ],
@@ -320,7 +318,7 @@ def test_refuses_bad_arguments(options, message, tmp_path: Path) -> None:
 
 
 def test_refuses_a_recording_that_memory_cannot_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "available_memory", lambda: 100)
+    monkeypatch.setattr("bhfast.storage.choose.available_memory", lambda: 100)
     model = linear()
     optimizer = FusedAdam(model.parameters())
     for storage, wanted in (("memory", r"0\.1 MB"), ("stream", r"0\.1 MB"), ("auto", r"0\.1 MB")):

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bhfast import _ops, replay
 from bhfast.errors import BhfastError
+from bhfast.ops import kernels
 from bhfast.optim import FusedAdam
-from bhfast.recorder import Recorder
+from bhfast.recording.optimizer_description import DTYPES
+from bhfast.recording.recorder import Recorder
 from bhfast.trace import Trace, open_trace
 from bhfast.verify import verify
 
@@ -50,7 +51,7 @@ def state_of(optimizer: torch.optim.Optimizer, param: Tensor) -> dict[str, Tenso
 
 def replays(optimizer: torch.optim.Optimizer, dtype: torch.dtype) -> bool:
     """Whether the optimizer's arithmetic is known to the bit: torch's is where its square root is exact."""
-    return isinstance(optimizer, FusedAdam) or (dtype in replay.DTYPES and _ops.torch_rounds_per_op(dtype))
+    return isinstance(optimizer, FusedAdam) or (dtype in DTYPES and kernels.torch_rounds_per_op(dtype))
 
 
 def compare(trace: Trace, name: str, wanted: list[dict[str, Tensor]], rows: Tensor | None = None) -> None:

@@ -18,12 +18,14 @@ import pytest
 from children import fork, status_of
 from streaming_run import assert_begins_like, record, reference
 
-from bhfast import journal, recover, stream, verify
+from bhfast import recover, verify
 from bhfast.errors import StorageError, TraceError
-from bhfast.journal import journal_path
-from bhfast.recorder import Recorder
+from bhfast.recording.recorder import Recorder
 from bhfast.recover import main
-from bhfast.storage import Claim
+from bhfast.storage import finish as finishing
+from bhfast.storage.claim import Claim
+from bhfast.storage.files import journal_path
+from bhfast.storage.journal import read_journal
 from bhfast.trace import open_trace
 
 STEPS = 1500
@@ -46,7 +48,7 @@ def test_killed_after_a_step(last: int, announced: int | None, tmp_path: Path) -
     assert status_of(fork(lambda: record(path, 400, announced=announced, after_step=die))) == -signal.SIGKILL
     committed = int.from_bytes(seen, "little")
     partial = tmp_path / "t.safetensors.partial"
-    if journal.read_journal(partial).records == 0:
+    if read_journal(partial).records == 0:
         assert committed == 0
         assert last <= SLOTS
         with pytest.raises(TraceError, match="holds no committed record"):
@@ -106,7 +108,7 @@ def test_killed_at_every_call_that_finishes_a_trace(collapses, tmp_path: Path, m
     """Before and after each call that changes a file, and again while it is being recovered."""
     whole = reference(tmp_path, 60)
     if not collapses:
-        monkeypatch.setattr(journal, "_collapse_range", lambda *_: False)
+        monkeypatch.setattr("bhfast.storage.finish._collapse_range", lambda *_: False)
     made = tmp_path / "made"
     made.mkdir()
     path, partial = made / "t.safetensors", made / "t.safetensors.partial"
@@ -115,7 +117,7 @@ def test_killed_at_every_call_that_finishes_a_trace(collapses, tmp_path: Path, m
         os._exit(7)
 
     def unfinished() -> None:
-        monkeypatch.setattr(stream, "finish", stop)
+        monkeypatch.setattr("bhfast.storage.stream.finish", stop)
         record(path, 60, announced=400)
 
     assert status_of(fork(unfinished)) == 7
@@ -157,7 +159,7 @@ def _die_at(number: int) -> None:
 
     for name in ("pwrite", "ftruncate", "fsync", "fdatasync", "replace", "unlink"):
         setattr(os, name, mortal(getattr(os, name)))
-    journal._collapse_range = mortal(journal._collapse_range)
+    finishing._collapse_range = mortal(finishing._collapse_range)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -172,7 +174,7 @@ def killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(stream, "finish", refuse)
+        patch.setattr("bhfast.storage.stream.finish", refuse)
         with pytest.raises(KeyboardInterrupt):
             record(tmp_path / "t.safetensors", 60, announced=300)
     return tmp_path / "t.safetensors.partial"
@@ -194,7 +196,7 @@ def test_a_file_that_is_there_stays(killed: Path) -> None:
 
 
 def test_damaged_records_are_left_out(killed: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    state = journal.read_journal(killed)
+    state = read_journal(killed)
     track = state.tracks["second.grad"]
     with open(killed, "r+b") as file:
         file.seek(state.start["header"] + track.offset + 40 * track.size)
@@ -254,7 +256,7 @@ def test_a_killed_run_of_train_is_recovered_and_verified(tmp_path: Path, text: s
             if line.startswith("storage"):
                 break
         partial = out.with_name("t.safetensors.partial")
-        while journal.read_journal(partial).records < 50:
+        while read_journal(partial).records < 50:
             time.sleep(0.05)
         process.kill()
     recovery = recover.recover(tmp_path / "t.safetensors.partial")

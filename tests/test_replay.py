@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from bhfast.optim import FusedAdam
-from bhfast.replay import Description, clip_coefficient
+from bhfast.recording.clipping import clip_coefficient
+from bhfast.recording.optimizer_description import Description
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 

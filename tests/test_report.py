@@ -15,12 +15,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from bhfast import lattice, report
-from bhfast.report.figures import figures, max_pairwise_distance, window_means
+from bhfast import lattice
+from bhfast.config import TrainConfig
+from bhfast.report import main
 from bhfast.report.survey import Survey, survey
 from bhfast.report.sweep import survey_sweep
+from bhfast.summary import figures, max_pairwise_distance, window_means
 from bhfast.trace import open_trace
-from bhfast.train import TrainConfig, TrainResult, train
+from bhfast.train import TrainResult, train
 
 
 def test_identical_vectors_are_at_distance_zero(generator) -> None:
@@ -58,10 +60,10 @@ def test_figures_of_a_run(run: TrainResult) -> None:
 
 
 def test_program(run: TrainResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert report.main([str(run.path)]) == 0
+    assert main([str(run.path)]) == 0
     assert "largest pairwise distance" in capsys.readouterr().out
     save_file({"x": torch.ones(1)}, tmp_path / "foreign")
-    assert report.main([str(tmp_path / "foreign")]) == 2
+    assert main([str(tmp_path / "foreign")]) == 2
     assert "is no trace of the reference run: it has no recorded_steps" in capsys.readouterr().err
 
 
@@ -167,7 +169,7 @@ def check_page(folder: Path) -> str:
 
 @pytest.mark.usefixtures("matplotlib")
 def test_page_of_a_run(run: TrainResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert report.main([str(run.path), "--out", str(tmp_path / "new" / "folder")]) == 0
+    assert main([str(run.path), "--out", str(tmp_path / "new" / "folder")]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "new" / "folder" / "index.html")
     html = check_page(tmp_path / "new" / "folder")
     assert len(list((tmp_path / "new" / "folder").glob("*.png"))) == 9
@@ -179,7 +181,7 @@ def test_page_of_a_run(run: TrainResult, tmp_path: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize("steps", [1, 2])
 def test_page_of_a_short_run(steps: int, tmp_path: Path, settings: TrainConfig) -> None:
     config = replace(settings, steps=steps, out=str(tmp_path / "<b>.safetensors"))
-    assert report.main([str(train(config).path), "--out", str(tmp_path)]) == 0
+    assert main([str(train(config).path), "--out", str(tmp_path)]) == 0
     assert "<h1>bhfast: &lt;b&gt;.safetensors</h1>" in check_page(tmp_path)
 
 
@@ -201,7 +203,7 @@ def sweep(tmp_path: Path, settings: TrainConfig) -> Path:
 
 @pytest.mark.usefixtures("matplotlib")
 def test_page_of_a_sweep(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert report.main([str(sweep), "--out", str(sweep.parent / "out")]) == 0
+    assert main([str(sweep), "--out", str(sweep.parent / "out")]) == 0
     html = check_page(sweep.parent / "out")
     assert html.count("<tr>") == 13
     assert "failed: it was &lt;late&gt;" in html
@@ -221,7 +223,7 @@ def test_sweep_by_series(sweep: Path) -> None:
 
 def test_what_cannot_be_reported(run: TrainResult, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     def error(*arguments: object) -> str:
-        assert report.main([str(x) for x in arguments]) == 2
+        assert main([str(x) for x in arguments]) == 2
         return capsys.readouterr().err
 
     assert "cannot open the sweep" in error(tmp_path / "sweep.json")

@@ -12,8 +12,10 @@ import torch
 from lanes import SlowLane
 from torch import Tensor
 
-from bhfast import _ops, ring
-from bhfast.ring import Preparer, Ring, half_size, host_tensor, split
+from bhfast.ops import kernels
+from bhfast.transfer.host_memory import PAGE, Preparer, host_tensor, populator, split
+from bhfast.transfer.lanes import Meetings, make_lane
+from bhfast.transfer.ring import Ring, half_size
 
 HALF = 4
 
@@ -30,7 +32,7 @@ def record_all(records: int, delay: float, width: int = 3) -> tuple[list[Tensor]
         if record == the_ring.room:
             the_ring.turn()
         values = [torch.full((width,), record), torch.tensor(float(record))]
-        _ops.record_(values, slots, torch.tensor(record), 1)
+        kernels.record_(values, slots, torch.tensor(record), 1)
     the_ring.drain(records)
     for x in slots:
         x.fill_(-7)  # what happens on the device after the end concerns nobody
@@ -128,7 +130,7 @@ class Event:
 
 
 def test_meetings_of_the_streams_are_counted_and_let_go_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    meetings = ring.Meetings()
+    meetings = Meetings()
     for step in range(1000):
         monkeypatch.setattr(Event, "now", float(step - 5))  # the device is five steps behind
         copied = step + 0.25 if step % 4 == 0 else step - 0.25
@@ -146,7 +148,7 @@ def test_meetings_of_the_streams_are_counted_and_let_go_of(monkeypatch: pytest.M
 
 def test_host_tensors_start_at_a_page_and_have_exactly_the_size() -> None:
     tensor = host_tensor((3, 5), torch.bfloat16)
-    assert tensor.data_ptr() % ring.PAGE == 0
+    assert tensor.data_ptr() % PAGE == 0
     assert tensor.untyped_storage().nbytes() == tensor.nbytes == 30
     assert tensor.is_contiguous()
     maps = Path("/proc/self/smaps")
@@ -250,13 +252,13 @@ def test_preparers_end_their_threads() -> None:
 
 
 def test_populating_takes_pages_and_changes_nothing() -> None:
-    preparer = ring.populator()
+    preparer = populator()
     tensor = host_tensor((3 << 20,), torch.uint8)
     tensor[:1000] = 7
     preparer.add(tensor)
     preparer.wait(tensor)
     if preparer.error is None:
-        pages = tensor.nbytes // ring.PAGE
+        pages = tensor.nbytes // PAGE
         resident = (ctypes.c_ubyte * pages)()
         libc = ctypes.CDLL(None)
         assert libc.mincore(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.nbytes), resident) == 0
@@ -268,7 +270,7 @@ def test_populating_takes_pages_and_changes_nothing() -> None:
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"], indirect=True)
 def test_a_lane_is_for_devices_that_have_one(device: torch.device) -> None:
-    lane = ring.make_lane(device)
+    lane = make_lane(device)
     assert (lane is None) == (device.type == "cpu")
     if lane is not None:
         lane.close()

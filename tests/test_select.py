@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from bhfast.errors import ConfigError
-from bhfast.recorder import Recorder
-from bhfast.select import select
+from bhfast.recording.recorder import Recorder
+from bhfast.recording.selection import select
 from bhfast.trace import open_trace
 
 

@@ -14,7 +14,7 @@ import torch
 from distributed_run import CASES, ROWS, Case
 from safetensors.torch import load_file
 
-from bhfast.shards import Share
+from bhfast.recording.shards import Share
 from bhfast.trace import Trace, open_trace
 
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():

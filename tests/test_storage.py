@@ -13,9 +13,11 @@ import torch
 from safetensors.torch import load_file
 from traces import tensors, write
 
-from bhfast import storage
 from bhfast.errors import StorageError
-from bhfast.storage import Claim, MemoryStorage, Stats, available_memory, lock, write_trace
+from bhfast.machine import available_memory
+from bhfast.storage.base import Stats
+from bhfast.storage.claim import Claim, lock
+from bhfast.storage.memory import MemoryStorage, write_trace
 from bhfast.trace import open_trace
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -119,7 +121,7 @@ def test_what_is_worth_keeping_stays(tmp_path: Path) -> None:
 
 
 def test_room_counts_what_the_trace_has_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 50_000}))
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 50_000}))
     with Claim(tmp_path / "t") as claim:
         before = claim.free()
         claim.reserve(40_960)
@@ -172,7 +174,7 @@ def test_memory_keeps_every_record_and_writes_those_that_were_made(tmp_path: Pat
 
 
 def test_memory_reserves_the_disk_for_all_its_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 300_000}))
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 300_000}))
     with Claim(tmp_path / "t") as claim:
         memory = MemoryStorage(claim, records=100, every=1)
         for name in ("a", "b"):

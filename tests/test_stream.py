@@ -24,13 +24,14 @@ from memory import peak_memory
 from streaming_run import assert_begins_like, record, reference
 from traces import assert_same_data
 
-from bhfast import journal, stream
+from bhfast.config import TrainConfig
 from bhfast.errors import ConfigError, StorageError
-from bhfast.recorder import Recorder
+from bhfast.recording.recorder import Recorder
 from bhfast.recover import recover
-from bhfast.stream import open_storage
+from bhfast.storage.choose import open_storage
+from bhfast.storage.files import sync
 from bhfast.trace import open_trace
-from bhfast.train import TrainConfig, train
+from bhfast.train import train
 from bhfast.verify import verify
 
 Fail = Callable[[int, memoryview, int], int]
@@ -45,7 +46,7 @@ Fail = Callable[[int, memoryview, int], int]
 def test_the_same_data_as_from_memory(announced, collapses, tmp_path: Path, monkeypatch) -> None:
     """Of a run as long as announced, a shorter one, and one of unknown length."""
     if not collapses:
-        monkeypatch.setattr(journal, "_collapse_range", lambda *_: False)
+        monkeypatch.setattr("bhfast.storage.finish._collapse_range", lambda *_: False)
     recorder = record(tmp_path / "t.safetensors", 300, announced=announced)
     assert_same_data(recorder.path, reference(tmp_path, 300))
     assert verify(recorder.path).replayed == 300
@@ -55,8 +56,8 @@ def test_the_same_data_as_from_memory(announced, collapses, tmp_path: Path, monk
 
 
 def test_gaps_become_padding_where_nothing_else_is_possible(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(journal, "_collapse_range", lambda *_: False)
-    monkeypatch.setattr(journal, "_has_room", lambda *_: False)
+    monkeypatch.setattr("bhfast.storage.finish._collapse_range", lambda *_: False)
+    monkeypatch.setattr("bhfast.storage.finish._has_room", lambda *_: False)
     recorder = record(tmp_path / "t.safetensors", 300, announced=3000)
     assert_same_data(recorder.path, reference(tmp_path, 300))
     assert recorder.path.stat().st_size > 3000 * 48 * 24 * 2
@@ -82,7 +83,7 @@ def test_auto_streams_what_outgrows_memory_and_says_why(tmp_path: Path, monkeypa
         (158e6, 1200, "memory (it fits into the 158.0 MB of free memory): 78.7 MB for 1,201 records"),
         (1e9, None, "stream (the number of steps is not known): 0.1 MB a step"),
     ]:
-        monkeypatch.setattr(stream, "available_memory", lambda memory=memory: memory)
+        monkeypatch.setattr("bhfast.storage.choose.available_memory", lambda memory=memory: memory)
         with Recorder(optimizer, {"w": weight}, steps=steps, path=tmp_path / "t", overwrite=True) as recorder:
             assert recorder.description.startswith(said)
 
@@ -124,8 +125,8 @@ def test_streams_through_a_ring(every: int, tmp_path: Path, monkeypatch) -> None
 
 
 def test_a_slow_disk_makes_the_run_wait_and_loses_nothing(tmp_path: Path, monkeypatch) -> None:
-    real = journal.sync
-    monkeypatch.setattr(stream, "sync", lambda fd: (time.sleep(0.01), real(fd)))
+    real = sync
+    monkeypatch.setattr("bhfast.storage.stream.sync", lambda fd: (time.sleep(0.01), real(fd)))
     recorder = record(tmp_path / "t.safetensors", 300, announced=300, buffer_bytes=1 << 16)
     stats = recorder.stats()
     assert stats.waits > 20
@@ -238,7 +239,7 @@ def test_short_writes_are_continued(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_a_writer_that_dies_is_noticed(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(stream, "checksums", lambda data: 1 / 0)
+    monkeypatch.setattr("bhfast.storage.stream.checksums", lambda data: 1 / 0)
     with pytest.raises(StorageError, match="failed: ZeroDivisionError"):
         record(tmp_path / "t.safetensors", 10_000, announced=None, buffer_bytes=1 << 16)
     assert not list(tmp_path.glob("*.safetensors"))

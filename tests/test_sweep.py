@@ -17,15 +17,15 @@ from typing import Any
 import pytest
 import torch
 
-from bhfast import sweep as module
+from bhfast.config import TrainConfig
 from bhfast.errors import ConfigError
-from bhfast.sweep import crew, main, sweep
-from bhfast.sweep.crew import divide
+from bhfast.sweep import main, pool, sweep
 from bhfast.sweep.grid import plan, rank_and_world, read_grid, read_grid_file
-from bhfast.sweep.register import Register
+from bhfast.sweep.pool import divide
+from bhfast.sweep.results import Register
 from bhfast.sweep.worker import Worker, run_task
 from bhfast.trace import open_trace
-from bhfast.train import TrainConfig, train
+from bhfast.train import train
 from bhfast.verify import verify
 
 LONG = 2000  # steps that take long enough to be disturbed
@@ -72,8 +72,8 @@ class Here:
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a sweep whose workers are not what is tested: torch is imported already."""
-    monkeypatch.setattr(module, "Worker", Here)
-    monkeypatch.setattr(crew, "Worker", Here)
+    monkeypatch.setattr("bhfast.sweep.program.Worker", Here)
+    monkeypatch.setattr(pool, "Worker", Here)
 
 
 def names(**grid: object) -> list[str]:
@@ -397,7 +397,7 @@ def test_each_worker_has_a_gpu(environment: dict[str, str], jobs, gpus: list[str
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
-    monkeypatch.setattr(sys.modules["bhfast.train"], "select_device", lambda name: (torch.device("cuda"), ""))
+    monkeypatch.setattr("bhfast.machine.select_device", lambda name: (torch.device("cuda"), ""))
     assert divide(plan(read_grid({"seed": range(5)}, "grid"), "out"), jobs).gpus == gpus
 
 

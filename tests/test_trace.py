@@ -22,12 +22,14 @@ from memory import peak_memory, reset_peak_memory
 from safetensors.torch import load_file, save_file
 from traces import tensors, write
 
-from bhfast import trace
 from bhfast.errors import TraceError
 from bhfast.optim import FusedAdam
-from bhfast.recorder import Recorder
-from bhfast.storage import Claim, write_trace
-from bhfast.trace import TraceTensor, open_trace
+from bhfast.recording.recorder import Recorder
+from bhfast.storage.claim import Claim
+from bhfast.storage.memory import write_trace
+from bhfast.trace import Trace, TraceTensor, open_trace
+from bhfast.trace.checksums import MAX_CHECKSUMS, checksums, join_checksums, records_per_checksum
+from bhfast.trace.format import DTYPES, PADDING, bytes_of, encode_header, place
 
 
 def test_any_safetensors_reader_opens_it(tmp_path: Path) -> None:
@@ -70,7 +72,7 @@ def record(path: Path, **options: Any) -> None:
 
 
 def raw(values: torch.Tensor | np.ndarray) -> bytes:
-    return values.tobytes() if isinstance(values, np.ndarray) else bytes(trace.bytes_of(values.contiguous()))
+    return values.tobytes() if isinstance(values, np.ndarray) else bytes(bytes_of(values.contiguous()))
 
 
 @pytest.mark.parametrize("options", RECORDINGS.values(), ids=RECORDINGS)
@@ -89,7 +91,7 @@ def test_any_safetensors_reader_opens_every_recording(options: dict[str, Any], t
         lambda path: safetensors.torch.load(path.read_bytes()),
         safetensors.numpy.load_file,
     ):
-        theirs = {name: x for name, x in load(path).items() if not name.startswith(trace.PADDING)}
+        theirs = {name: x for name, x in load(path).items() if not name.startswith(PADDING)}
         assert theirs.keys() == ours.keys()
         for name, x in theirs.items():
             assert tuple(x.shape) == ours[name].shape
@@ -105,8 +107,8 @@ def test_any_safetensors_reader_opens_every_recording(options: dict[str, Any], t
 
 
 def test_golden_bytes() -> None:
-    entries = trace.place({"b": torch.ones(2, 2).bfloat16(), "a": torch.ones(16)})
-    header = trace.encode_header(entries, {"k": "v"})
+    entries = place({"b": torch.ones(2, 2).bfloat16(), "a": torch.ones(16)})
+    header = encode_header(entries, {"k": "v"})
     text = (
         b'{"__metadata__":{"k":"v"},"a":{"dtype":"F32","shape":[16],"data_offsets":[0,64]},'
         b'"b":{"dtype":"BF16","shape":[2,2],"data_offsets":[64,72]}}'
@@ -196,7 +198,7 @@ def test_damage_is_located(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("storage", ["memory", "stream"])
 def test_damage_is_located_where_records_share_a_checksum(storage, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(trace, "MAX_CHECKSUMS", 40)
+    monkeypatch.setattr("bhfast.trace.checksums.MAX_CHECKSUMS", 40)
     path = tmp_path / "t.safetensors"
     record(path, steps=9, storage=storage)
     each = int(open_trace(path).metadata["crc32_records"])
@@ -227,7 +229,7 @@ VALUES = {
 
 
 @pytest.fixture
-def values(tmp_path: Path) -> trace.Trace:
+def values(tmp_path: Path) -> Trace:
     """A file with tensors of many dtypes."""
     path = tmp_path / "values.safetensors"
     with Claim(path) as claim:
@@ -236,7 +238,7 @@ def values(tmp_path: Path) -> trace.Trace:
 
 
 @pytest.mark.parametrize("name", VALUES)
-def test_numpy_has_the_same_memory(name: str, values: trace.Trace) -> None:
+def test_numpy_has_the_same_memory(name: str, values: Trace) -> None:
     ml_dtypes = pytest.importorskip("ml_dtypes")
     tensor = values[name]
     for part in (tensor, tensor[1:], tensor[1], tensor[:, 1], tensor[1, 1]):
@@ -244,7 +246,7 @@ def test_numpy_has_the_same_memory(name: str, values: trace.Trace) -> None:
         assert array.ctypes.data == part.data_ptr()
         assert array.dtype == (getattr(ml_dtypes, name) if hasattr(ml_dtypes, name) else np.dtype(name))
         assert array.shape == part.shape
-        assert array.tobytes() == bytes(trace.bytes_of(part.contiguous()))
+        assert array.tobytes() == bytes(bytes_of(part.contiguous()))
     if not name.startswith(("bool", "int", "uint", "complex")):
         assert tensor.numpy().astype(np.float64).tolist() == VALUES[name].double().tolist()
     tensor.numpy()[0, 0] = 0
@@ -252,15 +254,15 @@ def test_numpy_has_the_same_memory(name: str, values: trace.Trace) -> None:
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("bfloat16", np.uint16), ("float8_e4m3fn", np.uint8), ("int64", np.int64)])
-def test_numpy_without_ml_dtypes_has_the_bits(name: str, dtype: type, values: trace.Trace, monkeypatch) -> None:
+def test_numpy_without_ml_dtypes_has_the_bits(name: str, dtype: type, values: Trace, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "ml_dtypes", None)
     for part in (values[name], values[name][1:, 0]):
         assert part.numpy().dtype == dtype
         assert part.numpy().ctypes.data == part.data_ptr()
-        assert part.numpy().tobytes() == bytes(trace.bytes_of(part.contiguous()))
+        assert part.numpy().tobytes() == bytes(bytes_of(part.contiguous()))
 
 
-def test_what_is_computed_is_a_plain_tensor(values: trace.Trace) -> None:
+def test_what_is_computed_is_a_plain_tensor(values: Trace) -> None:
     x = values["float64"]
     assert f"{x[0, 0]:.2f}" == f"{float(x[0, 0]):.2f}"
     assert type(x) is type(x[0]) is type(x[0, 1:]) is type(x[x > 2]) is type(x[torch.tensor([1, 0])]) is TraceTensor
@@ -273,7 +275,7 @@ def test_what_is_computed_is_a_plain_tensor(values: trace.Trace) -> None:
     assert x[x > 2].numpy().tolist() == [3.0, 4.0]
 
 
-def test_writes_stay_in_memory(values: trace.Trace) -> None:
+def test_writes_stay_in_memory(values: Trace) -> None:
     before = values.path.read_bytes()
     x = values["bfloat16"]
     x[1:] = 9
@@ -285,10 +287,10 @@ def test_writes_stay_in_memory(values: trace.Trace) -> None:
     assert torch.equal(open_trace(values.path)["bfloat16"], VALUES["bfloat16"])
 
 
-def test_tied_names_are_found_but_not_listed(values: trace.Trace) -> None:
+def test_tied_names_are_found_but_not_listed(values: Trace) -> None:
     assert torch.equal(values["half"], VALUES["float16"])
     assert "half" in values
-    assert list(values) == list(trace.place(VALUES))
+    assert list(values) == list(place(VALUES))
     assert len(values) == len(VALUES)
     assert values["bool"].dtype == torch.bool  # its own, whatever else may have that name
     with pytest.raises(KeyError, match="has no tensor 'lost'"):
@@ -366,11 +368,11 @@ def test_every_truncation_is_noticed(tmp_path: Path, cut: int) -> None:
 
 
 def test_checksums_are_crc32() -> None:
-    assert trace.checksums(torch.tensor([ord(c) for c in "123456789"], dtype=torch.uint8)) == [0xCBF43926]
+    assert checksums(torch.tensor([ord(c) for c in "123456789"], dtype=torch.uint8)) == [0xCBF43926]
     column = torch.arange(6).view(1, 6)[:, 3]  # contiguous, with a stride
-    assert trace.checksums(column) == [zlib.crc32(struct.pack("<q", 3))]
-    assert trace.checksums(torch.zeros(2, 3)).dtype == np.dtype("<u4")
-    assert trace.checksums(torch.zeros(2, 3)).shape == (2,)
+    assert checksums(column) == [zlib.crc32(struct.pack("<q", 3))]
+    assert checksums(torch.zeros(2, 3)).dtype == np.dtype("<u4")
+    assert checksums(torch.zeros(2, 3)).shape == (2,)
 
 
 @settings(deadline=1000)
@@ -378,29 +380,29 @@ def test_checksums_are_crc32() -> None:
 def test_checksums_of_several_records_come_from_those_of_one(count: int, size: int, power: int, seed: int) -> None:
     data = np.random.default_rng(seed).integers(0, 256, (count, size), dtype=np.uint8)
     single = np.array([zlib.crc32(row) for row in data], dtype="<u4")
-    joined = trace.join_checksums(single, size, 1 << power)
+    joined = join_checksums(single, size, 1 << power)
     assert joined.dtype == np.dtype("<u4")
     assert joined.tolist() == [zlib.crc32(data[i : i + (1 << power)]) for i in range(0, count, 1 << power)]
 
 
 @settings(deadline=1000)
-@given(shape=st.lists(st.integers(0, 5), max_size=3), records=st.integers(1, 7), dtype=st.sampled_from([*trace.DTYPES]))
+@given(shape=st.lists(st.integers(0, 5), max_size=3), records=st.integers(1, 7), dtype=st.sampled_from([*DTYPES]))
 def test_checksums_are_of_the_bytes(shape: list[int], records: int, dtype: str) -> None:
-    empty = torch.empty(shape, dtype=trace.DTYPES[dtype])
+    empty = torch.empty(shape, dtype=DTYPES[dtype])
     data = np.random.default_rng(0).integers(0, 2, empty.nbytes, dtype=np.uint8)
     tensor = torch.tensor(data.tolist(), dtype=torch.uint8).view(empty.dtype).view(shape)
     wanted = [zlib.crc32(data)]
     if len(shape) > 1 and shape[0]:
         size = empty.nbytes // shape[0]
         wanted = [zlib.crc32(data[i * size : (i + records) * size]) for i in range(0, shape[0], records)]
-    assert trace.checksums(tensor, records).tolist() == wanted
+    assert checksums(tensor, records).tolist() == wanted
 
 
 @settings(max_examples=300, deadline=1000)
 @given(records=st.integers(0, 1 << 40), tensors=st.integers(0, 1 << 20))
 def test_as_few_records_share_a_checksum_as_the_header_allows(records: int, tensors: int) -> None:
-    each = trace.records_per_checksum(records, tensors)
-    allowed = max(1, trace.MAX_CHECKSUMS // max(1, tensors))
+    each = records_per_checksum(records, tensors)
+    allowed = max(1, MAX_CHECKSUMS // max(1, tensors))
     assert each.bit_count() == 1
     assert -(-records // each) <= allowed
     assert each == 1 or -(-records // (each // 2)) > allowed

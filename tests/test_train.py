@@ -19,11 +19,13 @@ from safetensors.torch import load_file
 
 import bhfast
 from bhfast import corpus
-from bhfast.engines import select_engine
+from bhfast.config import TrainConfig
+from bhfast.engines.choose import select_engine
 from bhfast.errors import ConfigError, StorageError
-from bhfast.journal import journal_path
+from bhfast.experiment import is_run_of
+from bhfast.storage.files import journal_path
 from bhfast.trace import open_trace
-from bhfast.train import TrainConfig, TrainResult, is_run_of, main, train
+from bhfast.train import TrainResult, main, train
 from bhfast.verify import verify
 
 STEPS = 130  # of the run in conftest.py
@@ -217,9 +219,10 @@ def test_the_extension_makes_the_same_file_as_pure_torch(extension, settings: Tr
     code = f"""if True:
         import sys
         sys.modules["bhfast._C"] = None  # as if it were not built
-        from bhfast import _ops
-        from bhfast.train import TrainConfig, train
-        assert _ops.backend()[0] == "torch"
+        from bhfast.ops import backend
+        from bhfast.config import TrainConfig
+        from bhfast.train import train
+        assert backend()[0] == "torch"
         for config in {[dataclasses.asdict(config) for config in configs]!r}:
             train(TrainConfig(**config))
     """
@@ -345,7 +348,8 @@ def test_knows_what_is_no_whole_run(settings: TrainConfig, monkeypatch: pytest.M
         if step >= 6:
             raise RuntimeError
 
-    monkeypatch.setattr("bhfast.train.PROGRESS_EVERY", 3)  # steps from one look to the next, at most
+    for module in ("train", "progress"):
+        monkeypatch.setattr(f"bhfast.{module}.PROGRESS_EVERY", 3)  # steps from one look to the next, at most
     with pytest.raises(RuntimeError):
         train(settings, progress=stop)
     assert 6 <= open_trace(settings.path).steps[-1] < 12

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from bhfast import verify as module
+from bhfast.config import TrainConfig
 from bhfast.errors import TraceError
-from bhfast.train import TrainConfig, TrainResult, train
+from bhfast.train import TrainResult, train
 from bhfast.verify import main, verify
 
 

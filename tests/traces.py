@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from bhfast.storage import Claim, write_trace
+from bhfast.storage.claim import Claim
+from bhfast.storage.memory import write_trace
 from bhfast.trace import open_trace
 
 

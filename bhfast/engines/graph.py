@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
-from bhfast.engines import Addresses, Job
+from bhfast.engines.job import Addresses, Job
 from bhfast.engines.torch import corpus_windows, gradients
 
 WARM_UP = 3  # steps
@@ -38,7 +38,7 @@ def capture(work: Callable[[], None], device: torch.device) -> Callable[[], None
 
 
 class GraphEngine:
-    """See :class:`bhfast.engines.Engine`. Needs a CUDA device and the extension's CUDA kernels."""
+    """See :class:`bhfast.engines.job.Engine`. Needs a CUDA device and the extension's CUDA kernels."""
 
     def __init__(self, job: Job) -> None:
         self.job = job

@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import torch
 
-from bhfast import _ops
-from bhfast.engines import Addresses, Job
+from bhfast.engines.job import Addresses, Job
+from bhfast.ops import extension
 
 BLOCK = 16  # rows that a thread works on together
 
 
 class NativeEngine:
-    """See :class:`bhfast.engines.Engine`. Needs the extension, and a network on the CPU in bfloat16.
+    """See :class:`bhfast.engines.job.Engine`. Needs the extension, and a network on the CPU in bfloat16.
 
     Args:
         job: its network's ``hidden_dim`` must be divisible by 32 and by 16 times ``heads``.
         threads: None: torch's number, or as many as there are blocks of rows, if that is less.
-        instruction_set: one of :func:`bhfast._ops.native_instruction_sets`; None: the best of them.
+        instruction_set: one of :func:`bhfast.ops.extension.native_instruction_sets`; None: the best of them.
 
     Raises:
         ValueError, TypeError: a tensor of the job is not as said.
@@ -48,7 +48,7 @@ class NativeEngine:
             grad_norms=scalar,
         )
         max_grad_norm = job.optimizer.max_grad_norm
-        self.program = _ops.native_engine(
+        self.program = extension.native_engine(
             parameters=params,
             heads=config.heads,
             groups=[
@@ -66,7 +66,7 @@ class NativeEngine:
             losses=self.losses,
             grad_norms=self.grad_norms,
             threads=self.threads,
-            instruction_set=instruction_set or _ops.native_instruction_sets()[0],
+            instruction_set=instruction_set or extension.native_instruction_sets()[0],
         )
         self._addresses = Addresses(job, "after the native engine was built, which")
         self.done = 0

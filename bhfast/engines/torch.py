@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bhfast.engines import Job
+from bhfast.engines.job import Job
 from bhfast.model import TiedGPT, window_loss
 
 
@@ -39,7 +39,7 @@ def gradients(model: TiedGPT, windows: Tensor, target_offset: int) -> tuple[Tens
 
 
 class TorchEngine:
-    """See :class:`bhfast.engines.Engine`."""
+    """See :class:`bhfast.engines.job.Engine`."""
 
     def __init__(self, job: Job) -> None:
         self.job = job

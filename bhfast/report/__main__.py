@@ -2,6 +2,6 @@
 
 import sys
 
-from bhfast.report import main
+from bhfast.report.program import main
 
 sys.exit(main())

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-import bhfast
 from bhfast.errors import BhfastError
 from bhfast.report.pictures import DPI, Picture
+from bhfast.version import __version__
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; }
@@ -59,7 +59,7 @@ class Page:
                 picture.figure.savefig(buffer, dpi=DPI)
                 (folder / f"{picture.name}.png").write_bytes(buffer.getvalue())
                 parts.append(_section(picture, buffer.getvalue()))
-            parts.append(f"<footer>bhfast {bhfast.__version__}</footer>\n</body></html>\n")
+            parts.append(f"<footer>bhfast {__version__}</footer>\n</body></html>\n")
             (folder / "index.html").write_text("\n".join(parts), encoding="utf-8")
         except OSError as error:
             raise BhfastError(f"cannot write the report to {folder}: {error.strerror}; choose another --out") from None

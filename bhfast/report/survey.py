@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bhfast import lattice
-from bhfast.report.figures import ROWS, require_reference
+from bhfast.summary import ROWS, require_reference
 from bhfast.trace import Trace
 
 SNAPSHOTS = (0, 1, 2, 10, 100, 1000)  # steps, and the last one

@@ -8,8 +8,9 @@ from typing import Any
 
 from bhfast.errors import TraceError
 from bhfast.report.survey import format_result, survey
-from bhfast.sweep.register import FORMAT
-from bhfast.trace import open_trace, parse_json
+from bhfast.sweep.format import FORMAT
+from bhfast.trace import open_trace
+from bhfast.trace.format import parse_json
 
 
 @dataclass(frozen=True)

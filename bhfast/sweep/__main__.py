@@ -2,6 +2,6 @@
 
 import sys
 
-from bhfast.sweep import main
+from bhfast.sweep.program import main
 
 sys.exit(main())

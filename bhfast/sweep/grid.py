@@ -64,7 +64,7 @@ def read_grid(grid: Mapping[str, Any], source: str) -> dict[str, list[Any]]:
     Raises:
         ConfigError: there is no such setting, or a value is of the wrong kind.
     """
-    from bhfast.train import kind_of
+    from bhfast.config import kind_of
 
     names = [entry.name for entry in fields(bhfast.TrainConfig) if entry.name not in FIXED]
     checked: dict[str, list[Any]] = {}

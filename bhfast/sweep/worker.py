@@ -103,7 +103,9 @@ def run_task(task: dict[str, Any], say: Callable[..., None]) -> dict[str, Any]:
     """
     import torch
 
-    from bhfast.train import TrainConfig, is_run_of, train
+    from bhfast.config import TrainConfig
+    from bhfast.experiment import is_run_of
+    from bhfast.train import train
 
     torch.set_num_threads(task["threads"])
     if task["gpu"] is not None:

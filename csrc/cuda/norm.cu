@@ -1,4 +1,5 @@
-// The gradients' norm in the fixed order of _ops.grad_norm, and the clip coefficient, in one launch per level of sums.
+// The gradients' norm in the fixed order of bhfast.ops.arithmetic.grad_norm, and the clip coefficient, in one launch
+// per level of sums.
 //
 // One warp sums a block of kNormBlock values. Of every 256 of them, thread t has the eight from 8 t on: it halves a
 // block twice by itself, five times by shuffles, and the last three times by itself again. No thread waits for another

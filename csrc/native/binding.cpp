@@ -19,7 +19,8 @@ using at::Tensor;
 using Tensors = std::vector<Tensor>;
 using Sizes = std::vector<int64_t>;
 
-// Parameters that are updated as one: params, exp_avgs, exp_avg_sqs, coefficients, rings, ring_of; see _ops.adam_.
+// Parameters that are updated as one: params, exp_avgs, exp_avg_sqs, coefficients, rings, ring_of; see
+// bhfast.ops.kernels.adam_.
 using GroupOfTensors = std::tuple<Tensors, Tensors, Tensors, Tensor, Tensors, std::vector<int64_t>>;
 
 // Checks tensors, keeps them alive, and hands out where their memory is.

@@ -20,8 +20,8 @@ import torch.distributed
 from torch import Tensor
 
 from bhfast.errors import BhfastError, ConfigError, StorageError
-from bhfast.index import INDEX_FORMAT, INDEX_SUFFIX
-from bhfast.select import Selection
+from bhfast.recording.selection import Selection
+from bhfast.trace.sharded import INDEX_FORMAT, INDEX_SUFFIX
 
 
 def local(tensor: Tensor) -> Tensor:

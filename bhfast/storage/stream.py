@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import resource
 import threading
@@ -18,10 +17,14 @@ import torch
 from torch import Tensor
 
 from bhfast.errors import ConfigError, StorageError
-from bhfast.journal import VERSION, Journal, Track, encode, finish, journal_path, sync, write_at
-from bhfast.ring import Ticket, host_tensor
-from bhfast.storage import Claim, MemoryStorage, Storage, available_memory
-from bhfast.trace import MAX_CHECKSUMS, bytes_of, checksums, format_bytes
+from bhfast.storage.claim import Claim
+from bhfast.storage.files import journal_path, sync, write_at
+from bhfast.storage.finish import finish
+from bhfast.storage.journal import VERSION, Journal, Track, encode
+from bhfast.trace.checksums import MAX_CHECKSUMS, checksums
+from bhfast.trace.format import bytes_of, format_bytes
+from bhfast.transfer.host_memory import host_tensor
+from bhfast.transfer.lanes import Ticket
 
 SMALL = 64  # bytes: records below it go to the journal
 BUFFER = 32 << 20  # bytes of records that may wait for the disk
@@ -66,11 +69,11 @@ class _Tensor(NamedTuple):
 
 
 class StreamStorage:
-    """Writes records in the background, in order, and commits them. See :class:`bhfast.storage.Storage`.
+    """Writes records in the background, in order, and commits them. See :class:`bhfast.storage.base.Storage`.
 
     The records of a tensor have their place in the file from the start, one after the other, so that nothing moves in
     the end. If the number of records is not known, there is place for as many as the disk can hold, in a file that has
-    holes where nothing is written yet. :mod:`bhfast.journal` has what is committed.
+    holes where nothing is written yet. :mod:`bhfast.storage.journal` has what is committed.
 
     A failure of the writer is raised by whatever the recording does next.
 
@@ -320,64 +323,3 @@ class StreamStorage:
         for first in range(0, self.committed, each):
             blanks = track.blanks(min(each, self.committed - first))
             write_at(self.claim.fd, bytes_of(blanks), self._header + track.offset + first * track.size)
-
-
-def open_storage(
-    claim: Claim,
-    wanted: str,
-    *,
-    records: int | None,
-    every: int,
-    sizes: Mapping[str, int],
-    group: int,
-    metadata: Mapping[str, str],
-    buffer_bytes: int = BUFFER,
-    commit_seconds: float = COMMIT_SECONDS,
-) -> tuple[Storage, str]:
-    """Return the storage for a recording, and which it is and why, for people.
-
-    Args:
-        claim: of the file.
-        wanted: ``memory``, ``stream``, or ``auto``, which takes memory for up to half of what is free.
-        records, every, metadata, buffer_bytes, commit_seconds: see :class:`StreamStorage`.
-        sizes: of the tensors whose size is known, by name the bytes of a record.
-        group: records that are sent from a device together.
-
-    Raises:
-        StorageError: memory or disk are too small.
-    """
-    memory, record = available_memory(), sum(sizes.values())
-    size = math.inf if records is None else record * records
-    free = f"the {format_bytes(memory)} of free memory"
-    kind, why = wanted, "as asked"
-    if wanted == "auto" and records is None:
-        kind, why = "stream", "the number of steps is not known"
-    elif wanted == "auto" and size > memory / 2:
-        kind, why = "stream", f"{format_bytes(size)} are more than half of {free}"
-    elif wanted == "auto":
-        kind, why = "memory", f"it fits into {free}"
-    storage: Storage
-    if kind == "memory":
-        assert records is not None
-        needs, way_out = record * records, "record less with --record-every or --steps, or use --storage stream"
-        claim.reserve(needs)
-        storage = MemoryStorage(claim, records=records, every=every)
-    else:
-        storage = StreamStorage(
-            claim,
-            records=records,
-            every=every,
-            names=sizes,
-            metadata=metadata,
-            buffer_bytes=buffer_bytes,
-            commit_seconds=commit_seconds,
-        )
-        slots = slots_of(record, group, storage.capacity, buffer_bytes)
-        needs, way_out = slots * record, "record fewer parameters or rows"
-    if needs > memory:
-        storage.close()
-        raise StorageError(
-            f"memory is too small for the recording: {format_bytes(needs)} wanted, {format_bytes(memory)} available; "
-            f"{way_out}"
-        )
-    return storage, f"{kind} ({why})"

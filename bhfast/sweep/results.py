@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from bhfast.errors import StorageError
+from bhfast.sweep.format import FORMAT
 from bhfast.sweep.grid import Run, plain
-
-FORMAT = {"format": "bhfast-sweep", "version": 1}
 
 
 class Register:
@@ -30,7 +29,7 @@ class Register:
     @contextmanager
     def _update(self) -> Iterator[dict[str, Any]]:
         """Yield what is in the file, and write what the block makes of it."""
-        from bhfast.journal import sync_folder
+        from bhfast.storage.files import sync_folder
 
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)

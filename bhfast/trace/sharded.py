@@ -1,8 +1,9 @@
-"""Reading a recording by several processes: the index that joins their files, and tensors that span them."""
+"""Opening a trace: one file, or several and the index that joins them, with tensors that span them."""
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 from bhfast.errors import TraceError
-from bhfast.trace import Trace, TraceTensor, open_trace, parse_json
+from bhfast.trace.format import parse_json
+from bhfast.trace.reader import Trace, TraceTensor, open_file
 
 INDEX_FORMAT = "bhfast-trace-index"
 INDEX_SUFFIX = ".index.json"
@@ -83,6 +85,16 @@ class ShardedTensor:
     def numpy(self) -> np.ndarray:
         """Return the whole as a numpy array; see :meth:`bhfast.trace.TraceTensor.numpy`."""
         return self[:].numpy()
+
+
+def open_trace(path: str | os.PathLike[str]) -> Trace:
+    """Open a trace, or any safetensors file, or the ``.index.json`` of several, without reading its data.
+
+    Raises:
+        TraceError: it is not there, not safetensors, truncated, or its header does not fit its data.
+    """
+    path = Path(path)
+    return open_index(path) if path.name.endswith(".index.json") else open_file(path)
 
 
 def open_index(path: Path) -> Trace:

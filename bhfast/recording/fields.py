@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bhfast import _ops
-from bhfast.shards import Piece, local
+from bhfast.ops import checks
+from bhfast.recording.shards import Piece, local
 
 KEY = "{name}.{field}"  # of a tensor in the file; a parameter's own has its bare name
 
@@ -63,6 +63,6 @@ def source_of(piece: Piece, field: str, key: str, optimizer: torch.optim.Optimiz
 def default_fields(optimizer: torch.optim.Optimizer) -> Sequence[str]:
     """Return the fields to record where the user names none: those that Adam has, or SGD."""
     if not isinstance(optimizer, torch.optim.SGD):
-        return _ops.FIELDS
+        return checks.FIELDS
     has_momentum = any(group["momentum"] for group in optimizer.param_groups)
     return ("param", "grad", "momentum_buffer") if has_momentum else ("param", "grad")

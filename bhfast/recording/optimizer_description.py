@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bhfast import _ops
+from bhfast.ops import kernels
 
 SETTINGS = ("betas", "eps", "weight_decay")
 DTYPES = (torch.bfloat16, torch.float32)
-WITNESSES = 256  # elements that a clipping coefficient is found from
 
 
 class Description:
@@ -57,7 +55,7 @@ class Description:
         }
 
     def _arithmetic(self, params: list[Tensor]) -> tuple[str | None, str]:
-        """Return the rounding of :func:`bhfast._ops.adam` that the optimizer's arithmetic equals, and why."""
+        """Return the rounding of :func:`bhfast.ops.arithmetic.adam` that the optimizer's arithmetic equals, and why."""
         optimizer, kind = self.optimizer, type(self.optimizer).__name__
         if self.changed_at is not None:
             return None, f"the optimizer's settings were changed before step {self.changed_at}"
@@ -74,9 +72,9 @@ class Description:
             return None, f"{kind} is only on a CPU known to the bit"
         if any(param.dtype not in DTYPES for param in params):
             return None, "a replay knows bfloat16 and float32"
-        if inexact := [p.dtype for p in params if not _ops.torch_rounds_per_op(p.dtype)]:
+        if inexact := [p.dtype for p in params if not kernels.torch_rounds_per_op(p.dtype)]:
             return None, f"torch's {kind} of {inexact[0]} is not exact to the bit on this CPU"
-        if not all(_ops.torch_has_one_lerp(float(group["betas"][0])) for group in groups):
+        if not all(kernels.torch_has_one_lerp(float(group["betas"][0])) for group in groups):
             return None, f"at betas[0] = 0 the sign that torch's {kind} gives a zero depends on where it lies"
         return "per-op", f"{kind} on a CPU rounds after every operation"
 
@@ -87,42 +85,3 @@ def _settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 
 def _plain(value: Any) -> Any:
     return [float(x) for x in value] if isinstance(value, tuple | list) else float(value)
-
-
-@torch.no_grad()
-def clip_coefficient(gradients: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return the factor by which gradients were clipped together, found from their bits.
-
-    A gradient of few elements, or of zeros, allows several factors; so one is looked for that fits them all.
-
-    Args:
-        gradients: of each parameter, the gradient before clipping and after it, floating point ``[...]``.
-
-    Returns:
-        A float32 scalar c with ``raw * c``, rounded to the dtype, equal to ``clipped`` in every bit, at the 256 largest
-        elements of each gradient; 1 if nothing was changed, NaN if there is no such factor.
-    """
-    witnesses = [_witnesses(raw, clipped) for raw, clipped in gradients if raw.numel()]
-    if not witnesses:
-        return torch.ones(())
-    dtype = min((raw.dtype for raw, _ in witnesses), key=lambda dtype: torch.finfo(dtype).eps)
-    device = witnesses[0][0].device
-    largest = torch.stack(
-        [torch.stack([raw[0], clipped[0]]).to(device) for raw, clipped in witnesses if raw.dtype == dtype]
-    )
-    before, after = largest[largest[:, 0].abs().argmax()].double()
-    ratio = after / before  # off by up to half a unit in the last place of after
-    steps = torch.arange(-2, 3, dtype=torch.float64, device=device) / 2
-    near = (ratio + steps * torch.finfo(dtype).eps * ratio.abs()).to(dtype)
-    candidates = torch.cat([torch.ones_like(near[:1]), near])
-    fits = torch.stack(
-        [(raw * candidates.to(raw)[:, None] == clipped).all(dim=1).to(device) for raw, clipped in witnesses]
-    ).all(dim=0)
-    return torch.where(fits.any(), candidates[fits.int().argmax()].float(), math.nan)
-
-
-def _witnesses(raw: Tensor, clipped: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the largest elements of a gradient, first the largest of all, and what clipping made of them."""
-    raw, clipped = raw.flatten(), clipped.flatten()
-    at = raw.abs().topk(min(WITNESSES, len(raw))).indices
-    return raw[at], clipped[at]

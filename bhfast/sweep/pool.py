@@ -16,7 +16,7 @@ from tqdm import tqdm
 from bhfast.errors import ConfigError, StorageError
 from bhfast.signals import deferred_signals
 from bhfast.sweep.grid import Run
-from bhfast.sweep.register import Register
+from bhfast.sweep.results import Register
 from bhfast.sweep.worker import Worker
 
 
@@ -45,7 +45,7 @@ def divide(runs: Sequence[Run], jobs: int | None) -> Machine:
     """
     import torch
 
-    from bhfast.train import select_device
+    from bhfast.machine import select_device
 
     if jobs is not None and jobs < 1:
         raise ConfigError(f"jobs must be at least 1, got {jobs}")
@@ -133,7 +133,7 @@ class Crew:
         return self._signals[0] if self._signals else None
 
     def _work(self, number: int) -> None:
-        from bhfast.storage import Claim
+        from bhfast.storage.claim import Claim
 
         with ExitStack() as stack:
             while True:

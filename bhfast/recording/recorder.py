@@ -11,32 +11,29 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bhfast import _ops, replay
 from bhfast.errors import BhfastError, ConfigError, StorageError
-from bhfast.ring import Ring, half_size, make_lane, populator
-from bhfast.select import Params, select
-from bhfast.shards import Share, local
+from bhfast.ops import checks, kernels
+from bhfast.recording.clipping import clip_coefficient
+from bhfast.recording.fields import KEY, Source, default_fields, source_of
+from bhfast.recording.optimizer_description import Description
+from bhfast.recording.protocols import RecordsItself
+from bhfast.recording.selection import Params, select
+from bhfast.recording.shards import Share, local
 from bhfast.signals import deferred_signals, terminable
-from bhfast.sources import KEY, Source, default_fields, source_of
-from bhfast.storage import STORAGES, Claim, Stats, Storage
-from bhfast.stream import open_storage
-from bhfast.trace import FORMAT, FORMAT_VERSION, format_bytes
+from bhfast.storage.base import STORAGES, Stats, Storage
+from bhfast.storage.choose import open_storage
+from bhfast.storage.claim import Claim
+from bhfast.trace.format import FORMAT, FORMAT_VERSION, format_bytes
+from bhfast.transfer.host_memory import populator
+from bhfast.transfer.lanes import make_lane
+from bhfast.transfer.ring import Ring, half_size
 
-FIELDS = _ops.FIELDS
-
-
-@runtime_checkable
-class RecordsItself(Protocol):
-    """An optimizer that can record in the pass that updates, as :class:`bhfast.FusedAdam` does."""
-
-    def record_into(self, rings: Mapping[Tensor, Mapping[str, Tensor]], step: Tensor, every: int) -> Callable[[], None]:
-        """See :meth:`bhfast.FusedAdam.record_into`."""
-        ...
+FIELDS = checks.FIELDS
 
 
 class Recorder:
@@ -55,7 +52,7 @@ class Recorder:
 
     Nothing is cached between steps: a parameter or gradient whose storage is replaced is read where it then is.
     :class:`bhfast.FusedAdam` writes the records in the same pass that updates the parameters; on a CUDA device they
-    go through a ring (:mod:`bhfast.ring`), and the run waits only if that is full.
+    go through a ring (:mod:`bhfast.transfer.ring`), and the run waits only if that is full.
 
     With ``storage="stream"`` a thread writes the records into the file meanwhile, in flat memory, and a run that is
     killed leaves ``PATH.partial``, of which ``python -m bhfast.recover`` makes a trace.
@@ -165,7 +162,7 @@ class Recorder:
         self._by_hand: list[Source] = []  # what of the step at hand it does not fill
         self._own: set[str] | None = None  # what the recorder logs by itself
         self._raw_grads: dict[str, Tensor] = {}  # by parameter, as backward() left them; if they are wanted unclipped
-        self._replay = replay.Description(optimizer)
+        self._replay = Description(optimizer)
         self._stack = ExitStack()
         selections, self._tied = select(params, model=model, optimizer=optimizer, rows=rows or {})
         self._share = Share(selections, self.path)
@@ -425,7 +422,7 @@ class Recorder:
             else:
                 self._write(source, grad)
         if clipped:
-            self.log(clip_coefs=replay.clip_coefficient(clipped))
+            self.log(clip_coefs=clip_coefficient(clipped))
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._row is None:
@@ -566,7 +563,7 @@ class Recorder:
             sources.append(value.to(slots.device, slots.dtype))
             rings.append(slots)
         for sources, rings in records.values():
-            _ops.record_(sources, rings, self._step_tensor, self.every)
+            kernels.record_(sources, rings, self._step_tensor, self.every)
 
     def log_into(self, **values: Tensor) -> dict[str, Tensor]:
         """Make room for values as :meth:`log` does, but record nothing: for engines that write records themselves.
@@ -599,40 +596,3 @@ class Recorder:
 def _blank(dtype: torch.dtype) -> float:
     """What records without a logged value hold."""
     return math.nan if dtype.is_floating_point else 0
-
-
-class NullRecorder:
-    """Stands in for a Recorder where nothing is recorded."""
-
-    path = None
-    every = 1
-    saved_steps = 0
-    description = "nothing is recorded"
-
-    def __init__(self) -> None:
-        self.constants: dict[str, Tensor] = {}
-
-    def __enter__(self) -> NullRecorder:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def begin(self, most: int) -> int:
-        return most
-
-    def end(self) -> None:
-        pass
-
-    def stats(self) -> Stats:
-        return Stats(0, 0, 0, 0, 0, 0.0)
-
-    @contextmanager
-    def counted_by(self, step: Tensor) -> Iterator[None]:
-        yield
-
-    def log(self, **values: Tensor) -> None:
-        pass
-
-    def log_into(self, **values: Tensor) -> dict[str, Tensor]:
-        return {}

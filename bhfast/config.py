@@ -1,0 +1,112 @@
+"""The settings of a run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from bhfast.engines.choose import ENGINES
+from bhfast.errors import ConfigError
+from bhfast.model import GPTConfig
+from bhfast.ops.arithmetic import ROUNDINGS
+from bhfast.storage.base import STORAGES
+
+SCHEDULES = ("linear", "constant")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
+def _flag(default: Any, text: str, **options: Any) -> Any:
+    return field(default=default, metadata={"help": text, **options})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a run; each is a flag of ``python -m bhfast.train`` by the same name.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    sigma: float = _flag(0.0, "spread of the tokens around the black hole at the start")
+    steps: int = _flag(10_000, "optimizer steps")
+    seed: int = _flag(42, "seed of the start and of the order of windows")
+    lr: float = _flag(1e-3, "learning rate at step 1")
+    weight_decay: float = _flag(0.0, "decoupled; not applied to biases and layer norms")
+    beta1: float = _flag(0.9, "decay rate of the first moment")
+    beta2: float = _flag(0.999, "decay rate of the second moment")
+    eps: float = _flag(1e-8, "added to Adam's denominator")
+    batch_size: int = _flag(1, "windows per micro-batch")
+    grad_accum: int = _flag(1, "micro-batches per step")
+    record_every: int = _flag(1, "record each step that is a multiple of this; 0 records nothing")
+    init_scale: float = _flag(0.02, "spread of the black hole's centre")
+    vocab_size: int = _flag(128, "tokens: bytes below this")
+    hidden_dim: int = _flag(64, "dimensions of a token")
+    layers: int = _flag(2, "transformer blocks")
+    heads: int = _flag(2, "attention heads")
+    context: int = _flag(128, "bytes a window shows the network")
+    target_offset: int = _flag(
+        2, "position t predicts byte t + this: 2 is the reference experiment, 1 next-byte training"
+    )
+    max_grad_norm: float = _flag(1.0, "clip the global gradient norm to this; inf for no clipping")
+    lr_schedule: str = _flag("linear", "linear falls to 0 at the end", choices=SCHEDULES)
+    adam_rounding: str = _flag("per-op", "bfloat16 after every operation, or once per output", choices=ROUNDINGS)
+    corpus: str | None = _flag(None, "text file (default: data/gatsby_clean.txt if there, else the built-in corpus)")
+    out: str | None = _flag(None, "trace file (default: tensors/Lil_Gatsby/1.12b_training_data_sigmaSIGMA.safetensors)")
+    device: str = _flag("auto", "auto takes cuda, then mps, then cpu", choices=DEVICES)
+    engine: str = _flag(
+        "auto", "how a step is run; auto takes graph on cuda, native on a cpu, else torch", choices=ENGINES
+    )
+    storage: str = _flag(
+        "auto",
+        "where the recording grows: in memory, or straight in the file; auto streams if it is more than half of memory",
+        choices=STORAGES,
+    )
+    overwrite: bool = _flag(False, "replace a trace of another run")
+    quiet: bool = _flag(False, "print nothing but errors")
+
+    def __post_init__(self) -> None:
+        for name in ("sigma", "lr", "weight_decay", "eps", "init_scale"):
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise ConfigError(f"{name} must be finite and at least 0, got {value}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        for name in ("steps", "batch_size", "grad_accum"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.record_every <= self.steps:
+            raise ConfigError(f"record_every must be 0 to steps ({self.steps}), got {self.record_every}")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed must be 0 to 2^63 - 1, got {self.seed}")
+        if not self.max_grad_norm > 0:
+            raise ConfigError(f"max_grad_norm must be above 0, got {self.max_grad_norm}; inf means no clipping")
+        if not 1 <= self.target_offset <= self.context:
+            raise ConfigError(f"target_offset must be 1 to context ({self.context}), got {self.target_offset}")
+        for entry in fields(self):
+            choices = entry.metadata.get("choices")
+            if choices and getattr(self, entry.name) not in choices:
+                raise ConfigError(
+                    f"{entry.name} must be one of {', '.join(choices)}, got {getattr(self, entry.name)!r}"
+                )
+        self.model_config()
+
+    def model_config(self) -> GPTConfig:
+        return GPTConfig(**{entry.name: getattr(self, entry.name) for entry in fields(GPTConfig)})
+
+    @property
+    def path(self) -> Path:
+        """The trace file."""
+        return Path(self.out or f"tensors/Lil_Gatsby/1.12b_training_data_sigma{self.sigma:.0e}.safetensors")
+
+    def learning_rate(self, step: int) -> float:
+        """Return the rate of ``step``, counted from 1."""
+        return self.lr * (1 - (step - 1) / self.steps) if self.lr_schedule == "linear" else self.lr
+
+
+def kind_of(setting: str) -> type:
+    """Return the type of a field of :class:`TrainConfig`: bool, int, float or str."""
+    kind = get_type_hints(TrainConfig)[setting]
+    return kind if kind in (bool, int, float) else str

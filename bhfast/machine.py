@@ -1,0 +1,45 @@
+"""What this machine has: a device to train on, and free memory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from bhfast.errors import ConfigError
+
+
+def select_device(name: str) -> tuple[torch.device, str]:
+    """Return the device to train on, and why.
+
+    Raises:
+        ConfigError: the device asked for is not there.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        first = next(device for device, ready in there.items() if ready)
+        return torch.device(first), "the first there is of cuda, mps and cpu"
+    if not there[name]:
+        raise ConfigError(
+            f"device {name} is not available here; use --device {' or '.join(d for d in there if there[d])}"
+        )
+    return torch.device(name), "as asked"
+
+
+def available_memory() -> int:
+    """Return how many bytes of memory this process may still take: the machine's, or its control group's if less."""
+    limits = []
+    try:
+        with open("/proc/meminfo") as file:
+            fields = dict(line.split(":") for line in file)
+        limits.append(int(fields["MemAvailable"].split()[0]) * 1024)
+    except (OSError, KeyError):
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    try:
+        group = Path("/sys/fs/cgroup")
+        used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        limits.append(int((group / "memory.max").read_text()) - int(used["anon"]))
+    except (OSError, KeyError, ValueError):
+        pass  # no control group, or one without a limit ("max")
+    return min(limits)

@@ -1,0 +1,3 @@
+"""The operations of bhfast: clipping, Adam and recording, bit for bit the same on every device."""
+
+from bhfast.ops.extension import backend as backend

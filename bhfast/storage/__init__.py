@@ -1,0 +1,1 @@
+"""Where a recording grows, in memory or in the file, and how it becomes a trace."""

@@ -1,0 +1,174 @@
+"""Finishing: how what is committed becomes an ordinary trace."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bhfast.errors import StorageError, TraceError
+from bhfast.storage.files import CHUNK, journal_path, sync_folder, write_at
+from bhfast.storage.journal import AHEAD, Journal, State, Track, _collapsed, read_journal
+from bhfast.trace.checksums import checksum_metadata, checksums, join_checksums, records_per_checksum
+from bhfast.trace.format import ALIGNMENT, Entry, bytes_of, encode_header, place
+
+WORTH_COPYING = 1 << 20  # bytes of gaps
+
+
+def finish(partial: Path, path: Path) -> None:
+    """Make the trace ``path`` of what is committed in ``partial``, and remove the journal.
+
+    If the run had the number of records that room was made for, they are where they belong, and only what follows them
+    and the header is written. If it had fewer, there are gaps between the tensors. They are taken out of the file
+    without moving data where the file system can do that (ext4, XFS); else the records are copied to a new file; and
+    what gaps are left, also where there is no room for a copy, become padding.
+
+    It may be interrupted at any point, and called again.
+
+    Raises:
+        StorageError: the disk failed; ``partial`` and its journal are still there.
+        TraceError: the journal cannot be read.
+    """
+    state = read_journal(partial)
+    journal = Journal(journal_path(partial), state.end)
+    try:
+        journal.release()
+        with open(partial, "r+b", buffering=0) as file:
+            can_collapse = _collapse_gaps(file.fileno(), state, journal)
+            if not can_collapse and _gaps(state) > WORTH_COPYING and _has_room(partial, state):
+                _copy(file.fileno(), partial, path, state)
+            else:
+                journal.append({"tail": True})
+                _write_rest(file.fileno(), state)
+                os.replace(partial, path)
+        sync_folder(path.parent)
+        journal.path.unlink()
+        partial.unlink(missing_ok=True)  # it was copied
+    except OSError as error:
+        raise StorageError(
+            f"finishing the trace {path} failed: {error.strerror}; {state.records:,} records are safe in {partial} and "
+            f"{journal.path}: make room, then run python -m bhfast.recover {partial}"
+        ) from error
+    finally:
+        journal.close()
+
+
+def _gaps(state: State) -> int:
+    """Return how many bytes of the records' part of the file hold none."""
+    if not state.in_file:
+        return 0
+    _, last, offset = state.in_file[-1]
+    used = sum(track.size for _, track, _ in state.in_file) * state.records
+    return offset + state.records * last.size - used
+
+
+def _collapse_gaps(fd: int, state: State, journal: Journal) -> bool:
+    """Take the whole blocks of each gap out of the file, the last ones first; return whether the system can do it."""
+    header, block = state.start["header"], os.fstat(fd).st_blksize
+    for (_, track, at), (_, _, following) in reversed([*zip(state.in_file, state.in_file[1:], strict=False)]):
+        start = -(-(header + at + state.records * track.size) // block) * block
+        length = (header + following) // block * block - start
+        if length <= 0:
+            continue
+        journal.append({"collapse": [start, length], "size": os.fstat(fd).st_size})
+        if not _collapse_range(fd, start, length):
+            journal.append({"collapse": None})
+            return False
+        _collapsed(state, start, length)
+    return True
+
+
+def _collapse_range(fd: int, offset: int, length: int) -> bool:
+    """Remove a range of blocks from a file; return False where the file system cannot."""
+    falloc_fl_collapse_range = 8
+    if sys.platform != "linux":
+        return False
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    return libc.fallocate(fd, falloc_fl_collapse_range, offset, length) == 0
+
+
+def _has_room(partial: Path, state: State) -> bool:
+    disk = os.statvfs(partial.parent)
+    size = sum(track.size for track in state.tracks.values()) * state.records
+    return disk.f_bavail * disk.f_frsize > state.start["header"] + size + AHEAD
+
+
+def _copy(fd: int, partial: Path, path: Path, state: State) -> None:
+    """Write the trace to a new file, without gaps."""
+    header, offset = state.start["header"], 0
+    target = partial.with_name(partial.name + ".copy")
+    try:
+        with open(target, "w+b", buffering=0) as file:
+            for _, track, at in state.in_file:
+                size = state.records * track.size
+                for done in range(0, size, CHUNK):
+                    data = os.pread(fd, min(CHUNK, size - done), header + at + done)
+                    write_at(file.fileno(), memoryview(data), header + offset + done)
+                track.offset = offset
+                offset += size + -size % ALIGNMENT
+            _write_rest(file.fileno(), state)
+        os.replace(target, path)
+    finally:
+        target.unlink(missing_ok=True)
+
+
+def _write_rest(fd: int, state: State) -> None:
+    """Write all but the records in the file: those in the journal, constants, and the header."""
+    header, records = state.start["header"], state.records
+    entries = {name: Entry(track.dtype, (records, *track.shape), offset) for name, track, offset in state.in_file}
+    end = max((entry.end for entry in entries.values()), default=0)
+    tail = {name: _joined(track, records) for name, track in state.tracks.items() if track.offset is None}
+    tail |= {"recorded_steps": torch.arange(records) * state.start["every"], **state.constants}
+    places = place(tail, end + -end % ALIGNMENT)
+    for name, entry in places.items():
+        write_at(fd, bytes_of(tail[name]), header + entry.offset)
+    entries |= places
+    sums = {name: np.concatenate(track.sums)[:records] for name, track, _ in state.in_file}
+    each = records_per_checksum(records, len(entries))
+    while True:
+        joined = {name: join_checksums(own, state.tracks[name].size, each) for name, own in sums.items()} | {
+            name: checksums(x, each) for name, x in tail.items()
+        }
+        try:
+            text = encode_header(entries, {**state.metadata, **checksum_metadata(joined, each)}, header)
+            break
+        except TraceError:
+            if each > records:
+                raise
+            each *= 2
+    write_at(fd, memoryview(text), 0)
+    os.ftruncate(fd, header + max((entry.end for entry in entries.values()), default=0))
+    os.fsync(fd)
+
+
+def _joined(track: Track, records: int) -> Tensor:
+    """Return the values that the journal holds: ``[records, *shape]``."""
+    if not track.size:
+        return torch.empty((records, *track.shape), dtype=track.dtype)
+    data = bytearray(b"".join(track.values))
+    return torch.frombuffer(data, dtype=track.dtype).view(-1, *track.shape)[:records]
+
+
+def check_records(partial: Path, state: State) -> int:
+    """Compare the committed records in the file with their checksums; return how many are good before the first bad."""
+    good = state.records
+    with open(partial, "rb", buffering=0) as file:
+        for _, track, offset in state.in_file if good else ():
+            wanted = np.concatenate(track.sums)
+            each = max(1, CHUNK // max(1, track.size))
+            for first in range(0, good, each):
+                count = min(each, good - first)
+                data = os.pread(file.fileno(), count * track.size, state.start["header"] + offset + first * track.size)
+                data = data.ljust(count * track.size, b"\0")  # cut off
+                found = checksums(torch.frombuffer(bytearray(data), dtype=torch.uint8).view(count, -1))
+                bad = np.flatnonzero(found != wanted[first : first + count])
+                if len(bad):
+                    good = first + int(bad[0])
+                    break
+    return good

@@ -1,0 +1,5 @@
+"""What marks a ``sweep.json``."""
+
+from __future__ import annotations
+
+FORMAT = {"format": "bhfast-sweep", "version": 1}

@@ -1,0 +1,153 @@
+"""The host's memory for records, made ready in the background."""
+
+from __future__ import annotations
+
+import ctypes
+import heapq
+import mmap
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+PIN_PIECE = 64 << 20  # bytes pinned at once: other calls to the driver wait that long
+POPULATE_PIECE = 256 << 10  # bytes of pages taken at once: other changes to the address space wait that long
+PAGE = mmap.PAGESIZE
+
+
+def host_tensor(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return uninitialised host memory of exactly this size, from the start of a page, in huge pages where there are.
+
+    Pages are taken when they are first written to.
+    """
+    count = torch.Size(shape).numel()
+    if count == 0:
+        return torch.empty(shape, dtype=dtype)
+    memory = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype, count=count).view(*shape)
+
+
+def split(host: Tensor, slots: Tensor, piece: int = PIN_PIECE) -> Iterator[tuple[Tensor, Tensor]]:
+    """Split a copy to part of a :func:`host_tensor` where it would cross from one pinned piece of memory to the next.
+
+    CUDA takes memory that was registered in two pieces for two.
+    """
+    start = host.storage_offset() * host.itemsize
+    end = start + host.nbytes
+    cuts = range(start - start % piece + piece, end, piece)
+    if not cuts:
+        yield host, slots
+        return
+    to, source = (x.flatten().view(torch.uint8) for x in (host, slots))
+    for low, high in pairwise([start, *cuts, end]):
+        yield to[low - start : high - start], source[low - start : high - start]
+
+
+class Preparer:
+    """Makes host memory ready in the background, piece by piece, while the first steps run.
+
+    It pins memory that a GPU copies to, exactly as much as there is, or takes pages from the system before they are
+    written to (:func:`populate`). Memory that cannot be prepared is slower, but right.
+
+    Args:
+        prepare: called with an address and a number of bytes; returns an error, or None.
+        undo: called at the end with the address of each piece that was prepared.
+        piece: bytes prepared at once.
+
+    Attributes:
+        error: why some memory could not be prepared; None if all could.
+    """
+
+    def __init__(self, prepare: Callable[[int, int], str | None], undo: Callable[[int], object], piece: int) -> None:
+        self.error: str | None = None
+        self._prepare = prepare
+        self._undo = undo
+        self._piece = piece
+        self._changed = threading.Condition()
+        self._queue: list[tuple[int, int, int]] = []  # a heap: offset in its tensor, address, size
+        self._at_hand: tuple[int, int, int] | None = None
+        self._done: list[int] = []
+        self._closing = False
+        self._thread = threading.Thread(target=self._work, name="bhfast-memory", daemon=True)
+        self._thread.start()
+
+    def add(self, tensor: Tensor) -> None:
+        """Prepare a tensor of :func:`host_tensor`; of all tensors the first piece, then the second, and so on."""
+        with self._changed:
+            for offset in range(0, tensor.nbytes, self._piece):
+                size = min(self._piece, tensor.nbytes - offset)
+                heapq.heappush(self._queue, (offset, tensor.data_ptr() + offset, size))
+            self._changed.notify_all()
+
+    def wait(self, tensor: Tensor) -> bool:
+        """Wait until the memory of ``tensor`` is ready, or cannot be; return whether there was a wait."""
+        start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+
+        def is_pending() -> bool:
+            pieces = [*self._queue, self._at_hand] if self._at_hand else self._queue
+            return any(address < end and start < address + size for _, address, size in pieces)
+
+        with self._changed:
+            waits = is_pending()
+            while is_pending():
+                self._changed.wait()
+        return waits
+
+    def close(self) -> None:
+        """Stop, and undo everything. Nothing may be copying to the memory any more."""
+        with self._changed:
+            self._closing = True
+            self._queue.clear()
+            self._changed.notify_all()
+        self._thread.join()
+        for address in self._done:
+            self._undo(address)
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not self._queue and not self._closing:
+                    self._changed.wait()
+                if self._closing:
+                    return
+                self._at_hand = heapq.heappop(self._queue)
+            _, address, size = self._at_hand
+            try:
+                error = self._prepare(address, size)
+            except Exception as unforeseen:
+                error = str(unforeseen)
+            with self._changed:
+                self._at_hand = None
+                if error is None:
+                    self._done.append(address)
+                else:
+                    self.error = error
+                self._changed.notify_all()
+
+
+def populator() -> Preparer:
+    """Return what takes the pages of host memory before the run writes to them, as a first write is slow.
+
+    It gives up silently where the system has no such call: Linux has it since 5.14.
+    """
+    return Preparer(_populate, lambda address: None, POPULATE_PIECE)
+
+
+def _populate(address: int, size: int) -> str | None:
+    madv_populate_write = 23  # through ctypes, as mmap.madvise would hold the interpreter's lock meanwhile
+    if sys.platform != "linux" or _libc().madvise(address, size, madv_populate_write) != 0:
+        return "this system does not populate memory on request"
+    return None
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None)
+    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return libc
