@@ -17,5 +17,9 @@ class TraceError(BhfastError, ValueError):
     """A trace file that is truncated, corrupted, foreign, or lacks what was asked of it."""
 
 
+class RecordingWarning(UserWarning):
+    """Something is missing from a recording; the training goes on, and the trace says what is missing."""
+
+
 class StorageError(BhfastError):
     """No room or no permission for a recording: memory, disk, folder, or a file that must not be replaced."""

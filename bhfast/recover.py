@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bhfast.errors import BhfastError, StorageError, TraceError
-from bhfast.storage.claim import lock
 from bhfast.storage.files import journal_path
 from bhfast.storage.finish import check_records, finish
 from bhfast.storage.journal import Journal, read_journal
+from bhfast.storage.output import lock
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from bhfast.model import TiedGPT, build_model
 from bhfast.ops import extension
 from bhfast.optim import FusedAdam
 from bhfast.progress import PROGRESS_EVERY, _Watch, printer
-from bhfast.recording.protocols import NullRecorder
+from bhfast.recording.null import NullRecorder
 from bhfast.recording.recorder import Recorder
 from bhfast.signals import deferred_signals
 from bhfast.summary import figures
@@ -131,7 +131,7 @@ def train(config: TrainConfig | None = None, *, progress: Callable[[int, float],
         say(f"storage  {recorder.description}")
         recorder.constants.update(_constants(config, center, corpus.data))
         zero = torch.zeros((), device=device)
-        recorder.log(
+        recorder.slots.log(
             losses=torch.full((), math.nan, dtype=torch.bfloat16, device=device),
             logits=torch.zeros(config.vocab_size, dtype=torch.bfloat16, device=device),
             learning_rates=torch.zeros((), dtype=torch.float64),
@@ -139,7 +139,7 @@ def train(config: TrainConfig | None = None, *, progress: Callable[[int, float],
             grad_norms=zero,
         )
         engine = make_engine(
-            engine_name, Job(model, optimizer, recorder, corpus.data, offsets, lrs, config.target_offset)
+            engine_name, Job(model, optimizer, recorder.slots, corpus.data, offsets, lrs, config.target_offset)
         )
         step, burst = 0, 1
         start = time.perf_counter()

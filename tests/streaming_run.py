@@ -10,6 +10,7 @@ import torch
 
 from bhfast.optim import FusedAdam
 from bhfast.recording.recorder import Recorder
+from bhfast.recording.slots import RecordSlots
 from bhfast.storage.choose import open_storage
 from bhfast.storage.stream import COMMIT_SECONDS
 from bhfast.trace import open_trace
@@ -36,9 +37,12 @@ def record(
         after_step: called with the number of each step.
     """
 
-    class SmallRecorder(Recorder):
+    class SmallSlots(RecordSlots):
         _half_size = staticmethod(lambda record_bytes, records: 8)
         _open_storage = staticmethod(partial(open_storage, buffer_bytes=buffer_bytes, commit_seconds=commit_seconds))
+
+    class SmallRecorder(Recorder):
+        _slots_class = SmallSlots
 
     start = torch.linspace(-1, 1, SHAPE[0] * SHAPE[1]).view(SHAPE).bfloat16()
     first, second = (torch.nn.Parameter(start.clone()) for _ in range(2))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lanes import SlowLane
+from copy_streams import SlowCopyStream
 from traces import assert_same_data
 
 from bhfast import doctor
@@ -20,7 +20,7 @@ from bhfast.engines.job import Addresses, Job
 from bhfast.errors import BhfastError, ConfigError
 from bhfast.model import GPTConfig
 from bhfast.ops import extension
-from bhfast.recording.recorder import Recorder
+from bhfast.recording.slots import RecordSlots
 from bhfast.train import train
 from bhfast.verify import verify
 
@@ -41,21 +41,21 @@ class EagerGraphEngine(GraphEngine):
 
 
 @pytest.fixture
-def emulated(monkeypatch: pytest.MonkeyPatch) -> list[SlowLane]:
-    """Let ``--engine graph`` run on the CPU, its records through a ring with a slow lane; yields the lanes."""
-    lanes: list[SlowLane] = []
+def emulated(monkeypatch: pytest.MonkeyPatch) -> list[SlowCopyStream]:
+    """Let ``--engine graph`` run on the CPU, its records through a ring with a slow copy stream; yields the streams."""
+    streams: list[SlowCopyStream] = []
 
-    def make_lane(device: torch.device) -> SlowLane:
-        lanes.append(SlowLane(delay=0.002))
-        return lanes[-1]
+    def make_copy_stream(device: torch.device) -> SlowCopyStream:
+        streams.append(SlowCopyStream(delay=0.002))
+        return streams[-1]
 
     monkeypatch.setattr(graph, "GraphEngine", EagerGraphEngine)
     monkeypatch.setattr(graph, "capture", lambda work, device: work)
     monkeypatch.setattr(graph, "side_stream", lambda device: nullcontext())
     monkeypatch.setattr("bhfast.train.select_engine", lambda name, device, model: (name, "as asked"))
-    monkeypatch.setattr(Recorder, "_make_lane", staticmethod(make_lane))
-    monkeypatch.setattr(Recorder, "_half_size", staticmethod(lambda *_: 4))
-    return lanes
+    monkeypatch.setattr(RecordSlots, "_make_copy_stream", staticmethod(make_copy_stream))
+    monkeypatch.setattr(RecordSlots, "_half_size", staticmethod(lambda *_: 4))
+    return streams
 
 
 def settings(tmp_path: Path, text: str, **changes) -> TrainConfig:
@@ -74,7 +74,7 @@ def test_its_records_are_those_of_the_torch_engine(changes, emulated, tmp_path: 
     for p, q in zip(result.model.parameters(), reference.model.parameters(), strict=True):
         assert torch.equal(p, q)
     assert len(emulated) == 2  # one for each run, and both were let go of
-    assert all(lane.closed for lane in emulated)
+    assert all(stream.closed for stream in emulated)
 
 
 def test_it_counts_the_optimizers_steps(emulated, tmp_path: Path, text: str, monkeypatch) -> None:
@@ -138,7 +138,7 @@ def test_auto_takes_it_and_says_that_its_speed_is_not_measured(monkeypatch: pyte
 @pytest.mark.parametrize("changes", [{}, {"steps": 400, "record_every": 3}, {"grad_accum": 3}], ids=str)
 def test_on_a_gpu_it_records_what_the_torch_engine_does(changes, device, tmp_path, text, monkeypatch) -> None:
     """The same kernels in the same order: the same bits, and every one of them replays on the CPU."""
-    monkeypatch.setattr(Recorder, "_half_size", staticmethod(lambda *_: 4))  # the ring goes round many times
+    monkeypatch.setattr(RecordSlots, "_half_size", staticmethod(lambda *_: 4))  # the ring goes round many times
     config = settings(tmp_path, text, device="cuda", **changes)
     eager = train(replace(config, engine="torch", out=str(tmp_path / "eager.safetensors")))
     captured = train(replace(config, engine="graph"))

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from bhfast.errors import TraceError
-from bhfast.storage.claim import Claim
 from bhfast.storage.memory import write_trace
+from bhfast.storage.output import OutputFile
 from bhfast.trace import Trace, TraceTensor, open_trace
 from bhfast.trace.sharded import INDEX_FORMAT, ShardedTensor, open_index
 
@@ -31,7 +31,7 @@ def tensors() -> dict[str, torch.Tensor]:
 
 
 def write(path: Path, tensors: dict[str, torch.Tensor], **metadata: str) -> None:
-    with Claim(path, overwrite=True) as claim:
+    with OutputFile(path, overwrite=True) as claim:
         write_trace(claim, {name: x.contiguous() for name, x in tensors.items()}, metadata, path)
 
 
@@ -138,7 +138,7 @@ def test_files_of_different_lengths_are_read_up_to_the_shortest(sharded: Path, t
         (tmp_path / path.name).write_bytes(path.read_bytes())
     file = tmp_path / "run-00002-of-00002.safetensors"
     shorter = {name: x[:9] for name, x in open_trace(file).items()}
-    with Claim(file, overwrite=True) as claim:
+    with OutputFile(file, overwrite=True) as claim:
         write_trace(claim, shorter, {}, file)
     trace, longer = open_trace(tmp_path / sharded.name), open_trace(sharded)
     assert trace.steps.tolist() == list(range(9))

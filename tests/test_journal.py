@@ -149,8 +149,8 @@ def assert_is_whole(path: Path, records: int = RECORDS) -> None:
 def test_a_journal_says_what_is_committed(partial: Path) -> None:
     state = read_journal(partial)
     assert (state.records, state.start["every"], state.collapse) == (RECORDS, 3, None)
-    assert [(name, at) for name, _, at in state.in_file] == [("wide", 0), ("long", ROOM * 2044)]
-    assert [track.size for track in state.tracks.values()] == [2044, 2560, 8]
+    assert [(own.tensor.name, at) for own, at in state.in_file] == [("wide", 0), ("long", ROOM * 2044)]
+    assert [own.nbytes for own in state.tensors.values()] == [2044, 2560, 8]
     assert state.constants["rows"].tolist() == [5, -6]
     assert check_records(partial, state) == RECORDS
 
@@ -210,7 +210,7 @@ def test_before_the_first_commit_there_is_no_record(partial: Path) -> None:
     whole = path.read_bytes()
     path.write_bytes(whole[: whole.rindex(b"\n", 0, whole.index(b'{"records"')) + 1])
     state = read_journal(partial)
-    assert state.tracks.keys() == {"wide", "long", "small"}
+    assert state.tensors.keys() == {"wide", "long", "small"}
     assert check_records(partial, state) == state.records == 0
 
 
@@ -280,7 +280,7 @@ def test_damaged_journals(journal: tuple[Path, bytes], changes: list[tuple[str, 
     if state is not None:
         assert state.start == EVENTS[0]["start"]
         assert 0 <= state.records <= 3
-        assert state.tracks.keys() <= {"w", "loss"}
+        assert state.tensors.keys() <= {"w", "loss"}
 
 
 @fuzzed(400)

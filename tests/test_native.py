@@ -21,7 +21,7 @@ from bhfast.errors import BhfastError, ConfigError
 from bhfast.model import GPTConfig, TiedGPT, build_model, window_loss
 from bhfast.ops import arithmetic, extension
 from bhfast.optim import FusedAdam
-from bhfast.recording.protocols import NullRecorder
+from bhfast.recording.null import NullSlots
 from bhfast.trace import open_trace
 from bhfast.train import train
 from bhfast.verify import verify
@@ -58,7 +58,7 @@ def make_job(
     return Job(
         model=model,
         optimizer=FusedAdam(model.parameters(), lr=1e-3, weight_decay=0.0, max_grad_norm=1.0),
-        recorder=NullRecorder(),
+        recorder=NullSlots(),
         corpus=corpus,
         offsets=torch.randint(last + 1, (steps, grad_accum, batch), generator=generator),
         lrs=[1e-3] * steps,
@@ -194,7 +194,7 @@ def test_its_logits_are_those_of_the_first_window(settings: TrainConfig) -> None
     job = make_job(batch=3, context=24)
     logits = torch.empty(1, 128, dtype=torch.bfloat16)
 
-    class Logits(NullRecorder):
+    class Logits(NullSlots):
         def log_into(self, **values: torch.Tensor) -> dict[str, torch.Tensor]:
             return {"logits": logits}
 

@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from lanes import SlowLane
+from copy_streams import SlowCopyStream
 from torch import nn
 
 from bhfast.errors import BhfastError, ConfigError, StorageError
+from bhfast.ops.checks import FIELDS
 from bhfast.optim import FusedAdam
-from bhfast.recording.recorder import FIELDS, Recorder
+from bhfast.recording.hooks import OptimizerFollower
+from bhfast.recording.recorder import Recorder
+from bhfast.recording.slots import RecordSlots
 from bhfast.trace import open_trace
 
 OPTIMIZERS = {
@@ -208,9 +211,9 @@ def test_a_fused_optimizer_records_itself(tmp_path: Path, monkeypatch: pytest.Mo
     model = linear()
     optimizer = FusedAdam(model.parameters())
     copied = []
-    real = Recorder._write
+    real = OptimizerFollower._write
     monkeypatch.setattr(
-        Recorder, "_write", lambda self, source, value: (copied.append(source.key), real(self, source, value))
+        OptimizerFollower, "_write", lambda self, field, value: (copied.append(field.name), real(self, field, value))
     )
     path = tmp_path / "t"
     with Recorder(optimizer, {"w": model.weight, "b": model.bias}, steps=4, path=path, fields=["param"]):
@@ -244,13 +247,16 @@ def test_one_optimizer_has_one_fused_recorder(tmp_path: Path) -> None:
 
 
 def test_a_device_that_fails_leaves_the_records_that_had_arrived(tmp_path: Path) -> None:
-    class FailingLane(SlowLane):
+    class FailingCopyStream(SlowCopyStream):
         def drain(self) -> None:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    class RingRecorder(Recorder):
-        _make_lane = staticmethod(lambda device: FailingLane())
+    class RingSlots(RecordSlots):
+        _make_copy_stream = staticmethod(lambda device: FailingCopyStream())
         _half_size = staticmethod(lambda record, records: 4)
+
+    class RingRecorder(Recorder):
+        _slots_class = RingSlots
 
     for name, own in (("a", None), ("b", ValueError("the user's own"))):
         model = linear()
@@ -272,12 +278,15 @@ def test_a_device_that_fails_leaves_the_records_that_had_arrived(tmp_path: Path)
 @pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("optimizer_class", [FusedAdam, torch.optim.AdamW])
 def test_records_through_a_ring_what_it_records_without(optimizer_class, every, tmp_path: Path) -> None:
-    """As on a GPU, with a lane that is slow; steps that do not fill the last half; a loss logged late."""
-    lane = SlowLane(delay=0.002)
+    """As on a GPU, with a slow copy stream; steps that do not fill the last half; a loss logged late."""
+    stream = SlowCopyStream(delay=0.002)
+
+    class RingSlots(RecordSlots):
+        _make_copy_stream = staticmethod(lambda device: stream)
+        _half_size = staticmethod(lambda record, records: 4 if record < 200 else 2)
 
     class RingRecorder(Recorder):
-        _make_lane = staticmethod(lambda device: lane)
-        _half_size = staticmethod(lambda record, records: 4 if record < 200 else 2)
+        _slots_class = RingSlots
 
     for name, kind in (("straight", Recorder), ("ring", RingRecorder)):
         model = linear()
@@ -292,7 +301,7 @@ def test_records_through_a_ring_what_it_records_without(optimizer_class, every, 
                     recorder.log(seldom=torch.tensor(step))
                 with torch.no_grad():
                     model.weight.grad.fill_(float("nan"))  # poison: what changes after the step is not the step's
-    assert lane.closed
+    assert stream.closed
     straight, through_ring = (open_trace(tmp_path / name) for name in ("straight", "ring"))
     assert straight.steps.tolist() == list(range(0, 43, every))
     for key in straight:

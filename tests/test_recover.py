@@ -23,9 +23,9 @@ from bhfast.errors import StorageError, TraceError
 from bhfast.recording.recorder import Recorder
 from bhfast.recover import main
 from bhfast.storage import finish as finishing
-from bhfast.storage.claim import Claim
 from bhfast.storage.files import journal_path
 from bhfast.storage.journal import read_journal
+from bhfast.storage.output import OutputFile
 from bhfast.trace import open_trace
 
 STEPS = 1500
@@ -197,9 +197,9 @@ def test_a_file_that_is_there_stays(killed: Path) -> None:
 
 def test_damaged_records_are_left_out(killed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     state = read_journal(killed)
-    track = state.tracks["second.grad"]
+    own = state.tensors["second.grad"]
     with open(killed, "r+b") as file:
-        file.seek(state.start["header"] + track.offset + 40 * track.size)
+        file.seek(state.start["header"] + own.offset + 40 * own.nbytes)
         file.write(b"damage")
     assert main([str(killed)]) == 0
     printed = capsys.readouterr().out
@@ -232,16 +232,16 @@ def test_refuses_what_it_cannot_recover(killed: Path, capsys: pytest.CaptureFixt
     assert main([str(folder / "gone.partial")]) == 2
     assert capsys.readouterr().err.startswith("bhfast recover: error: cannot open")
     journal_path(killed).write_bytes(b"nonsense\n")
-    with pytest.raises(TraceError, match="is no journal of version 1"):
+    with pytest.raises(TraceError, match="is not a journal of version 1"):
         recover.recover(killed)
-    with Claim(folder / "u"), pytest.raises(StorageError, match="is being written by another run"):
+    with OutputFile(folder / "u"), pytest.raises(StorageError, match="is being written by another run"):
         recover.recover(folder / "u.partial")
 
 
 def test_the_next_run_is_told_how_to_keep_the_steps(killed: Path) -> None:
     with (
         pytest.raises(StorageError, match=rf"keep its steps with python -m bhfast\.recover {killed}"),
-        Claim(killed.with_suffix("")),
+        OutputFile(killed.with_suffix("")),
     ):
         pass
     assert json.loads(journal_path(killed).read_bytes().split(b"\n")[0][9:])["start"]["every"] == 1

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bhfast.optim import FusedAdam
 from bhfast.recording.clipping import clip_coefficient
-from bhfast.recording.optimizer_description import Description
+from bhfast.recording.optimizer_description import OptimizerDescription
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 
@@ -58,11 +58,12 @@ def test_adamw_at_beta1_zero_is_not_known_to_the_bit(beta1: float, arithmetic: s
     params = {"w": torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))}
     keys = {"w": {"param": "w"}}
     torchs = torch.optim.AdamW(params.values(), betas=(beta1, 0.999))
-    told = Description(torchs).describe(params, keys)
+    told = OptimizerDescription(torchs).describe(params, keys)
     assert told["arithmetic"] == arithmetic
     assert (told["reason"] == "at betas[0] = 0 the sign that torch's AdamW gives a zero depends on where it lies") == (
         arithmetic is None
     )
     assert (
-        Description(FusedAdam(params.values(), betas=(beta1, 0.999))).describe(params, keys)["arithmetic"] == "per-op"
+        OptimizerDescription(FusedAdam(params.values(), betas=(beta1, 0.999))).describe(params, keys)["arithmetic"]
+        == "per-op"
     )

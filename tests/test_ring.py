@@ -1,29 +1,30 @@
-"""The ring, its lanes and pinned memory, with a consumer that is slow."""
+"""The ring, its streams and pinned memory, with a consumer that is slow."""
 
 from __future__ import annotations
 
 import ctypes
+import mmap
 import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from lanes import SlowLane
+from copy_streams import SlowCopyStream
 from torch import Tensor
 
 from bhfast.ops import kernels
-from bhfast.transfer.host_memory import PAGE, Preparer, host_tensor, populator, split
-from bhfast.transfer.lanes import Meetings, make_lane
+from bhfast.transfer.copy_stream import StallCounter, make_copy_stream
+from bhfast.transfer.host_memory import MemoryPreparer, host_tensor, page_prefaulter, split
 from bhfast.transfer.ring import Ring, half_size
 
 HALF = 4
 
 
-def record_all(records: int, delay: float, width: int = 3) -> tuple[list[Tensor], SlowLane]:
+def record_all(records: int, delay: float, width: int = 3) -> tuple[list[Tensor], SlowCopyStream]:
     """Send ``records`` records of two tensors through a ring; return the hosts' tensors."""
-    lane = SlowLane(delay)
-    the_ring = Ring(lane, HALF)
+    stream = SlowCopyStream(delay)
+    the_ring = Ring(stream, HALF)
     hosts = [host_tensor((records, width), torch.int64), host_tensor((records,), torch.float32)]
     for host in hosts:
         host.fill_(-1)
@@ -36,17 +37,17 @@ def record_all(records: int, delay: float, width: int = 3) -> tuple[list[Tensor]
     the_ring.drain(records)
     for x in slots:
         x.fill_(-7)  # what happens on the device after the end concerns nobody
-    lane.close()
-    return hosts, lane
+    stream.close()
+    return hosts, stream
 
 
 @pytest.mark.parametrize("records", [1, HALF - 1, HALF, HALF + 1, 2 * HALF - 1, 2 * HALF, 2 * HALF + 1, 5 * HALF + 3])
 @pytest.mark.parametrize("delay", [0.0, 0.003])
 def test_every_record_arrives_whatever_the_ring_wraps_at(records: int, delay: float) -> None:
-    (wide, narrow), lane = record_all(records, delay)
+    (wide, narrow), stream = record_all(records, delay)
     assert wide.tolist() == [[r] * 3 for r in range(records)]
     assert narrow.tolist() == [float(r) for r in range(records)]
-    assert lane.copies == 2 * ((records - 1) // HALF + 1)  # one for each tensor and half, the last one smaller
+    assert stream.copies == 2 * ((records - 1) // HALF + 1)  # one for each tensor and half, the last one smaller
 
 
 def test_a_full_ring_waits_and_is_counted() -> None:
@@ -58,8 +59,8 @@ def test_a_full_ring_waits_and_is_counted() -> None:
 
 def test_what_the_host_holds_already_stays() -> None:
     """A tensor that is recorded first in the middle of a half, and has what came before on the host."""
-    lane = SlowLane()
-    the_ring = Ring(lane, HALF)
+    stream = SlowCopyStream()
+    the_ring = Ring(stream, HALF)
     first = host_tensor((20,), torch.int64)
     second = torch.arange(100, 120)
     slots = the_ring.add(first, torch.device("cpu"))
@@ -73,37 +74,37 @@ def test_what_the_host_holds_already_stays() -> None:
         if late is not None and record != 7:
             late[record % (2 * HALF)] = record
     the_ring.drain(20)
-    lane.close()
+    stream.close()
     assert first.tolist() == list(range(20))
     assert second.tolist() == [100, 101, 102, 103, 104, 105, 6, 107, *range(8, 20)]
 
 
 def test_a_ring_made_in_the_middle_takes_over_from_the_record_at_hand() -> None:
-    lane = SlowLane()
+    stream = SlowCopyStream()
     host = torch.arange(100, 130)
-    the_ring = Ring(lane, HALF, first=10)
+    the_ring = Ring(stream, HALF, first=10)
     slots = the_ring.add(host, torch.device("cpu"))
     for record in range(10, 30):
         if record == the_ring.room:
             the_ring.turn()
         slots[record % (2 * HALF)] = record
     the_ring.drain(30)
-    lane.close()
+    stream.close()
     assert host.tolist() == [*range(100, 110), *range(10, 30)]
 
 
 def test_records_that_are_not_written_are_blank() -> None:
-    lane = SlowLane()
-    the_ring = Ring(lane, HALF)
+    stream = SlowCopyStream()
+    the_ring = Ring(stream, HALF)
     host = torch.full((40,), -1)
-    slots = the_ring.add(host, torch.device("cpu"), blank=-1)
+    slots = the_ring.add(host, torch.device("cpu"), fill=-1)
     for record in range(40):
         if record == the_ring.room:
             the_ring.turn()
         if record % 10 == 0:
             slots[record % (2 * HALF)] = record
     the_ring.drain(40)
-    lane.close()
+    stream.close()
     assert host.tolist() == [record if record % 10 == 0 else -1 for record in range(40)]
 
 
@@ -130,16 +131,16 @@ class Event:
 
 
 def test_meetings_of_the_streams_are_counted_and_let_go_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    meetings = Meetings()
+    stalls = StallCounter()
     for step in range(1000):
         monkeypatch.setattr(Event, "now", float(step - 5))  # the device is five steps behind
         copied = step + 0.25 if step % 4 == 0 else step - 0.25
-        meetings.add(Event(step), Event(copied))
-        assert len(meetings) <= 7
+        stalls.add(Event(step), Event(copied))
+        assert len(stalls) <= 7
     monkeypatch.setattr(Event, "now", 2000.0)
-    meetings.settle()
-    assert len(meetings) == 0
-    assert meetings.waits == 250
+    stalls.settle()
+    assert len(stalls) == 0
+    assert stalls.waits == 250
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -148,7 +149,7 @@ def test_meetings_of_the_streams_are_counted_and_let_go_of(monkeypatch: pytest.M
 
 def test_host_tensors_start_at_a_page_and_have_exactly_the_size() -> None:
     tensor = host_tensor((3, 5), torch.bfloat16)
-    assert tensor.data_ptr() % PAGE == 0
+    assert tensor.data_ptr() % mmap.PAGESIZE == 0
     assert tensor.untyped_storage().nbytes() == tensor.nbytes == 30
     assert tensor.is_contiguous()
     maps = Path("/proc/self/smaps")
@@ -199,7 +200,7 @@ class Driver:
 def test_memory_is_prepared_piece_by_piece_exactly_and_let_go_of() -> None:
     driver = Driver()
     tensors = [host_tensor((10_000,), torch.uint8), host_tensor((5_000,), torch.uint8)]
-    preparer = Preparer(lambda address, size: driver.register(address, size) if started.wait() else None,
+    preparer = MemoryPreparer(lambda address, size: driver.register(address, size) if started.wait() else None,
                         driver.unregister, piece=4096)  # fmt: skip
     started = threading.Event()
     for tensor in tensors:
@@ -217,7 +218,7 @@ def test_memory_is_prepared_piece_by_piece_exactly_and_let_go_of() -> None:
 
 def test_copies_wait_for_their_piece_only() -> None:
     driver = Driver(delay=0.05)
-    preparer = Preparer(driver.register, driver.unregister, piece=4096)
+    preparer = MemoryPreparer(driver.register, driver.unregister, piece=4096)
     tensor = host_tensor((40_960,), torch.uint8)
     preparer.add(tensor)
     assert preparer.wait(tensor[:100])
@@ -236,7 +237,7 @@ def test_memory_that_cannot_be_prepared_is_used_all_the_same(raises: bool) -> No
             raise RuntimeError("out of memory")
         return "out of memory"
 
-    preparer = Preparer(prepare, lambda address: pytest.fail("nothing was prepared"), piece=4096)
+    preparer = MemoryPreparer(prepare, lambda address: pytest.fail("nothing was prepared"), piece=4096)
     tensor = host_tensor((100,), torch.uint8)
     preparer.add(tensor)
     preparer.wait(tensor)
@@ -247,18 +248,18 @@ def test_memory_that_cannot_be_prepared_is_used_all_the_same(raises: bool) -> No
 def test_preparers_end_their_threads() -> None:
     before = threading.active_count()
     for _ in range(20):
-        Preparer(lambda address, size: None, lambda address: None, piece=4096).close()
+        MemoryPreparer(lambda address, size: None, lambda address: None, piece=4096).close()
     assert threading.active_count() == before
 
 
 def test_populating_takes_pages_and_changes_nothing() -> None:
-    preparer = populator()
+    preparer = page_prefaulter()
     tensor = host_tensor((3 << 20,), torch.uint8)
     tensor[:1000] = 7
     preparer.add(tensor)
     preparer.wait(tensor)
     if preparer.error is None:
-        pages = tensor.nbytes // PAGE
+        pages = tensor.nbytes // mmap.PAGESIZE
         resident = (ctypes.c_ubyte * pages)()
         libc = ctypes.CDLL(None)
         assert libc.mincore(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.nbytes), resident) == 0
@@ -270,7 +271,7 @@ def test_populating_takes_pages_and_changes_nothing() -> None:
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"], indirect=True)
 def test_a_lane_is_for_devices_that_have_one(device: torch.device) -> None:
-    lane = make_lane(device)
-    assert (lane is None) == (device.type == "cpu")
-    if lane is not None:
-        lane.close()
+    stream = make_copy_stream(device)
+    assert (stream is None) == (device.type == "cpu")
+    if stream is not None:
+        stream.close()

@@ -38,7 +38,7 @@ NAMES = ["wte.weight", "layers.0.weight", "layers.0.bias", "layers.1.weight", "h
 
 def names_of(params, model: nn.Module | None = None, /, **options) -> list[str]:
     model = Tied() if model is None else model
-    arguments = {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1), "rows": {}, **options}
+    arguments = {"model": model, "optimizers": [torch.optim.SGD(model.parameters(), lr=0.1)], "rows": {}, **options}
     selections, _ = select(params, **arguments)
     return [selection.name for selection in selections]
 
@@ -103,7 +103,7 @@ def test_distributed_models_have_the_names_of_their_own(tmp_path: Path) -> None:
 def test_tied_parameters_are_recorded_once() -> None:
     model = Tied()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    selections, tied = select("*", model=model, optimizer=optimizer, rows={"head.weight": [1]})
+    selections, tied = select("*", model=model, optimizers=[optimizer], rows={"head.weight": [1]})
     assert [x.name for x in selections] == NAMES[:-1]
     assert selections[0].param is model.wte.weight
     assert selections[0].rows.tolist() == [1]
@@ -133,8 +133,13 @@ def test_what_cannot_be_selected() -> None:
     model.layers[1].requires_grad_(False)
     some = torch.optim.SGD(model.layers[0].parameters(), lr=0.1)
     for params, options, message in [
-        ("layers.*", {}, r"must be trained, but layers\.1\.weight are frozen \(requires_grad=False\)"),
-        (["wte.weight", "layers.0.bias"], {"optimizer": some}, r"must be the optimizer's, but wte\.weight are in none"),
+        ("layers.1.*", {}, r"cannot record frozen parameters \(requires_grad=False\): layers\.1\.weight"),
+        (["wte.weight", "layers.1.weight"], {}, r"cannot record frozen parameters .*: layers\.1\.weight"),
+        (
+            ["wte.weight", "layers.0.bias"],
+            {"optimizers": [some]},
+            r"must be the optimizer's, but wte\.weight are in none",
+        ),
         ({"x": nn.Parameter(torch.zeros(2))}, {}, "must be the optimizer's, but x are in none of its groups"),
         ("wpe.*", {}, rf"nothing matches 'wpe\.\*'; there are {', '.join(NAMES)}".replace(".w", r"\.w")),
         (["wte.weight", "wpe"], {}, "nothing matches 'wpe'"),
@@ -145,6 +150,13 @@ def test_what_cannot_be_selected() -> None:
     ]:
         with pytest.raises(ConfigError, match=message):
             names_of(params, model, **options)
+
+
+def test_patterns_pass_over_frozen_parameters() -> None:
+    model = Tied()
+    model.layers[1].requires_grad_(False)
+    assert names_of("layers.*", model) == ["layers.0.weight", "layers.0.bias"]
+    assert names_of(["layers.*", re.compile("wte.*")], model) == ["wte.weight", "layers.0.weight", "layers.0.bias"]
 
 
 def test_a_message_names_only_some_of_many() -> None:
@@ -160,7 +172,7 @@ def test_a_message_names_only_some_of_many() -> None:
 def rows_of(rows, shape: tuple[int, ...] = (6, 4)) -> torch.Tensor:
     param = nn.Parameter(torch.zeros(shape))
     optimizer = torch.optim.SGD([param], lr=0.1)
-    (selection,), _ = select({"w": param}, model=None, optimizer=optimizer, rows={"w": rows})
+    (selection,), _ = select({"w": param}, model=None, optimizers=[optimizer], rows={"w": rows})
     assert selection.rows is not None
     return selection.rows
 
@@ -216,4 +228,4 @@ def test_refuses_rows_of_what_is_not_selected() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for name in ("layers.0.bias", "gone"):
         with pytest.raises(ConfigError, match=rf"rows are given for {name}, which params do not name"):
-            select("wte.*", model=model, optimizer=optimizer, rows={name: [0]})
+            select("wte.*", model=model, optimizers=[optimizer], rows={name: [0]})

@@ -14,7 +14,7 @@ import torch
 from distributed_run import CASES, ROWS, Case
 from safetensors.torch import load_file
 
-from bhfast.recording.shards import Share
+from bhfast.recording.shards import RankPartition
 from bhfast.trace import Trace, open_trace
 
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
@@ -133,6 +133,6 @@ def test_rows_of_a_sharded_parameter_must_be_increasing(recorded: Path) -> None:
     )
 
 
-def test_alone_there_is_nothing_to_share() -> None:
-    share = Share([], Path("run.safetensors"))
-    assert (share.rank, share.world, share.is_sharded, share.is_empty) == (0, 1, False, False)
+def test_alone_there_is_nothing_to_partition() -> None:
+    partition = RankPartition([], Path("run.safetensors"))
+    assert (partition.rank, partition.world, partition.is_sharded, partition.is_empty) == (0, 1, False, False)

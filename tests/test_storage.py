@@ -1,4 +1,4 @@
-"""Storage: what a claim promises, and a trace kept in memory until it is written as a whole."""
+"""Storage: what an output file promises, and a trace kept in memory until it is written as a whole."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from traces import tensors, write
 
 from bhfast.errors import StorageError
 from bhfast.machine import available_memory
-from bhfast.storage.base import Stats
-from bhfast.storage.claim import Claim, lock
+from bhfast.storage.base import RecordedTensor, Stats
 from bhfast.storage.memory import MemoryStorage, write_trace
+from bhfast.storage.output import OutputFile, lock
 from bhfast.trace import open_trace
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -26,7 +26,7 @@ from bhfast.trace import open_trace
 
 def test_nothing_is_left_without_a_commit(tmp_path: Path) -> None:
     path = tmp_path / "new" / "t.safetensors"
-    with Claim(path) as writer:
+    with OutputFile(path) as writer:
         writer.reserve(1 << 20)
         assert writer.partial.stat().st_size == 1 << 20
         assert not path.exists()
@@ -56,13 +56,13 @@ def test_refuses_the_partial_of_another_run(tmp_path: Path) -> None:
 
 def test_refuses_while_another_run_writes(tmp_path: Path) -> None:
     path = tmp_path / "t.safetensors"
-    with Claim(path), pytest.raises(StorageError, match="is being written by another run"):
+    with OutputFile(path), pytest.raises(StorageError, match="is being written by another run"):
         write(path, overwrite=True)
 
 
 def test_refuses_a_disk_that_is_too_small(tmp_path: Path) -> None:
     path = tmp_path / "t.safetensors"
-    with Claim(path) as writer, pytest.raises(StorageError, match=r"too small for the trace: 4611.* GB wanted"):
+    with OutputFile(path) as writer, pytest.raises(StorageError, match=r"too small for the trace: 4611.* GB wanted"):
         writer.reserve(1 << 62)
 
 
@@ -112,30 +112,30 @@ def test_a_lock_is_of_one_run_and_ends_with_it(tmp_path: Path) -> None:
 
 
 def test_what_is_worth_keeping_stays(tmp_path: Path) -> None:
-    with Claim(tmp_path / "t") as claim:
-        claim.reserve(100)
-        claim.is_worth_keeping = True
-    assert claim.partial.stat().st_size == 100
-    with Claim(tmp_path / "t", overwrite=True) as claim:
-        assert claim.partial.stat().st_size == 0
+    with OutputFile(tmp_path / "t") as output:
+        output.reserve(100)
+        output.is_worth_keeping = True
+    assert output.partial.stat().st_size == 100
+    with OutputFile(tmp_path / "t", overwrite=True) as output:
+        assert output.partial.stat().st_size == 0
 
 
 def test_room_counts_what_the_trace_has_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 50_000}))
-    with Claim(tmp_path / "t") as claim:
-        before = claim.free()
-        claim.reserve(40_960)
-        assert claim.free() == before + 40_960
-        claim.reserve(90_000)
+    with OutputFile(tmp_path / "t") as output:
+        before = output.free()
+        output.reserve(40_960)
+        assert output.free() == before + 40_960
+        output.reserve(90_000)
         with pytest.raises(StorageError, match="is too small for the trace"):
-            claim.reserve(1 << 20)
+            output.reserve(1 << 20)
 
 
 def test_a_trace_has_its_checksums_and_no_more_than_its_bytes(tmp_path: Path) -> None:
     path = tmp_path / "t"
-    with Claim(path) as claim:
-        claim.reserve(1 << 20)
-        write_trace(claim, tensors(), {"of": "this"}, path)
+    with OutputFile(path) as output:
+        output.reserve(1 << 20)
+        write_trace(output, tensors(), {"of": "this"}, path)
     assert path.stat().st_size < 4096
     assert open_trace(path).metadata.keys() == {"of", "crc32"}
     assert list(open_trace(path).damage()) == []
@@ -147,10 +147,10 @@ def test_a_trace_has_its_checksums_and_no_more_than_its_bytes(tmp_path: Path) ->
 
 def test_memory_keeps_every_record_and_writes_those_that_were_made(tmp_path: Path) -> None:
     path = tmp_path / "t"
-    with Claim(path) as claim:
-        memory = MemoryStorage(claim, records=5, every=10)
-        w = memory.add("w", (2, 3), torch.float32, None, group=1, first=0)
-        late = memory.add("late", (), torch.float64, float("nan"), group=1, first=0)
+    with OutputFile(path) as output:
+        memory = MemoryStorage(output, records=5, every=10)
+        w = memory.add(RecordedTensor("w", (2, 3), torch.float32), group=1, first=0)
+        late = memory.add(RecordedTensor("late", (), torch.float64, float("nan")), group=1, first=0)
         memory.set_constant("rows", torch.tensor([4, 2]))
         assert w.shape == (5, 2, 3)
         assert late.isnan().all()
@@ -175,13 +175,13 @@ def test_memory_keeps_every_record_and_writes_those_that_were_made(tmp_path: Pat
 
 def test_memory_reserves_the_disk_for_all_its_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 300_000}))
-    with Claim(tmp_path / "t") as claim:
-        memory = MemoryStorage(claim, records=100, every=1)
+    with OutputFile(tmp_path / "t") as output:
+        memory = MemoryStorage(output, records=100, every=1)
         for name in ("a", "b"):
-            memory.add(name, (1000,), torch.uint8, None, group=1, first=0)
-        assert claim.partial.stat().st_size == 200_000
+            memory.add(RecordedTensor(name, (1000,), torch.uint8), group=1, first=0)
+        assert output.partial.stat().st_size == 200_000
         with pytest.raises(StorageError, match="is too small for the trace"):
-            memory.add("c", (9000,), torch.uint8, None, group=1, first=0)
+            memory.add(RecordedTensor("c", (9000,), torch.uint8), group=1, first=0)
 
 
 def test_bytes_per_second() -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from children import fork, status_of
-from lanes import SlowLane
+from copy_streams import SlowCopyStream
 from memory import peak_memory
 from streaming_run import assert_begins_like, record, reference
 from traces import assert_same_data
@@ -27,6 +27,7 @@ from traces import assert_same_data
 from bhfast.config import TrainConfig
 from bhfast.errors import ConfigError, StorageError
 from bhfast.recording.recorder import Recorder
+from bhfast.recording.slots import RecordSlots
 from bhfast.recover import recover
 from bhfast.storage.choose import open_storage
 from bhfast.storage.files import sync
@@ -90,17 +91,20 @@ def test_auto_streams_what_outgrows_memory_and_says_why(tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize("every", [1, 3])
 def test_streams_through_a_ring(every: int, tmp_path: Path, monkeypatch) -> None:
-    """As on a GPU: a slow lane to the host, a slow disk, tensors of very different sizes, buffers of few records."""
-    lanes = []
+    """As on a GPU: a slow copy stream to the host, a slow disk, tensors of very different sizes, buffers of few records."""
+    streams = []
 
-    class RingRecorder(Recorder):
+    class RingSlots(RecordSlots):
         _open_storage = staticmethod(partial(open_storage, buffer_bytes=1 << 13))
         _half_size = staticmethod(lambda record, records: 8 if record < 5000 else 2)
 
         @staticmethod
-        def _make_lane(device: torch.device) -> SlowLane:
-            lanes.append(SlowLane(delay=0.001))
-            return lanes[-1]
+        def _make_copy_stream(device: torch.device) -> SlowCopyStream:
+            streams.append(SlowCopyStream(delay=0.001))
+            return streams[-1]
+
+    class RingRecorder(Recorder):
+        _slots_class = RingSlots
 
     real = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda *a: (time.sleep(0.0005), real(*a))[1])
@@ -116,8 +120,8 @@ def test_streams_through_a_ring(every: int, tmp_path: Path, monkeypatch) -> None
                 if step > 30 and step % 4:
                     recorder.log(wide=torch.full((60, 50), step, dtype=torch.int16))
     assert_same_data(tmp_path / "memory", tmp_path / "stream")
-    assert all(lane.closed for lane in lanes)
-    assert len(lanes) == 2
+    assert all(stream.closed for stream in streams)
+    assert len(streams) == 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,8 +144,11 @@ def test_a_slow_disk_makes_the_run_wait_and_loses_nothing(tmp_path: Path, monkey
 def test_memory_stays_flat(tmp_path: Path) -> None:
     """160 MB of records through a buffer of 8, in a process of its own, as the memory is that at its peak."""
 
-    class SmallRecorder(Recorder):
+    class SmallSlots(RecordSlots):
         _open_storage = staticmethod(partial(open_storage, buffer_bytes=8 << 20))
+
+    class SmallRecorder(Recorder):
+        _slots_class = SmallSlots
 
     def run() -> None:
         weight = torch.nn.Parameter(torch.zeros(1000, 500).bfloat16())

@@ -25,8 +25,8 @@ from traces import tensors, write
 from bhfast.errors import TraceError
 from bhfast.optim import FusedAdam
 from bhfast.recording.recorder import Recorder
-from bhfast.storage.claim import Claim
 from bhfast.storage.memory import write_trace
+from bhfast.storage.output import OutputFile
 from bhfast.trace import Trace, TraceTensor, open_trace
 from bhfast.trace.checksums import MAX_CHECKSUMS, checksums, join_checksums, records_per_checksum
 from bhfast.trace.format import DTYPES, PADDING, bytes_of, encode_header, place
@@ -232,7 +232,7 @@ VALUES = {
 def values(tmp_path: Path) -> Trace:
     """A file with tensors of many dtypes."""
     path = tmp_path / "values.safetensors"
-    with Claim(path) as claim:
+    with OutputFile(path) as claim:
         write_trace(claim, VALUES, {"tied": '{"half": "float16", "bool": "int64", "lost": "gone"}'}, path)
     return open_trace(path)
 

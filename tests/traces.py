@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from bhfast.storage.claim import Claim
 from bhfast.storage.memory import write_trace
+from bhfast.storage.output import OutputFile
 from bhfast.trace import open_trace
 
 
@@ -24,7 +24,7 @@ def tensors() -> dict[str, torch.Tensor]:
 
 
 def write(path: Path, **options: bool) -> None:
-    with Claim(path, **options) as claim:
+    with OutputFile(path, **options) as claim:
         claim.reserve(1000)
         write_trace(claim, tensors(), {"config": '{"steps": 2}'}, path)
 

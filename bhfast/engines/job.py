@@ -11,8 +11,8 @@ from torch import Tensor
 from bhfast.errors import BhfastError
 from bhfast.model import TiedGPT
 from bhfast.optim import FusedAdam
-from bhfast.recording.protocols import NullRecorder
-from bhfast.recording.recorder import Recorder
+from bhfast.recording.null import NullSlots
+from bhfast.recording.slots import RecordSlots
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Job:
     Attributes:
         model: on the device to train on.
         optimizer: of all its parameters.
-        recorder: entered already. Each step is logged with ``losses``, ``logits``, ``learning_rates``, ``clip_coefs``
-            and ``grad_norms``; embeddings and moments it takes from the optimizer.
+        recorder: the slots of an open recorder. Each step is logged with ``losses``, ``logits``, ``learning_rates``,
+            ``clip_coefs`` and ``grad_norms``; the optimizer records embeddings and moments.
         corpus: uint8 ``[bytes]``, on any device.
         offsets: ``[steps, grad_accum, batch]`` int64 on the CPU: where in the corpus each window starts.
         lrs: the learning rate of each step.
@@ -32,7 +32,7 @@ class Job:
 
     model: TiedGPT
     optimizer: FusedAdam
-    recorder: Recorder | NullRecorder
+    recorder: RecordSlots | NullSlots
     corpus: Tensor
     offsets: Tensor
     lrs: Sequence[float]

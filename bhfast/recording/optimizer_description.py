@@ -1,8 +1,8 @@
-"""What a trace says of its optimizer, so that :mod:`bhfast.verify` can replay it."""
+"""The description of an optimizer in a trace, from which :mod:`bhfast.verify` can replay it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ SETTINGS = ("betas", "eps", "weight_decay")
 DTYPES = (torch.bfloat16, torch.float32)
 
 
-class Description:
+class OptimizerDescription:
     """Settings of an optimizer, and whether its arithmetic is one that a replay has.
 
     Args:
@@ -24,13 +24,17 @@ class Description:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
         self.settings = _settings(optimizer)
-        self.changed_at: int | None = None
+        self.unknown: str | None = None  # why the arithmetic of its steps is not known, whatever its kind
         self.steps_done: dict[str, int] = {}  # before the recording, by parameter
 
     def look(self, step: int) -> None:
-        """Note if the settings, learning rates apart, have been changed before ``step``."""
-        if self.changed_at is None and _settings(self.optimizer) != self.settings:
-            self.changed_at = step
+        """Note if the settings, except learning rates, have been changed before ``step``."""
+        if self.unknown is None and _settings(self.optimizer) != self.settings:
+            self.mark_unknown(f"the optimizer's settings were changed before step {step}")
+
+    def mark_unknown(self, reason: str) -> None:
+        """Note why the steps cannot be replayed; the first reason stays."""
+        self.unknown = self.unknown or reason
 
     def describe(self, params: Mapping[str, Tensor], keys: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
         """Return the description, for JSON; called before the first step, and again after the last.
@@ -57,8 +61,8 @@ class Description:
     def _arithmetic(self, params: list[Tensor]) -> tuple[str | None, str]:
         """Return the rounding of :func:`bhfast.ops.arithmetic.adam` that the optimizer's arithmetic equals, and why."""
         optimizer, kind = self.optimizer, type(self.optimizer).__name__
-        if self.changed_at is not None:
-            return None, f"the optimizer's settings were changed before step {self.changed_at}"
+        if self.unknown is not None:
+            return None, self.unknown
         if rounding := getattr(optimizer, "rounding", None):
             return rounding, f"{kind} is specified to the bit"
         groups = optimizer.param_groups
@@ -77,6 +81,28 @@ class Description:
         if not all(kernels.torch_has_one_lerp(float(group["betas"][0])) for group in groups):
             return None, f"at betas[0] = 0 the sign that torch's {kind} gives a zero depends on where it lies"
         return "per-op", f"{kind} on a CPU rounds after every operation"
+
+
+def joined_descriptions(described: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return one description for several optimizers that step together, their groups one after the other."""
+    if len(described) == 1:
+        return described[0]
+    groups: list[Any] = []
+    params: dict[str, Any] = {}
+    for own in described:
+        params |= {name: {**p, "group": p["group"] + len(groups)} for name, p in own["params"].items()}
+        groups += own["groups"]
+    unknown = next((own["reason"] for own in described if own["arithmetic"] is None), None)
+    arithmetics = {own["arithmetic"] for own in described}
+    if unknown is None and len(arithmetics) > 1:
+        unknown = "the optimizers have different arithmetics"
+    return {
+        "name": " + ".join(own["name"] for own in described),
+        "arithmetic": None if unknown else arithmetics.pop(),
+        "reason": unknown or described[0]["reason"],
+        "groups": groups,
+        "params": params,
+    }
 
 
 def _settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:

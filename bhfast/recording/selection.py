@@ -1,63 +1,48 @@
-"""Which parameters and rows a recorder records: found by name or pattern, each once, resolved before the first step."""
+"""Which parameters and rows a recorder records: found by name or pattern before the first step, each once."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
 from bhfast.errors import ConfigError
+from bhfast.recording.fields import RecordedParam
 
 Params = Mapping[str, Tensor] | str | re.Pattern[str] | Sequence[str | re.Pattern[str]]
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.")  # of torch.compile and FullyShardedDataParallel
 SHOWN = 8  # names in a message
 
 
-@dataclass(frozen=True)
-class Selection:
-    """A parameter to record.
-
-    Attributes:
-        name: under which it is recorded.
-        param: the parameter; a DTensor if it is sharded over several processes.
-        rows: indices along axis 0, int64 ``[n]`` on the parameter's device; None for all of them.
-    """
-
-    name: str
-    param: Tensor
-    rows: Tensor | None
-
-
 def select(
     params: Params,
     *,
     model: nn.Module | None,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     rows: Mapping[str, Tensor | Sequence[int]],
-) -> tuple[list[Selection], dict[str, str]]:
+) -> tuple[list[RecordedParam], dict[str, str]]:
     """Resolve what a user asked for.
 
     Args:
         params: parameters by name; or names, globs and compiled regular expressions (which must match all of a name)
-            over ``model.named_parameters()``.
+            over ``model.named_parameters()``. Patterns pass over frozen parameters.
         model: needed for names. Wrappers (``torch.compile``, ``DistributedDataParallel``) leave no trace in the names.
-        optimizer: which must update all of them.
+        optimizers: which must update all of them.
         rows: for names among them, indices along axis 0, or a mask over it.
 
     Returns:
-        The selection, and for each further name of a tied parameter the one it is recorded under.
+        The parameters, whole, and for each further name of a tied parameter the one it is recorded under.
 
     Raises:
         ConfigError: nothing matches, a parameter is frozen or not the optimizer's, or rows do not fit.
     """
     named = _named(params, model)
-    updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    updated = {id(p) for own in optimizers for group in own.param_groups for p in group["params"]}
     if frozen := [name for name, param in named if not param.requires_grad]:
-        raise ConfigError(f"params must be trained, but {_listed(frozen)} are frozen (requires_grad=False)")
+        raise ConfigError(f"cannot record frozen parameters (requires_grad=False): {_listed(frozen)}")
     if foreign := [name for name, param in named if id(param) not in updated]:
         raise ConfigError(f"params must be the optimizer's, but {_listed(foreign)} are in none of its groups")
     first: dict[int, str] = {}
@@ -67,12 +52,13 @@ def select(
     chosen = {tied.get(name, name): which for name, which in rows.items()}
     if unknown := chosen.keys() - set(first.values()):
         raise ConfigError(f"rows are given for {_listed(sorted(unknown))}, which params do not name")
-    selections = [
-        Selection(name, param, _row_indices(name, param, chosen[name]) if name in chosen else None)
-        for name, param in named
-        if name not in tied
-    ]
-    return selections, tied
+    return [_whole(name, param, chosen.get(name)) for name, param in named if name not in tied], tied
+
+
+def _whole(name: str, param: Tensor, rows: Tensor | Sequence[int] | None) -> RecordedParam:
+    indices = None if rows is None else _row_indices(name, param, rows)
+    shape = tuple(param.shape) if indices is None else (len(indices), *param.shape[1:])
+    return RecordedParam(name, param, indices, indices, shape, (0,) * param.dim())
 
 
 def _named(params: Params, model: nn.Module | None) -> list[tuple[str, Tensor]]:
@@ -88,10 +74,12 @@ def _named(params: Params, model: nn.Module | None) -> list[tuple[str, Tensor]]:
     model = getattr(model, "_orig_mod", model)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
-    everything = [(_plain(name), param) for name, param in model.named_parameters(remove_duplicate=False)]
+    everything = [(_without_wrappers(name), param) for name, param in model.named_parameters(remove_duplicate=False)]
     found: dict[str, Tensor] = {}
     for pattern in patterns:
         matches = {name: param for name, param in everything if _matches(pattern, name)}
+        trained = {name: param for name, param in matches.items() if param.requires_grad or name == pattern}
+        matches = trained or matches
         if not matches:
             text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
             raise ConfigError(f"params: nothing matches {text!r}; there are {_listed([n for n, _ in everything])}")
@@ -99,7 +87,7 @@ def _named(params: Params, model: nn.Module | None) -> list[tuple[str, Tensor]]:
     return [(name, param) for name, param in everything if name in found]
 
 
-def _plain(name: str) -> str:
+def _without_wrappers(name: str) -> str:
     for wrapper in WRAPPERS:
         name = name.replace(wrapper, "")
     return name
@@ -109,6 +97,27 @@ def _matches(pattern: str | re.Pattern[str], name: str) -> bool:
     if isinstance(pattern, re.Pattern):
         return pattern.fullmatch(name) is not None
     return name == pattern or fnmatchcase(name, pattern)
+
+
+def require_supported(optimizers: Sequence[torch.optim.Optimizer], model: nn.Module | None) -> None:
+    """Raise ConfigError for optimizers and models whose parameters are not what they seem.
+
+    FullyShardedDataParallel keeps flat shards of many parameters, and ZeroRedundancyOptimizer the state of some only.
+    """
+    params = [p for own in optimizers for group in own.param_groups for p in group["params"]]
+    flat = any(getattr(p, "_is_flat_param", False) or getattr(p, "_fsdp_flattened", False) for p in params)
+    wrapped = model is not None and any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules())
+    if flat or wrapped:
+        raise ConfigError(
+            "FullyShardedDataParallel keeps flat shards in place of parameters, which cannot be recorded; "
+            "use torch.distributed.fsdp.fully_shard"
+        )
+    for own in optimizers:
+        if type(own).__name__ == "ZeroRedundancyOptimizer":
+            raise ConfigError(
+                "ZeroRedundancyOptimizer keeps on each rank the state of some parameters only, which cannot be "
+                "recorded; use the optimizer it wraps, or torch.distributed.fsdp.fully_shard"
+            )
 
 
 def _row_indices(name: str, param: Tensor, rows: Tensor | Sequence[int]) -> Tensor:

@@ -11,85 +11,60 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed
-from torch import Tensor
+from torch import Tensor, nn
 
 from bhfast.errors import BhfastError, ConfigError, StorageError
-from bhfast.recording.selection import Selection
+from bhfast.recording.fields import RecordedField, RecordedParam, local
 from bhfast.trace.sharded import INDEX_FORMAT, INDEX_SUFFIX
 
 
-def local(tensor: Tensor) -> Tensor:
-    """Return what this process holds of a tensor: of a DTensor its local part."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What this process records of a parameter.
-
-    Attributes:
-        name: under which it is recorded.
-        param: the parameter.
-        rows: indices of the local part along axis 0; None for all of it.
-        chosen: those of the whole parameter that the user asked for.
-        shape: of a record of the whole.
-        offset: where in it the piece starts.
-    """
-
-    name: str
-    param: Tensor
-    rows: Tensor | None
-    chosen: Tensor | None
-    shape: tuple[int, ...]
-    offset: tuple[int, ...]
-
-
-class Share:
+class RankPartition:
     """What this process records, and where to.
 
     Args:
-        selections: what all processes together record.
+        params: what all processes together record.
         path: of the trace as a whole.
 
     Attributes:
-        pieces: this process's part.
+        params: what this process records of them.
         path: of its file; final after :meth:`meet`.
-        index: of the index of all files; None if there is one file.
-        is_empty: whether it records nothing, and writes no file.
+        index: path of the index of all files; None if there is one file.
+        is_sharded: whether the processes write a file each.
+        is_empty: whether this process records nothing, and writes no file.
     """
 
-    def __init__(self, selections: Sequence[Selection], path: Path) -> None:
+    def __init__(self, params: Sequence[RecordedParam], path: Path) -> None:
         is_alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
         self.rank, self.world = (
             (0, 1) if is_alone else (torch.distributed.get_rank(), torch.distributed.get_world_size())
         )
         self.whole_path = self.path = path
-        self.is_sharded = self.world > 1 and any(_is_sharded(selection.param) for selection in selections)
+        self.is_sharded = self.world > 1 and any(_is_sharded(of.param) for of in params)
         self.index = path.with_name(path.name + INDEX_SUFFIX) if self.is_sharded else None
-        found = [_piece(selection, self.rank) for selection in selections]
-        self.pieces = [piece for piece in found if piece is not None]
-        self.is_empty = self.rank > 0 and not self.pieces
+        self.params = [part for of in params if (part := _part(of, self.rank)) is not None]
+        self.is_empty = self.rank > 0 and not self.params
         self._parts: dict[str, list[dict[str, Any]]] = {}  # by tensor; of all processes
 
-    def meet(self, tensors: Mapping[str, Piece], shapes: Mapping[str, Sequence[int]]) -> None:
+    def require_gradients_of(self, unclipped: bool, model: nn.Module | None) -> None:
+        """Raise ConfigError if nothing would tell when unclipped gradients of sharded parameters are there."""
+        if unclipped and model is None and any(_is_sharded(of.param) for of in self.params):
+            raise ConfigError("unclipped gradients of sharded parameters need model=")
+
+    def meet(self, fields: Mapping[str, RecordedField]) -> None:
         """Learn what the others record, if the recording is sharded.
 
         Args:
-            tensors: by name in the file, the piece that each is of.
-            shapes: of a record of each.
+            fields: by name in the file.
         """
         if not self.is_sharded:
             return
-        own = {
-            key: {"shape": list(piece.shape), "offset": list(piece.offset), "part": list(shapes[key])}
-            for key, piece in tensors.items()
-        }
+        own = {name: _describe(field) for name, field in fields.items()}
         everyone: list[Any] = [None] * self.world
         torch.distributed.all_gather_object(everyone, None if self.is_empty else own)
         writers = [rank for rank, plan in enumerate(everyone) if plan is not None]
@@ -103,6 +78,11 @@ class Share:
                 self._parts.setdefault(key, []).append({"file": file, **part})
         if not self.is_empty:
             self.path = path.with_name(files[self.rank])
+
+    def add(self, field: RecordedField) -> None:
+        """Add a tensor that is sharded as its parameter is, in every process that records a part of that."""
+        for parts in [parts for parts in self._parts.values() if parts[0]["param"] == field.of.name][:1]:
+            self._parts[field.name] = parts
 
     def metadata(self) -> dict[str, str]:
         """Return what the metadata of this process's file say of the whole."""
@@ -175,39 +155,39 @@ def _is_sharded(param: Tensor) -> bool:
     return any(not placement.is_replicate() for placement in getattr(param, "placements", ()))
 
 
-def _piece(selection: Selection, rank: int) -> Piece | None:
-    """Return what this process records of a selection; None if others record it."""
-    name, rows = selection.name, selection.rows
-    param: Any = selection.param  # a DTensor, or not
-    shape, offset = list(param.shape), [0] * param.dim()
-    own_rows = rows
-    if not _is_sharded(param):
-        if rank > 0:
-            return None
-    else:
-        if any(placement.is_partial() for placement in param.placements):
-            raise ConfigError(
-                f"parameter {name} is a partial sum on each rank; only shards and replicas can be recorded"
-            )
-        mesh = param.device_mesh
-        is_replica = any(p.is_replicate() and mesh.get_local_rank(i) for i, p in enumerate(param.placements))
-        if is_replica or local(param).numel() == 0:
-            return None
-        chunks = param.__create_chunk_list__()  # the protocol of torch.distributed.checkpoint
-        if len(chunks) != 1:
-            raise ConfigError(
-                f"parameter {name} has {len(chunks)} separate parts on rank {rank}; only one can be recorded"
-            )
-        offset = list(chunks[0].offsets)
-        if rows is not None:
-            first, last = offset[0], offset[0] + chunks[0].sizes[0]
-            if last - first < shape[0]:
-                if bool((rows[1:] <= rows[:-1]).any()):
-                    raise ConfigError(f"rows[{name!r}] must be increasing, as the parameter is sharded")
-                own_rows = rows[(first <= rows) & (rows < last)] - first
-                offset[0] = int((rows < first).sum())
-                if len(own_rows) == 0:
-                    return None
+def _describe(field: RecordedField) -> dict[str, Any]:
+    """Return where a process's part of a tensor is in the whole."""
+    of = field.of
+    return {"param": of.name, "shape": list(of.shape), "offset": list(of.offset), "part": list(field.tensor.shape)}
+
+
+def _part(of: RecordedParam, rank: int) -> RecordedParam | None:
+    """Return what this process records of a parameter; None if others record it."""
+    if not _is_sharded(of.param):
+        return of if rank == 0 else None
+    param: Any = of.param  # a DTensor
+    if any(placement.is_partial() for placement in param.placements):
+        raise ConfigError(
+            f"parameter {of.name} is a partial sum on each rank; only shards and replicas can be recorded"
+        )
+    is_replica = any(p.is_replicate() and param.device_mesh.get_local_rank(i) for i, p in enumerate(param.placements))
+    if is_replica or local(param).numel() == 0:
+        return None
+    chunks = param.__create_chunk_list__()  # the protocol of torch.distributed.checkpoint
+    if len(chunks) != 1:
+        raise ConfigError(
+            f"parameter {of.name} has {len(chunks)} separate parts on rank {rank}; only one can be recorded"
+        )
+    offset, rows = list(chunks[0].offsets), of.all_rows
     if rows is not None:
-        shape[0] = len(rows)
-    return Piece(name, param, own_rows, rows, tuple(shape), tuple(offset))
+        first, last = offset[0], offset[0] + chunks[0].sizes[0]
+        own_rows = rows
+        if last - first < param.shape[0]:
+            if bool((rows[1:] <= rows[:-1]).any()):
+                raise ConfigError(f"rows[{of.name!r}] must be increasing, as the parameter is sharded")
+            own_rows = rows[(first <= rows) & (rows < last)] - first
+            offset[0] = int((rows < first).sum())
+            if len(own_rows) == 0:
+                return None
+        return replace(of, rows=own_rows, offset=tuple(offset))
+    return replace(of, offset=tuple(offset))

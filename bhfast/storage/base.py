@@ -1,11 +1,12 @@
-"""Where a recording grows: in memory, until it is written as a whole, or straight into the file.
+"""Where a recording grows: in memory until it is written as a whole, or straight into the file.
 
 Both kinds of storage hand out host tensors whose axis 0 is a ring of slots: record r of a tensor is made in slot
-``r % slots``. In memory there is one for every record.
+``r % slots``. In memory there is one slot for every record.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,44 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bhfast.transfer.lanes import Ticket
+from bhfast.transfer.copy_stream import Ticket
 
 STORAGES = ("auto", "memory", "stream")
+
+
+@dataclass(frozen=True)
+class RecordedTensor:
+    """A tensor of the trace with one entry per record: the form that a recorded value has from its slot to the file.
+
+    Attributes:
+        name: in the file.
+        shape, dtype: of one record.
+        fill: what a record holds if nothing is written to it; None if every record is written.
+        start: the same for record 0 of a tensor that is added later; None: ``fill``.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    fill: float | None = None
+    start: float | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one record."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def is_zero_at_first(self) -> bool:
+        """Whether records hold zeros until something is written to them."""
+        return not self.fill and not self.start
+
+    def unwritten(self, low: int, high: int) -> Tensor:
+        """Return the records from ``low`` to ``high`` as they are before anything is written to them."""
+        records = torch.full((high - low, *self.shape), self.fill or 0.0, dtype=self.dtype)
+        if low == 0 < high and self.start is not None:
+            records[0] = self.start
+        return records
 
 
 class Storage(Protocol):
@@ -27,7 +63,7 @@ class Storage(Protocol):
         capacity: how many records there can be.
         committed: how many records are safe, whatever happens to this process.
         waits: how often the recording had to wait for the disk.
-        failure: what has befallen the writing, in words; None if it goes on.
+        failure: why writing failed; None while it is healthy.
     """
 
     capacity: int
@@ -40,16 +76,14 @@ class Storage(Protocol):
     @property
     def failure(self) -> str | None: ...
 
-    def add(
-        self, name: str, shape: Sequence[int], dtype: torch.dtype, blank: float | None, *, group: int, first: int
-    ) -> Tensor:
-        """Return a tensor ``[slots, *shape]`` to make records in.
+    def add(self, tensor: RecordedTensor, *, group: int, first: int) -> Tensor:
+        """Return host memory ``[slots, *shape]`` to make a tensor's records in.
 
         Args:
-            blank: what records hold that are not written; None if every one is.
-            group: records that are sent from a device together: ``slots`` is a multiple of it, if there are fewer than
-                records.
-            first: the record at hand; those before it are blank.
+            tensor: what to record.
+            group: how many records are sent from a device together. ``slots`` is a multiple of it, unless there is one
+                for every record.
+            first: the current record; earlier ones stay unwritten.
 
         Raises:
             StorageError: it does not fit on the disk.
@@ -61,7 +95,7 @@ class Storage(Protocol):
         ...
 
     def wait(self, record: int) -> None:
-        """Wait until ``record`` has a free slot, so that ``room`` is above it.
+        """Wait until ``record`` has a free slot, so that ``room`` is larger than it.
 
         Raises:
             StorageError: the disk filled up or failed.
@@ -69,7 +103,7 @@ class Storage(Protocol):
         ...
 
     def is_due(self, records: int) -> bool:
-        """Return whether it is time for :meth:`submit`, if so many records are final.
+        """Return whether ``records`` final records are worth a :meth:`submit` now.
 
         Raises:
             StorageError: the disk filled up or failed.
@@ -77,7 +111,7 @@ class Storage(Protocol):
         ...
 
     def submit(self, records: int, tickets: Sequence[Ticket]) -> None:
-        """Say that all records below ``records`` are final once ``tickets`` are done.
+        """Mark all records below ``records`` as final once ``tickets`` are done.
 
         Raises:
             StorageError: the disk filled up or failed.
@@ -97,7 +131,7 @@ class Storage(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of threads and files."""
+        """Stop threads and close files."""
         ...
 
 
@@ -106,13 +140,13 @@ class Stats:
     """Figures of a recording.
 
     Attributes:
-        steps: the last step that is recorded.
-        records: how many records there are, step 0 included.
+        steps: the last recorded step, counted from the start of the recording.
+        records: how many records there are, record 0 included.
         committed: how many of them are safe in the file, whatever happens to the process.
-        bytes: of all records.
-        waits: how often the run had to wait for the recording: for the disk, or for copies from a GPU. Complete after
-            the block.
-        seconds: since the block was entered, up to its end.
+        bytes: size of all records.
+        waits: how often the run had to wait for the recording: for the disk, or for copies from a GPU. Complete once
+            the recording has ended.
+        seconds: from the start of the recording to now, or to its end.
     """
 
     steps: int

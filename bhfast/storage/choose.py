@@ -8,32 +8,33 @@ from collections.abc import Mapping
 from bhfast.errors import StorageError
 from bhfast.machine import available_memory
 from bhfast.storage.base import Storage
-from bhfast.storage.claim import Claim
 from bhfast.storage.memory import MemoryStorage
+from bhfast.storage.output import OutputFile
 from bhfast.storage.stream import BUFFER, COMMIT_SECONDS, StreamStorage, slots_of
 from bhfast.trace.format import format_bytes
 
 
 def open_storage(
-    claim: Claim,
+    output: OutputFile,
     wanted: str,
     *,
     records: int | None,
     every: int,
+    start_step: int,
     sizes: Mapping[str, int],
     group: int,
     metadata: Mapping[str, str],
     buffer_bytes: int = BUFFER,
     commit_seconds: float = COMMIT_SECONDS,
 ) -> tuple[Storage, str]:
-    """Return the storage for a recording, and which it is and why, for people.
+    """Return the storage for a recording, and a line of text that says which it is and why.
 
     Args:
-        claim: of the file.
+        output: the file to write.
         wanted: ``memory``, ``stream``, or ``auto``, which takes memory for up to half of what is free.
-        records, every, metadata, buffer_bytes, commit_seconds: see :class:`StreamStorage`.
-        sizes: of the tensors whose size is known, by name the bytes of a record.
-        group: records that are sent from a device together.
+        records, every, start_step, metadata, buffer_bytes, commit_seconds: see :class:`StreamStorage`.
+        sizes: bytes per record of the tensors known at the start, by name.
+        group: how many records are sent from a device together.
 
     Raises:
         StorageError: memory or disk are too small.
@@ -52,13 +53,14 @@ def open_storage(
     if kind == "memory":
         assert records is not None
         needs, way_out = record * records, "record less with --record-every or --steps, or use --storage stream"
-        claim.reserve(needs)
-        storage = MemoryStorage(claim, records=records, every=every)
+        output.reserve(needs)
+        storage = MemoryStorage(output, records=records, every=every, start_step=start_step)
     else:
         storage = StreamStorage(
-            claim,
+            output,
             records=records,
             every=every,
+            start_step=start_step,
             names=sizes,
             metadata=metadata,
             buffer_bytes=buffer_bytes,

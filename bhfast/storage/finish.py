@@ -1,10 +1,11 @@
-"""Finishing: how what is committed becomes an ordinary trace."""
+"""Finishing: committed records become an ordinary trace."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from bhfast.errors import StorageError, TraceError
 from bhfast.storage.files import CHUNK, journal_path, sync_folder, write_at
-from bhfast.storage.journal import AHEAD, Journal, State, Track, _collapsed, read_journal
+from bhfast.storage.journal import AHEAD, CommittedTensor, Journal, State, read_journal
 from bhfast.trace.checksums import checksum_metadata, checksums, join_checksums, records_per_checksum
 from bhfast.trace.format import ALIGNMENT, Entry, bytes_of, encode_header, place
 
@@ -21,14 +22,14 @@ WORTH_COPYING = 1 << 20  # bytes of gaps
 
 
 def finish(partial: Path, path: Path) -> None:
-    """Make the trace ``path`` of what is committed in ``partial``, and remove the journal.
+    """Turn what is committed in ``partial`` into the trace ``path``, and remove the journal.
 
-    If the run had the number of records that room was made for, they are where they belong, and only what follows them
-    and the header is written. If it had fewer, there are gaps between the tensors. They are taken out of the file
-    without moving data where the file system can do that (ext4, XFS); else the records are copied to a new file; and
-    what gaps are left, also where there is no room for a copy, become padding.
+    If the run had as many records as it reserved room for, they are in place, and only the header and the small tensors
+    behind them are written. If it had fewer, there are gaps between the tensors. Where the file system can remove
+    blocks from a file (ext4, XFS), the gaps go without moving data; elsewhere the records are copied to a new file.
+    Remaining gaps, also where there is no room for a copy, become padding.
 
-    It may be interrupted at any point, and called again.
+    It may be interrupted at any point and called again.
 
     Raises:
         StorageError: the disk failed; ``partial`` and its journal are still there.
@@ -59,27 +60,29 @@ def finish(partial: Path, path: Path) -> None:
 
 
 def _gaps(state: State) -> int:
-    """Return how many bytes of the records' part of the file hold none."""
+    """Return how many bytes between the records in the file hold none."""
     if not state.in_file:
         return 0
-    _, last, offset = state.in_file[-1]
-    used = sum(track.size for _, track, _ in state.in_file) * state.records
-    return offset + state.records * last.size - used
+    last, offset = state.in_file[-1]
+    used = sum(tensor.nbytes for tensor, _ in state.in_file) * state.records
+    return offset + state.records * last.nbytes - used
 
 
 def _collapse_gaps(fd: int, state: State, journal: Journal) -> bool:
-    """Take the whole blocks of each gap out of the file, the last ones first; return whether the system can do it."""
+    """Remove the whole blocks of each gap, the last gap first; return whether the file system can do it."""
     header, block = state.start["header"], os.fstat(fd).st_blksize
-    for (_, track, at), (_, _, following) in reversed([*zip(state.in_file, state.in_file[1:], strict=False)]):
-        start = -(-(header + at + state.records * track.size) // block) * block
+    for (tensor, at), (_, following) in reversed([*pairwise(state.in_file)]):
+        start = -(-(header + at + state.records * tensor.nbytes) // block) * block
         length = (header + following) // block * block - start
         if length <= 0:
             continue
-        journal.append({"collapse": [start, length], "size": os.fstat(fd).st_size})
+        size = os.fstat(fd).st_size
+        journal.append({"collapse": [start, length], "size": size})
         if not _collapse_range(fd, start, length):
             journal.append({"collapse": None})
             return False
-        _collapsed(state, start, length)
+        state.collapse = (start, length, size)
+        state.finish_collapse()
     return True
 
 
@@ -95,7 +98,7 @@ def _collapse_range(fd: int, offset: int, length: int) -> bool:
 
 def _has_room(partial: Path, state: State) -> bool:
     disk = os.statvfs(partial.parent)
-    size = sum(track.size for track in state.tracks.values()) * state.records
+    size = sum(tensor.nbytes for tensor in state.tensors.values()) * state.records
     return disk.f_bavail * disk.f_frsize > state.start["header"] + size + AHEAD
 
 
@@ -105,12 +108,12 @@ def _copy(fd: int, partial: Path, path: Path, state: State) -> None:
     target = partial.with_name(partial.name + ".copy")
     try:
         with open(target, "w+b", buffering=0) as file:
-            for _, track, at in state.in_file:
-                size = state.records * track.size
+            for tensor, at in state.in_file:
+                size = state.records * tensor.nbytes
                 for done in range(0, size, CHUNK):
                     data = os.pread(fd, min(CHUNK, size - done), header + at + done)
                     write_at(file.fileno(), memoryview(data), header + offset + done)
-                track.offset = offset
+                tensor.offset = offset
                 offset += size + -size % ALIGNMENT
             _write_rest(file.fileno(), state)
         os.replace(target, path)
@@ -119,20 +122,22 @@ def _copy(fd: int, partial: Path, path: Path, state: State) -> None:
 
 
 def _write_rest(fd: int, state: State) -> None:
-    """Write all but the records in the file: those in the journal, constants, and the header."""
+    """Write all but the records in the file: the records in the journal, constants, and the header."""
     header, records = state.start["header"], state.records
-    entries = {name: Entry(track.dtype, (records, *track.shape), offset) for name, track, offset in state.in_file}
+    entries = {
+        own.tensor.name: Entry(own.tensor.dtype, (records, *own.tensor.shape), offset) for own, offset in state.in_file
+    }
     end = max((entry.end for entry in entries.values()), default=0)
-    tail = {name: _joined(track, records) for name, track in state.tracks.items() if track.offset is None}
-    tail |= {"recorded_steps": torch.arange(records) * state.start["every"], **state.constants}
+    tail = {name: _joined(own, records) for name, own in state.tensors.items() if own.offset is None}
+    tail |= {"recorded_steps": state.steps, **state.constants}
     places = place(tail, end + -end % ALIGNMENT)
     for name, entry in places.items():
         write_at(fd, bytes_of(tail[name]), header + entry.offset)
     entries |= places
-    sums = {name: np.concatenate(track.sums)[:records] for name, track, _ in state.in_file}
+    sums = {own.tensor.name: np.concatenate(own.sums)[:records] for own, _ in state.in_file}
     each = records_per_checksum(records, len(entries))
     while True:
-        joined = {name: join_checksums(own, state.tracks[name].size, each) for name, own in sums.items()} | {
+        joined = {name: join_checksums(own, state.tensors[name].nbytes, each) for name, own in sums.items()} | {
             name: checksums(x, each) for name, x in tail.items()
         }
         try:
@@ -147,25 +152,25 @@ def _write_rest(fd: int, state: State) -> None:
     os.fsync(fd)
 
 
-def _joined(track: Track, records: int) -> Tensor:
-    """Return the values that the journal holds: ``[records, *shape]``."""
-    if not track.size:
-        return torch.empty((records, *track.shape), dtype=track.dtype)
-    data = bytearray(b"".join(track.values))
-    return torch.frombuffer(data, dtype=track.dtype).view(-1, *track.shape)[:records]
+def _joined(own: CommittedTensor, records: int) -> Tensor:
+    """Return the records of a tensor that the journal holds: ``[records, *shape]``."""
+    shape, dtype = own.tensor.shape, own.tensor.dtype
+    if not own.nbytes:
+        return torch.empty((records, *shape), dtype=dtype)
+    return torch.frombuffer(bytearray(b"".join(own.values)), dtype=dtype).view(-1, *shape)[:records]
 
 
 def check_records(partial: Path, state: State) -> int:
-    """Compare the committed records in the file with their checksums; return how many are good before the first bad."""
+    """Compare the committed records in the file with their checksums; return how many are good before a bad one."""
     good = state.records
     with open(partial, "rb", buffering=0) as file:
-        for _, track, offset in state.in_file if good else ():
-            wanted = np.concatenate(track.sums)
-            each = max(1, CHUNK // max(1, track.size))
+        for tensor, offset in state.in_file if good else ():
+            size, wanted = tensor.nbytes, np.concatenate(tensor.sums)
+            each = max(1, CHUNK // max(1, size))
             for first in range(0, good, each):
                 count = min(each, good - first)
-                data = os.pread(file.fileno(), count * track.size, state.start["header"] + offset + first * track.size)
-                data = data.ljust(count * track.size, b"\0")  # cut off
+                data = os.pread(file.fileno(), count * size, state.start["header"] + offset + first * size)
+                data = data.ljust(count * size, b"\0")  # the file may be cut off
                 found = checksums(torch.frombuffer(bytearray(data), dtype=torch.uint8).view(count, -1))
                 bad = np.flatnonzero(found != wanted[first : first + count])
                 if len(bad):

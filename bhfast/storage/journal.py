@@ -1,22 +1,23 @@
-"""The journal beside a trace that is being streamed: what of ``NAME.partial`` is committed, and how to finish it.
+"""The journal of a trace that is being streamed: what is committed in ``NAME.partial``, and how to finish it.
 
-While a run streams into ``NAME.partial``, ``NAME.partial.journal`` says line by line what is in it. Data is on the disk
-before the line that speaks of it, so at any moment the two files hold every committed step, and
-:func:`bhfast.storage.finish.finish` makes an ordinary trace of them: at the end of a run, or, called by
+While a run streams into ``NAME.partial``, ``NAME.partial.journal`` records line by line what is in it. Data is on the
+disk before the line that mentions it, so the two files hold every committed step at any moment.
+:func:`bhfast.storage.finish.finish` turns them into an ordinary trace: at the end of a run, or, through
 :mod:`bhfast.recover`, after one that was killed.
 
-Each line is a CRC-32, a space, and a JSON object with one of these keys; a line that does not fit its CRC ends the
-journal:
+Each line is a CRC-32, a space, and a JSON object with one of these keys. The first line that does not match its CRC
+ends the journal:
 
-    start      settings of the recording: every, header (bytes reserved for it), block (of the disk), metadata
-    tensor     a tensor begins: name, dtype, shape of a record, blank, and its offset after the header; null if
-               the values of its records are so small that the journal itself holds them
+    start      settings of the recording: every, start_step, records (null: unknown), header (bytes reserved for it),
+               metadata
+    tensor     a new tensor: name, dtype, shape of a record, what unwritten records hold (blank; start for record 0),
+               and its offset after the header; null if its records are so small that the journal itself holds them
     constant   a tensor of the whole run: name, dtype, shape, data
-    records    so many records are committed; crc32 of the new ones, by tensor; values of those the journal holds
-    metadata   more of it
-    keep       only so many records are to be kept, as the next one is damaged
-    collapse   a range of blocks is being taken out of the file, which had this size before; null if that failed
-    tail       what follows the records, and the header, are being written
+    records    how many records are committed; crc32 of the new ones by tensor; values of those in the journal
+    metadata   more metadata
+    keep       keep only this many records, because the next one is damaged
+    collapse   a range of blocks is being removed from the file, which had this size before; null if that failed
+    tail       the header, and what follows the records, are being written
 """
 
 from __future__ import annotations
@@ -37,23 +38,24 @@ import torch
 from torch import Tensor
 
 from bhfast.errors import TraceError
+from bhfast.storage.base import RecordedTensor
 from bhfast.storage.files import journal_path, sync, write_at
 from bhfast.trace.checksums import checksums
 from bhfast.trace.format import DTYPE_NAMES, DTYPES, bytes_of
 
 VERSION = 1
-AHEAD = 1 << 20  # bytes of disk that the journal has in hand, at least
+AHEAD = 1 << 20  # bytes: the journal always has at least this much of the disk reserved
 
 
 class Journal:
     """A journal that is being written.
 
-    A new one takes more of the disk than it needs. :func:`finish` gives that back first, so that there is room for the
-    rest of the trace when the disk is full.
+    A new one reserves more of the disk than it needs. :func:`finish` first gives that back, so that there is room for
+    the rest of the trace when the disk is full.
 
     Args:
         path: of the journal.
-        end: how much of it there is already; 0 for a new one.
+        end: its length so far; 0 for a new one.
     """
 
     def __init__(self, path: Path, end: int = 0) -> None:
@@ -74,7 +76,7 @@ class Journal:
         self.end += len(line)
 
     def release(self) -> None:
-        """Give back the disk that is not needed."""
+        """Give back the reserved disk space."""
         os.ftruncate(self._fd, self.end)
 
     def close(self) -> None:
@@ -87,39 +89,47 @@ def encode(data: bytes | memoryview) -> str:
 
 
 @dataclass
-class Track:
-    """One tensor of a recording.
+class CommittedTensor:
+    """What is committed of a tensor.
 
     Attributes:
-        dtype, shape: of a record.
-        blank: what records hold that nothing was logged for.
-        offset: of record 0 after the header; None if the journal holds the values.
-        sums: the CRC-32 of each committed record, in pieces; of tensors in the file.
-        values: the committed records, in pieces; of tensors in the journal.
+        tensor: its name, and shape and dtype of a record.
+        offset: of record 0 after the header; None if the journal holds the records.
+        sums: CRC-32s of the committed records, in pieces; for tensors in the file.
+        values: the committed records, in pieces; for tensors in the journal.
     """
 
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    blank: float
+    tensor: RecordedTensor
     offset: int | None
     sums: list[np.ndarray] = field(default_factory=list)
     values: list[bytes] = field(default_factory=list)
 
     @property
-    def size(self) -> int:
-        """Bytes of a record."""
-        return math.prod(self.shape) * self.dtype.itemsize
+    def nbytes(self) -> int:
+        """Bytes of one record."""
+        return self.tensor.nbytes
 
-    def describe(self) -> dict[str, Any]:
-        return {
-            "dtype": DTYPE_NAMES[self.dtype],
-            "shape": list(self.shape),
-            "blank": self.blank,
-            "offset": self.offset,
-        }
 
-    def blanks(self, records: int) -> Tensor:
-        return torch.full((records, *self.shape), self.blank, dtype=self.dtype)
+def tensor_event(tensor: RecordedTensor, offset: int | None) -> dict[str, Any]:
+    """Return the journal's line for a new tensor; see :class:`CommittedTensor`."""
+    return {
+        "tensor": tensor.name,
+        "dtype": DTYPE_NAMES[tensor.dtype],
+        "shape": list(tensor.shape),
+        "blank": tensor.fill or 0.0,
+        "start": tensor.start,
+        "offset": offset,
+    }
+
+
+def constant_event(name: str, value: Tensor) -> dict[str, Any]:
+    """Return the journal's line for a tensor of the whole run, contiguous and on the CPU."""
+    return {
+        "constant": name,
+        "dtype": DTYPE_NAMES[value.dtype],
+        "shape": list(value.shape),
+        "data": encode(bytes_of(value)),
+    }
 
 
 @dataclass
@@ -130,15 +140,30 @@ class State:
     metadata: dict[str, str]
     end: int = 0  # of the journal
     records: int = 0
-    tracks: dict[str, Track] = field(default_factory=dict)
+    tensors: dict[str, CommittedTensor] = field(default_factory=dict)
     constants: dict[str, Tensor] = field(default_factory=dict)
     collapse: tuple[int, int, int] | None = None  # offset in the file, length, size before: may or may not be done
 
     @property
-    def in_file(self) -> list[tuple[str, Track, int]]:
+    def in_file(self) -> list[tuple[CommittedTensor, int]]:
         """The tensors whose records are in the file, with their offsets after the header, in that order."""
-        own = [(name, track, track.offset) for name, track in self.tracks.items() if track.offset is not None]
-        return sorted(own, key=lambda item: item[2])
+        own = [(tensor, tensor.offset) for tensor in self.tensors.values() if tensor.offset is not None]
+        return sorted(own, key=lambda item: item[1])
+
+    @property
+    def steps(self) -> Tensor:
+        """The steps of the committed records, int64 ``[records]``."""
+        return self.start.get("start_step", 0) + torch.arange(self.records) * self.start["every"]
+
+    def finish_collapse(self) -> None:
+        """Move the offsets behind the range of blocks that was being removed, if there is one: it is gone."""
+        if self.collapse is None:
+            return
+        offset, length, _ = self.collapse
+        self.collapse = None
+        for tensor, at in self.in_file:
+            if at + self.start["header"] > offset:
+                tensor.offset = at - length
 
 
 def read_journal(partial: Path) -> State:
@@ -164,16 +189,16 @@ def read_journal(partial: Path) -> State:
                 _apply(state, event)
             state.end = end
         if state is None or state.start["version"] != VERSION:
-            raise TraceError(f"{path} is no journal of version {VERSION}")
+            raise TraceError(f"{path} is not a journal of version {VERSION}")
         if state.collapse is not None and partial.stat().st_size < state.collapse[2]:
-            _collapsed(state, *state.collapse[:2])
+            state.finish_collapse()
     except OSError as error:
-        raise TraceError(f"cannot open {partial}, which the journal is of: {error.strerror}") from None
+        raise TraceError(f"cannot open {partial}, the file of this journal: {error.strerror}") from None
     except TraceError:
         raise
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
         raise TraceError(
-            f"{path} is corrupted: what ends at byte {end} or follows is no event ({error!r:.200})"
+            f"{path} is corrupted: at or after byte {end} there is an invalid line ({error!r:.200})"
         ) from None
     return state
 
@@ -192,12 +217,15 @@ def _events(data: bytes) -> Iterator[tuple[dict[str, Any], int]]:
 def _apply(state: State, event: dict[str, Any]) -> None:
     if "tensor" in event:
         shape, offset = tuple(event["shape"]), event["offset"]
-        track = Track(DTYPES[event["dtype"]], shape, float(event["blank"]), offset)
+        start = None if event.get("start") is None else float(event["start"])
+        tensor = RecordedTensor(event["tensor"], shape, DTYPES[event["dtype"]], float(event["blank"]), start)
+        committed = CommittedTensor(tensor, offset)
         if offset is None:
-            track.values.append(bytes(bytes_of(track.blanks(state.records))))
+            committed.values.append(bytes(bytes_of(tensor.unwritten(0, state.records))))
         elif state.records:
-            track.sums.append(np.repeat(checksums(track.blanks(1).flatten()), state.records))
-        state.tracks[event["tensor"]] = track
+            first, other = (checksums(tensor.unwritten(i, i + 1).flatten()) for i in (0, 1))
+            committed.sums += [first, np.repeat(other, state.records - 1)]
+        state.tensors[tensor.name] = committed
     elif "constant" in event:
         raw = torch.frombuffer(bytearray(base64.b64decode(event["data"])) or bytearray(8), dtype=torch.uint8)
         dtype, count = DTYPES[event["dtype"]], math.prod(event["shape"])
@@ -205,26 +233,18 @@ def _apply(state: State, event: dict[str, Any]) -> None:
     elif "records" in event:
         state.records = event["records"]
         for name, text in event["crc32"].items():
-            state.tracks[name].sums.append(np.frombuffer(base64.b64decode(text), dtype="<u4"))
+            state.tensors[name].sums.append(np.frombuffer(base64.b64decode(text), dtype="<u4"))
         for name, text in event["values"].items():
-            state.tracks[name].values.append(base64.b64decode(text))
+            state.tensors[name].values.append(base64.b64decode(text))
     elif "metadata" in event:
         state.metadata.update(event["metadata"])
     elif "keep" in event:
         state.records = event["keep"]
     elif "collapse" in event:
-        if state.collapse is not None and event["collapse"] is not None:
-            _collapsed(state, *state.collapse[:2])
+        if event["collapse"] is not None:
+            state.finish_collapse()
         state.collapse = event["collapse"] and (*event["collapse"], event["size"])
     elif "tail" in event:
-        if state.collapse is not None:
-            _collapsed(state, *state.collapse[:2])
+        state.finish_collapse()
     else:
-        raise ValueError("an unknown event")
-
-
-def _collapsed(state: State, offset: int, length: int) -> None:
-    state.collapse = None
-    for _, track, at in state.in_file:
-        if at + state.start["header"] > offset:
-            track.offset = at - length
+        raise ValueError("unknown key")

@@ -1,4 +1,4 @@
-"""A recording that is kept in memory, until it is written as a whole."""
+"""A recording that stays in memory until it is written as a whole."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from bhfast.errors import StorageError
-from bhfast.storage.claim import Claim
+from bhfast.storage.base import RecordedTensor
 from bhfast.storage.files import sync_folder, write_at
+from bhfast.storage.output import OutputFile
 from bhfast.trace.checksums import checksum_metadata, checksums, records_per_checksum
 from bhfast.trace.format import bytes_of, encode_header, place
+from bhfast.transfer.copy_stream import Ticket
 from bhfast.transfer.host_memory import host_tensor
-from bhfast.transfer.lanes import Ticket
 
 
 class MemoryStorage:
@@ -23,21 +24,23 @@ class MemoryStorage:
 
     failure = None
 
-    def __init__(self, claim: Claim, *, records: int, every: int) -> None:
-        self.claim = claim
+    def __init__(self, output: OutputFile, *, records: int, every: int, start_step: int = 0) -> None:
+        self.output = output
         self.room = self.capacity = records
         self.committed = self.waits = 0
         self.tensors: dict[str, Tensor] = {}
         self.constants: dict[str, Tensor] = {}
         self._every = every
+        self._start_step = start_step
 
-    def add(
-        self, name: str, shape: Sequence[int], dtype: torch.dtype, blank: float | None, *, group: int, first: int
-    ) -> Tensor:
-        tensor = host_tensor((self.capacity, *shape), dtype)
-        self.claim.reserve(tensor.nbytes + sum(x.nbytes for x in self.tensors.values()))
-        self.tensors[name] = tensor
-        return tensor if blank is None else tensor.fill_(blank)
+    def add(self, tensor: RecordedTensor, *, group: int, first: int) -> Tensor:
+        records = host_tensor((self.capacity, *tensor.shape), tensor.dtype)
+        self.output.reserve(records.nbytes + sum(x.nbytes for x in self.tensors.values()))
+        self.tensors[tensor.name] = records
+        if tensor.fill is not None:
+            records.fill_(tensor.fill)
+            records[:1] = tensor.unwritten(0, 1)
+        return records
 
     def set_constant(self, name: str, value: Tensor) -> None:
         self.constants[name] = value
@@ -57,21 +60,22 @@ class MemoryStorage:
 
     def save(self, metadata: Mapping[str, str], path: Path) -> None:
         tensors = {name: tensor[: self._records] for name, tensor in self.tensors.items()}
-        tensors |= {"recorded_steps": torch.arange(self._records) * self._every, **self.constants}
-        write_trace(self.claim, tensors, metadata, path)
+        steps = self._start_step + torch.arange(self._records) * self._every
+        tensors |= {"recorded_steps": steps, **self.constants}
+        write_trace(self.output, tensors, metadata, path)
         self.committed = self._records
 
     def close(self) -> None:
         pass
 
 
-def write_trace(claim: Claim, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
+def write_trace(output: OutputFile, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
     """Write a whole trace, sync it and give it its final name.
 
-    Nothing is copied: the bytes go from the tensors to the file. Nobody may write to the tensors meanwhile.
+    Nothing is copied: the bytes go from the tensors to the file. Do not write to the tensors meanwhile.
 
     Args:
-        claim: of this file.
+        output: the file to write.
         tensors: contiguous CPU tensors by name.
         metadata: for the header's ``__metadata__``.
         path: the final name, in the same folder.
@@ -84,12 +88,12 @@ def write_trace(claim: Claim, tensors: Mapping[str, Tensor], metadata: Mapping[s
     entries = place(tensors)
     header = encode_header(entries, {**metadata, **checksum_metadata(sums, each)})
     try:
-        write_at(claim.fd, memoryview(header), 0)
+        write_at(output.fd, memoryview(header), 0)
         for name, entry in entries.items():
-            write_at(claim.fd, bytes_of(tensors[name]), len(header) + entry.offset)
-        os.ftruncate(claim.fd, len(header) + max((entry.end for entry in entries.values()), default=0))
-        os.fsync(claim.fd)
-        os.replace(claim.partial, path)
+            write_at(output.fd, bytes_of(tensors[name]), len(header) + entry.offset)
+        os.ftruncate(output.fd, len(header) + max((entry.end for entry in entries.values()), default=0))
+        os.fsync(output.fd)
+        os.replace(output.partial, path)
         sync_folder(path.parent)
     except OSError as error:
         raise StorageError(f"writing the trace {path} failed: {error.strerror}; nothing was saved") from error

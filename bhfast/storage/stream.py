@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import sys
 import threading
 import time
 from collections import deque
@@ -13,53 +14,55 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from bhfast.errors import ConfigError, StorageError
-from bhfast.storage.claim import Claim
+from bhfast.storage.base import RecordedTensor
 from bhfast.storage.files import journal_path, sync, write_at
 from bhfast.storage.finish import finish
-from bhfast.storage.journal import VERSION, Journal, Track, encode
+from bhfast.storage.journal import VERSION, Journal, constant_event, encode, tensor_event
+from bhfast.storage.output import OutputFile
 from bhfast.trace.checksums import MAX_CHECKSUMS, checksums
 from bhfast.trace.format import bytes_of, format_bytes
+from bhfast.transfer.copy_stream import Ticket
 from bhfast.transfer.host_memory import host_tensor
-from bhfast.transfer.lanes import Ticket
 
-SMALL = 64  # bytes: records below it go to the journal
+SMALL = 64  # bytes: smaller records go to the journal
 BUFFER = 32 << 20  # bytes of records that may wait for the disk
-COMMIT_SECONDS = 1.0  # between two commits, where records are slow to come
-LEAST_RECORDS = 16  # that a disk must have room for
-MOST_RECORDS = 1 << 24  # that room is made for, if their number is not known
-HEADER_ENTRY = 200  # bytes, beside the name
-HEADER_SLACK = 64 << 10  # bytes for what is logged, and constants
+COMMIT_SECONDS = 1.0  # between two commits when few records come
+LEAST_RECORDS = 16  # the disk must have room for
+MOST_RECORDS = 1 << 24  # to make room for, if the number of steps is not known
+HEADER_ENTRY = 200  # bytes of a tensor's entry without its name
+HEADER_SLACK = 64 << 10  # bytes for logged values and constants
+BASE64_CHECKSUM = 16 / 3  # characters of a CRC-32 in base64
+LOGGED_TENSORS = 4  # tensors beyond the known ones that the header has room for checksums of
 HEADER_BLOCK = 4096
 MAX_REGIONS = 4 << 40  # bytes: far below what file systems allow in one file
 POLL = 0.001  # seconds
 
 
 def slots_of(size: int, group: int, records: int, buffer_bytes: int = BUFFER) -> int:
-    """Return how many records of a tensor the host's memory holds: a multiple of ``group``, no more than needed.
+    """Return how many records of a tensor to hold in memory: a multiple of ``group``, no more than needed.
 
     Args:
-        size: bytes of a record of all tensors known at the start, or of this one if it is larger.
+        size: bytes of one record of all tensors known at the start, or of this tensor if that is more.
         group: see :meth:`StreamStorage.add`.
         records: how many there can be.
-        buffer_bytes: of all records that may wait for the disk.
+        buffer_bytes: size of all records that may wait for the disk.
     """
     return min(max(2, buffer_bytes // (group * max(1, size))), -(-records // group)) * group
 
 
-class _Tensor(NamedTuple):
-    track: Track
+class _BufferedTensor(NamedTuple):
+    tensor: RecordedTensor
+    offset: int | None  # of record 0 after the header; None: records go to the journal
     host: Tensor  # [slots, *shape]
-    is_blanked: bool
-    first: int  # the records before it are blank, and never were in a slot
+    first: int  # earlier records were never in a slot
 
     def parts(self, low: int, high: int) -> Iterator[Tensor]:
         """Yield the records from ``low`` to ``high``, in contiguous pieces."""
         if low < self.first:
-            yield self.track.blanks(min(self.first, high) - low)
+            yield self.tensor.unwritten(low, min(self.first, high))
             low = min(self.first, high)
         while low < high:
             at = low % len(self.host)
@@ -71,20 +74,21 @@ class _Tensor(NamedTuple):
 class StreamStorage:
     """Writes records in the background, in order, and commits them. See :class:`bhfast.storage.base.Storage`.
 
-    The records of a tensor have their place in the file from the start, one after the other, so that nothing moves in
-    the end. If the number of records is not known, there is place for as many as the disk can hold, in a file that has
-    holes where nothing is written yet. :mod:`bhfast.storage.journal` has what is committed.
+    Each tensor has a region of the file from the start, with its records side by side, so nothing moves in the end. If
+    the number of records is not known, each region has room for as many as the disk can hold, in a file with holes
+    where nothing is written yet. :mod:`bhfast.storage.journal` keeps track of what is committed.
 
-    A failure of the writer is raised by whatever the recording does next.
+    If the writer fails, the next call to the storage raises its error.
 
     Args:
-        claim: of the file.
+        output: the file to write.
         records: how many there will be; None if that is not known.
         every: how many steps apart they are.
-        names: of the tensors whose size is known, with the bytes of a record of each.
+        start_step: the step of record 0.
+        names: bytes per record of the tensors known at the start, by name.
         metadata: for the header's ``__metadata__``.
-        buffer_bytes: of records that may wait for the disk.
-        commit_seconds: between two commits, where records are slow to come.
+        buffer_bytes: size of all records that may wait for the disk.
+        commit_seconds: between two commits when few records come.
 
     Raises:
         StorageError: the disk is too small.
@@ -92,29 +96,30 @@ class StreamStorage:
 
     def __init__(
         self,
-        claim: Claim,
+        output: OutputFile,
         *,
         records: int | None,
         every: int,
+        start_step: int = 0,
         names: Mapping[str, int],
         metadata: Mapping[str, str],
         buffer_bytes: int = BUFFER,
         commit_seconds: float = COMMIT_SECONDS,
     ) -> None:
-        self.claim = claim
+        self.output = output
         self.committed = self.waits = 0
         self._buffer_bytes = buffer_bytes
         self._commit_seconds = commit_seconds
-        self.slots = 1 << 62  # the fewest that a tensor has
+        self.slots = sys.maxsize  # the smallest number that a tensor has
         size = max(1, sum(names.values()))
         self._is_open_ended = records is None
         self.capacity = records if records is not None else self._most_records(size)
         if self.capacity < LEAST_RECORDS and self._is_open_ended:
             raise StorageError(
-                f"the disk of {claim.path.parent} is too small for the trace: there is room for {self.capacity} "
+                f"the disk of {output.path.parent} is too small for the trace: there is room for {self.capacity} "
                 f"records of {format_bytes(size)}; free some, or choose another place with --out"
             )
-        sums = min(MAX_CHECKSUMS, self.capacity * (len(names) + 4)) * 16 // 3
+        sums = int(min(MAX_CHECKSUMS, self.capacity * (len(names) + LOGGED_TENSORS)) * BASE64_CHECKSUM)
         text = sum(map(len, names)) + HEADER_ENTRY * len(names) + len(json.dumps(dict(metadata)))
         self._header = -(-(sums + text + HEADER_SLACK) // HEADER_BLOCK) * HEADER_BLOCK
         self._header_left = HEADER_SLACK + sum(map(len, names)) + HEADER_ENTRY * len(names)
@@ -123,17 +128,18 @@ class StreamStorage:
         self._metadata = dict(metadata)
         self._changed = threading.Condition()
         self._events: deque[dict[str, Any]] = deque()  # for the journal
-        self._tensors: dict[str, _Tensor] = {}
+        self._tensors: dict[str, _BufferedTensor] = {}
         self._submitted = 0
         self._submitted_at = time.monotonic()
         self._tickets: list[Ticket] = []
         self._stopping = False
         self._error: BaseException | None = None
-        claim.reserve(self._header)
-        self._journal = Journal(journal_path(claim.partial))
+        output.reserve(self._header)
+        self._journal = Journal(journal_path(output.partial))
         start = {
             "version": VERSION,
             "every": every,
+            "start_step": start_step,
             "records": records,
             "header": self._header,
             "metadata": self._metadata,
@@ -145,7 +151,7 @@ class StreamStorage:
     def _most_records(self, size: int) -> int:
         """Return how many records the disk can hold, and half of a file of the size that is allowed."""
         limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
-        free = min(self.claim.free(), MAX_REGIONS)
+        free = min(self.output.free(), MAX_REGIONS)
         free = free if limit == resource.RLIM_INFINITY else min(free, limit // 2)
         return min(free // size, MOST_RECORDS)
 
@@ -156,34 +162,35 @@ class StreamStorage:
     def room(self) -> int:
         return min(self.committed + self.slots, self.capacity)
 
-    def add(
-        self, name: str, shape: Sequence[int], dtype: torch.dtype, blank: float | None, *, group: int, first: int
-    ) -> Tensor:
-        track = Track(dtype, tuple(shape), blank or 0.0, None)
-        self._use_header(name)
-        if track.size >= SMALL:
-            track.offset = self._end + -self._end % dtype.itemsize
-            self._end = track.offset + self.capacity * track.size
-            if self._is_open_ended:
-                try:
-                    os.ftruncate(self.claim.fd, self._header + self._end)
-                except OSError as error:
-                    raise StorageError(
-                        f"cannot make room for {name} in the trace {self.claim.path}: {error.strerror}; "
-                        "say steps=, or choose another place with --out"
-                    ) from None
-            else:
-                self.claim.reserve(self._header + self._end)
-        slots = slots_of(max(track.size, self._size), group, self.capacity, self._buffer_bytes)
-        host = host_tensor((slots, *shape), dtype)
-        if blank is not None:
-            host.fill_(blank)
+    def add(self, tensor: RecordedTensor, *, group: int, first: int) -> Tensor:
+        self._use_header(tensor.name)
+        offset = self._make_region(tensor) if tensor.nbytes >= SMALL else None
+        slots = slots_of(max(tensor.nbytes, self._size), group, self.capacity, self._buffer_bytes)
+        host = host_tensor((slots, *tensor.shape), tensor.dtype)
+        if tensor.fill is not None:
+            host.fill_(tensor.fill)
         with self._changed:
             self._check()
             self.slots = min(self.slots, slots)
-            self._tensors[name] = _Tensor(track, host, blank is not None, first)
-            self._events.append({"tensor": name, **track.describe()})
+            self._tensors[tensor.name] = _BufferedTensor(tensor, offset, host, first)
+            self._events.append(tensor_event(tensor, offset))
         return host
+
+    def _make_region(self, tensor: RecordedTensor) -> int:
+        """Return where the records of a tensor go, after the header."""
+        offset = self._end + -self._end % tensor.dtype.itemsize
+        self._end = offset + self.capacity * tensor.nbytes
+        if self._is_open_ended:
+            try:
+                os.ftruncate(self.output.fd, self._header + self._end)
+            except OSError as error:
+                raise StorageError(
+                    f"cannot make room for {tensor.name} in the trace {self.output.path}: {error.strerror}; "
+                    "say steps=, or choose another place with --out"
+                ) from None
+        else:
+            self.output.reserve(self._header + self._end)
+        return offset
 
     def _use_header(self, name: str) -> None:
         self._header_left -= len(json.dumps(name)) + HEADER_ENTRY
@@ -191,17 +198,15 @@ class StreamStorage:
             raise ConfigError(f"there is no room for {name} in the header: log fewer names, or with steps= known")
 
     def set_constant(self, name: str, value: Tensor) -> None:
-        value = value.detach().cpu().contiguous()
-        track = Track(value.dtype, tuple(value.shape), 0.0, None)
         self._use_header(name)
         with self._changed:
-            self._events.append({**track.describe(), "constant": name, "data": encode(bytes_of(value))})
+            self._events.append(constant_event(name, value.detach().cpu().contiguous()))
 
     def wait(self, record: int) -> None:
         if record >= self.capacity:
             raise StorageError(
-                f"the trace {self.claim.path} is full: it has the {self.capacity:,} records that the disk had room for "
-                "when it was begun; say steps= if you know it"
+                f"the trace {self.output.path} is full: it has the {self.capacity:,} records that the disk had room "
+                "for at the start; say steps= if you know it"
             )
         with self._changed:
             self.waits += record >= self.room
@@ -224,13 +229,13 @@ class StreamStorage:
             self._changed.notify_all()
 
     def _check(self) -> None:
-        """Raise what has befallen the writer."""
+        """Raise StorageError if the writer thread has failed."""
         if self._error is not None:
             safe = "nothing was committed yet"
             if self.committed:
                 safe = (
-                    f"{self.committed:,} records are safe in {self.claim.partial}, and become a shorter trace when the "
-                    "recording ends"
+                    f"{self.committed:,} records are safe in {self.output.partial}, and become a shorter trace when "
+                    "the recording ends"
                 )
             raise StorageError(f"{self.failure}; {safe}") from self._error
 
@@ -239,7 +244,7 @@ class StreamStorage:
         if self._error is None:
             return None
         reason = getattr(self._error, "strerror", None) or repr(self._error)
-        return f"writing the trace {self.claim.path} failed: {reason}"
+        return f"writing the trace {self.output.path} failed: {reason}"
 
     def settle(self, records: int) -> int:
         with self._changed:
@@ -250,17 +255,17 @@ class StreamStorage:
         return self.committed
 
     def save(self, metadata: Mapping[str, str], path: Path) -> None:
-        self.claim.is_worth_keeping = True
+        self.output.is_worth_keeping = True
         if metadata != self._metadata:
             self._journal.append({"metadata": dict(metadata)})
-        finish(self.claim.partial, path)
-        self.claim.is_worth_keeping = False
+        finish(self.output.partial, path)
+        self.output.is_worth_keeping = False
 
     def close(self) -> None:
         self.settle(self.committed)
         self._journal.close()
-        if not self.claim.is_worth_keeping:
-            journal_path(self.claim.partial).unlink(missing_ok=True)
+        if not self.output.is_worth_keeping:
+            journal_path(self.output.partial).unlink(missing_ok=True)
 
     # -----------------------------------------------------------------------------------------------------------------
     # The writer's side
@@ -286,40 +291,40 @@ class StreamStorage:
                 self._error = error
                 self._changed.notify_all()
 
-    def _commit(self, records: int, events: Sequence[dict[str, Any]], tensors: Mapping[str, _Tensor]) -> None:
+    def _commit(self, records: int, events: Sequence[dict[str, Any]], tensors: Mapping[str, _BufferedTensor]) -> None:
         for event in events:
             if event.get("offset") is not None:
-                self._write_blanks(tensors[event["tensor"]].track)
+                self._write_unwritten(tensors[event["tensor"]])
             self._journal.append(event)
         if records == self.committed:
             return
         sums, values = {}, {}
-        for name, tensor in tensors.items():
-            track = tensor.track
-            parts = list(tensor.parts(self.committed, records))
-            if track.offset is None:
+        for name, own in tensors.items():
+            parts = list(own.parts(self.committed, records))
+            if own.offset is None:
                 values[name] = encode(b"".join(map(bytes_of, parts)))
                 continue
-            at = self._header + track.offset + self.committed * track.size
+            at = self._header + own.offset + self.committed * own.tensor.nbytes
             for part in parts:
-                write_at(self.claim.fd, bytes_of(part), at)
+                write_at(self.output.fd, bytes_of(part), at)
                 at += part.nbytes
             sums[name] = encode(np.concatenate([checksums(part.view(len(part), -1)) for part in parts]).tobytes())
-        sync(self.claim.fd)
+        sync(self.output.fd)
         self._journal.append({"records": records, "crc32": sums, "values": values})
-        for tensor in tensors.values():
-            if tensor.is_blanked:
-                for part in tensor.parts(max(self.committed, tensor.first), records):
-                    part.fill_(tensor.track.blank)
+        for own in tensors.values():
+            if own.tensor.fill is not None:
+                for part in own.parts(max(self.committed, own.first), records):
+                    part.fill_(own.tensor.fill)
         with self._changed:
             self.committed = records
             self._changed.notify_all()
 
-    def _write_blanks(self, track: Track) -> None:
-        """Fill the records that were committed before the tensor was known; zeros are there already."""
-        if track.blank == 0 or track.offset is None:
+    def _write_unwritten(self, own: _BufferedTensor) -> None:
+        """Write the records that were committed before the tensor was known, unless they are zeros: the file is."""
+        tensor = own.tensor
+        if own.offset is None or tensor.is_zero_at_first:
             return
-        each = max(1, self._buffer_bytes // track.size)
-        for first in range(0, self.committed, each):
-            blanks = track.blanks(min(each, self.committed - first))
-            write_at(self.claim.fd, bytes_of(blanks), self._header + track.offset + first * track.size)
+        each = max(1, self._buffer_bytes // tensor.nbytes)
+        for low in range(0, self.committed, each):
+            records = tensor.unwritten(low, min(low + each, self.committed))
+            write_at(self.output.fd, bytes_of(records), self._header + own.offset + low * tensor.nbytes)

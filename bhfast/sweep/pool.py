@@ -133,7 +133,7 @@ class Crew:
         return self._signals[0] if self._signals else None
 
     def _work(self, number: int) -> None:
-        from bhfast.storage.claim import Claim
+        from bhfast.storage.output import OutputFile
 
         with ExitStack() as stack:
             while True:
@@ -146,7 +146,7 @@ class Crew:
                         worker = self._workers[number] = stack.enter_context(Worker())
                 outcome = self._run(worker, number, run)
                 if self._is_over and outcome["state"] != "done":  # it was ended, and is to be done again
-                    with suppress(StorageError), Claim(run.path, overwrite=True):
+                    with suppress(StorageError), OutputFile(run.path, overwrite=True):
                         pass
                     return
                 is_kept = outcome.pop("is_kept", False)

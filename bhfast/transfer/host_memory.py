@@ -1,4 +1,4 @@
-"""The host's memory for records, made ready in the background."""
+"""Host memory for records, prepared in the background."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from torch import Tensor
 
 PIN_PIECE = 64 << 20  # bytes pinned at once: other calls to the driver wait that long
 POPULATE_PIECE = 256 << 10  # bytes of pages taken at once: other changes to the address space wait that long
-PAGE = mmap.PAGESIZE
 
 
 def host_tensor(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -49,11 +48,11 @@ def split(host: Tensor, slots: Tensor, piece: int = PIN_PIECE) -> Iterator[tuple
         yield to[low - start : high - start], source[low - start : high - start]
 
 
-class Preparer:
-    """Makes host memory ready in the background, piece by piece, while the first steps run.
+class MemoryPreparer:
+    """Prepares host memory in the background, piece by piece, while the first steps run.
 
-    It pins memory that a GPU copies to, exactly as much as there is, or takes pages from the system before they are
-    written to (:func:`populate`). Memory that cannot be prepared is slower, but right.
+    It pins memory that a GPU copies to, or touches pages before the run writes to them (:func:`page_prefaulter`).
+    Memory that cannot be prepared works all the same, only more slowly.
 
     Args:
         prepare: called with an address and a number of bytes; returns an error, or None.
@@ -71,14 +70,14 @@ class Preparer:
         self._piece = piece
         self._changed = threading.Condition()
         self._queue: list[tuple[int, int, int]] = []  # a heap: offset in its tensor, address, size
-        self._at_hand: tuple[int, int, int] | None = None
+        self._current: tuple[int, int, int] | None = None
         self._done: list[int] = []
         self._closing = False
         self._thread = threading.Thread(target=self._work, name="bhfast-memory", daemon=True)
         self._thread.start()
 
     def add(self, tensor: Tensor) -> None:
-        """Prepare a tensor of :func:`host_tensor`; of all tensors the first piece, then the second, and so on."""
+        """Prepare a tensor of :func:`host_tensor`: the first piece of every tensor, then the second, and so on."""
         with self._changed:
             for offset in range(0, tensor.nbytes, self._piece):
                 size = min(self._piece, tensor.nbytes - offset)
@@ -86,11 +85,11 @@ class Preparer:
             self._changed.notify_all()
 
     def wait(self, tensor: Tensor) -> bool:
-        """Wait until the memory of ``tensor`` is ready, or cannot be; return whether there was a wait."""
+        """Wait until the memory of ``tensor`` is ready, or has failed to be; return whether there was a wait."""
         start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
 
         def is_pending() -> bool:
-            pieces = [*self._queue, self._at_hand] if self._at_hand else self._queue
+            pieces = [*self._queue, self._current] if self._current else self._queue
             return any(address < end and start < address + size for _, address, size in pieces)
 
         with self._changed:
@@ -100,7 +99,7 @@ class Preparer:
         return waits
 
     def close(self) -> None:
-        """Stop, and undo everything. Nothing may be copying to the memory any more."""
+        """Stop and undo everything. Nothing may be copying to the memory any more."""
         with self._changed:
             self._closing = True
             self._queue.clear()
@@ -116,14 +115,14 @@ class Preparer:
                     self._changed.wait()
                 if self._closing:
                     return
-                self._at_hand = heapq.heappop(self._queue)
-            _, address, size = self._at_hand
+                self._current = heapq.heappop(self._queue)
+            _, address, size = self._current
             try:
                 error = self._prepare(address, size)
             except Exception as unforeseen:
                 error = str(unforeseen)
             with self._changed:
-                self._at_hand = None
+                self._current = None
                 if error is None:
                     self._done.append(address)
                 else:
@@ -131,12 +130,12 @@ class Preparer:
                 self._changed.notify_all()
 
 
-def populator() -> Preparer:
-    """Return what takes the pages of host memory before the run writes to them, as a first write is slow.
+def page_prefaulter() -> MemoryPreparer:
+    """Return a preparer that touches pages of host memory before the run does, because the first write is slow.
 
-    It gives up silently where the system has no such call: Linux has it since 5.14.
+    Where the system has no such call it does nothing. Linux has it since 5.14.
     """
-    return Preparer(_populate, lambda address: None, POPULATE_PIECE)
+    return MemoryPreparer(_populate, lambda address: None, POPULATE_PIECE)
 
 
 def _populate(address: int, size: int) -> str | None:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bhfast.transfer.lanes import Lane, Ticket
+from bhfast.transfer.copy_stream import CopyStream, Ticket
 
 HALF_BYTES = 4 << 20  # large enough for the full bandwidth of the bus
 
@@ -28,37 +28,37 @@ class Ring:
     Record r of a tensor goes to slot ``r % (2 * half)``. Records are written in order, one after the other.
 
     Args:
-        lane: what carries the copies.
+        stream: carries the copies.
         half: how many records one half has.
-        first: the number of the record at hand when the ring is made.
+        first: the current record when the ring is made.
     """
 
-    def __init__(self, lane: Lane, half: int, first: int = 0) -> None:
-        self.lane = lane
+    def __init__(self, stream: CopyStream, half: int, first: int = 0) -> None:
+        self.stream = stream
         self.half = half
         self.landed = 0  # records that are known to be on the host
-        self._tracks: list[_Track] = []
+        self._tensors: list[_RingTensor] = []
         self._start = first - first % half  # the first record of the half that is being filled
         self._sent = self._start  # records that are on the host, or on their way
         self._tickets: deque[tuple[int, Ticket]] = deque()  # the copies under way, and where each ends
         self._last: Ticket | None = None  # of the last copy
         self._before: Ticket | None = None  # of the last copy out of the other half
 
-    def add(self, host: Tensor, device: torch.device, blank: float | None = None) -> Tensor:
-        """Return slots for the records that shall go to ``host``, from the half that is now being filled.
+    def add(self, host: Tensor, device: torch.device, fill: float | None = None) -> Tensor:
+        """Return slots for records that go to ``host``, starting with the half that is being filled.
 
         Args:
-            host: ``[records, ...]``, or a ring itself, whose length is a multiple of ``half``; what it holds of that
-                half already stays, unless it is recorded anew.
-            blank: what records hold that are not written; None if every one is.
+            host: ``[records, ...]``, or a ring of its own whose length is a multiple of ``half``. What it already
+                holds of that half stays, unless it is recorded again.
+            fill: what a record holds if nothing is written to it; None if every record is written.
         """
         slots = torch.empty((2 * self.half, *host.shape[1:]), dtype=host.dtype, device=device)
         at = self._start % len(host)
         now = host[at : at + self.half]
         first = self._start % (2 * self.half)
         slots[first : first + len(now)] = now.to(device)
-        self._tracks.append(_Track(host, slots, blank))
-        self.lane.add(host)
+        self._tensors.append(_RingTensor(host, slots, fill))
+        self.stream.add(host)
         return slots
 
     @property
@@ -67,16 +67,16 @@ class Ring:
         return self._start + self.half
 
     def send(self, records: int) -> Ticket | None:
-        """Send all records below ``records``, of the half at hand, to the host; return the ticket of the last copy."""
+        """Send all records below ``records``, of the current half, to the host; return the ticket of the last copy."""
         while self._tickets and self._tickets[0][1].query():
             self.landed = self._tickets.popleft()[0]
         if records > self._sent:
             first, count = self._sent % (2 * self.half), records - self._sent
             pairs = []
-            for host, slots, _ in self._tracks:
+            for host, slots, _ in self._tensors:
                 at = self._sent % len(host)
                 pairs.append((host[at : at + count], slots[first : first + count]))
-            self._last = self.lane.copy(pairs)
+            self._last = self.stream.copy(pairs)
             self._tickets.append((records, self._last))
             self._sent = records
         return self._last
@@ -85,23 +85,23 @@ class Ring:
         """Send what is left of the full half, and make the other one ready to be written to."""
         self.send(self.room)
         if self._before is not None:
-            self.lane.hold(self._before)
+            self.stream.hold(self._before)
         self._before = self._last
         self._start += self.half
         first = self._start % (2 * self.half)
-        for track in self._tracks:
-            if track.blank is not None:
-                track.slots[first : first + self.half].fill_(track.blank)
+        for tensor in self._tensors:
+            if tensor.fill is not None:
+                tensor.slots[first : first + self.half].fill_(tensor.fill)
 
     def drain(self, records: int) -> None:
         """Bring everything up to ``records`` records to the host, and wait for it."""
-        self.lane.drain()
+        self.stream.drain()
         self.send(records)
-        self.lane.drain()
+        self.stream.drain()
         self.landed = self._sent
 
 
-class _Track(NamedTuple):
+class _RingTensor(NamedTuple):
     host: Tensor  # [records, ...]
     slots: Tensor  # [2 * half, ...]
-    blank: float | None
+    fill: float | None

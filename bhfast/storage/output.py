@@ -1,4 +1,4 @@
-"""The claim to a trace file, against other runs."""
+"""The file that a run writes, locked against other runs."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from bhfast.storage.files import journal_path
 from bhfast.trace.format import format_bytes
 
 
-class Claim:
-    """A trace file that this run will write: ``NAME.partial``, locked against other runs.
+class OutputFile:
+    """The trace file of a run while it grows: ``NAME.partial``, locked against other runs.
 
-    Entering creates it. ``NAME`` itself is not touched before the trace is complete. Leaving removes ``NAME.partial``,
-    if nothing in it is worth keeping.
+    Entering creates it. ``NAME`` itself stays untouched until the trace is complete. Leaving removes ``NAME.partial``
+    unless something in it is worth keeping.
 
     Args:
         path: the final name.
-        overwrite: whether ``NAME``, and a ``NAME.partial`` that an earlier run left, may be replaced.
+        overwrite: whether to replace an existing ``NAME``, and a ``NAME.partial`` left by an earlier run.
 
     Attributes:
-        is_worth_keeping: whether ``NAME.partial`` can be recovered, and must stay if it could not be finished.
+        fd: of ``NAME.partial``, open for reading and writing.
+        is_worth_keeping: whether ``NAME.partial`` can be recovered, so that it must stay if it could not be finished.
 
     Raises:
         StorageError: on entering, if ``NAME`` or ``NAME.partial`` exists, or the folder is not writable.
@@ -37,7 +38,7 @@ class Claim:
         self.overwrite = overwrite
         self.is_worth_keeping = False
 
-    def __enter__(self) -> Claim:
+    def __enter__(self) -> OutputFile:
         if self.path.is_dir():
             raise StorageError(f"cannot write the trace {self.path}: it is a folder; name a file with --out")
         if self.path.exists() and not self.overwrite:
@@ -70,7 +71,7 @@ class Claim:
         return fd
 
     def reserve(self, size: int) -> None:
-        """Reserve ``size`` bytes of disk in all, so that the trace cannot fail for want of space.
+        """Reserve ``size`` bytes of disk in total, so that the trace cannot run out of space.
 
         Raises:
             StorageError: the disk is too small.
@@ -81,7 +82,7 @@ class Claim:
                 f"{format_bytes(free)} free; free some, choose another place with --out, or record less with "
                 "--record-every or --steps"
             )
-        if size and hasattr(os, "posix_fallocate"):  # which takes no 0
+        if size and hasattr(os, "posix_fallocate"):  # it refuses 0
             try:
                 os.posix_fallocate(self.fd, 0, size)
             except OSError as error:
@@ -91,14 +92,14 @@ class Claim:
                 ) from None
 
     def free(self) -> int:
-        """Return how many bytes of disk there are for the trace, what it has already included."""
+        """Return how many bytes of disk the trace can use, including those it has."""
         return shutil.disk_usage(self.path.parent).free + os.fstat(self.fd).st_blocks * 512
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if not self.is_worth_keeping:
-            with contextlib.suppress(FileNotFoundError):  # gone if it was finished
+            with contextlib.suppress(FileNotFoundError):  # renamed if it was finished
                 self.partial.unlink()
         os.close(self.fd)
 

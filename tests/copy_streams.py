@@ -20,7 +20,7 @@ class ThreadTicket:
         return self.done.is_set()
 
 
-class SlowLane:
+class SlowCopyStream:
     """Copies late, and in order. On a CPU the computation is the caller, so ``hold`` blocks it.
 
     Attributes:

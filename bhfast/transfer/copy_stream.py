@@ -9,23 +9,23 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bhfast.transfer.host_memory import PIN_PIECE, Preparer, split
+from bhfast.transfer.host_memory import PIN_PIECE, MemoryPreparer, split
 
 
 class Ticket(Protocol):
-    """Stands for copies that were asked for. Torch's CUDA events are tickets."""
+    """A group of copies under way. torch's CUDA events are tickets."""
 
     def query(self) -> bool:
         """Whether they are done."""
         ...
 
 
-class Lane(Protocol):
-    """Carries copies from a device to the host beside the computation, in the order they are asked for."""
+class CopyStream(Protocol):
+    """Copies from a device to the host beside the computation, in the order of the calls."""
 
     @property
     def waits(self) -> int:
-        """How often the computation had to wait: for a copy out of a slot it needs, or for memory to copy to.
+        """How often the computation had to wait: for a copy out of a slot that it needs, or for pinned memory.
 
         Complete after :meth:`drain`.
         """
@@ -48,14 +48,14 @@ class Lane(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of the host tensors, when nothing is being copied any more."""
+        """Release the host tensors. Nothing may be copying any more."""
         ...
 
 
-class Meetings:
-    """Counts how often the computation came to a place before the copy it needs was done.
+class StallCounter:
+    """Counts how often the computation had to wait for a copy.
 
-    The host is far ahead of the device: only when both events of a meeting are over can it know which came first.
+    The host runs far ahead of the device. Only when both events of a pair are over can it tell which came first.
     """
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class Meetings:
         self._ahead: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
     def add(self, arrived: torch.cuda.Event, copied: torch.cuda.Event) -> None:
-        """Note a meeting to come, and settle those that are over."""
+        """Add a pair of events to come, and count the pairs that are over."""
         self.settle()
         self._ahead.append((arrived, copied))
 
@@ -76,15 +76,15 @@ class Meetings:
         return len(self._ahead)
 
 
-class CudaLane:
+class CudaCopyStream:
     """A side stream, and host memory that is pinned in the background."""
 
     def __init__(self, device: torch.device) -> None:
         self._waits_for_memory = 0
         self.device = device
         self.stream = torch.cuda.Stream(device)
-        self._meetings = Meetings()
-        self.pinner = Preparer(_cuda_register, torch.cuda.cudart().cudaHostUnregister, PIN_PIECE)
+        self._stalls = StallCounter()
+        self.pinner = MemoryPreparer(_cuda_register, torch.cuda.cudart().cudaHostUnregister, PIN_PIECE)
 
     def add(self, host: Tensor) -> None:
         self.pinner.add(host)
@@ -102,24 +102,24 @@ class CudaLane:
     def hold(self, ticket: Ticket) -> None:
         assert isinstance(ticket, torch.cuda.Event)
         stream = torch.cuda.current_stream(self.device)
-        self._meetings.add(stream.record_event(torch.cuda.Event(enable_timing=True)), ticket)
+        self._stalls.add(stream.record_event(torch.cuda.Event(enable_timing=True)), ticket)
         stream.wait_event(ticket)
 
     @property
     def waits(self) -> int:
-        return self._waits_for_memory + self._meetings.waits
+        return self._waits_for_memory + self._stalls.waits
 
     def drain(self) -> None:
         torch.cuda.synchronize(self.device)
-        self._meetings.settle()
+        self._stalls.settle()
 
     def close(self) -> None:
         self.pinner.close()
 
 
-def make_lane(device: torch.device) -> Lane | None:
-    """Return a new lane from ``device``; None if what is on it can be recorded in the host's memory at once."""
-    return CudaLane(device) if device.type == "cuda" else None
+def make_copy_stream(device: torch.device) -> CopyStream | None:
+    """Return a new copy stream from ``device``; None if the host reads its memory directly."""
+    return CudaCopyStream(device) if device.type == "cuda" else None
 
 
 def _cuda_register(address: int, size: int) -> str | None:

@@ -1,0 +1,60 @@
+"""Steps that a ``torch.amp.GradScaler`` performs: whether it skipped one, and what it scaled gradients by.
+
+A scaler has no hooks. So while a recorder is open, ``GradScaler.step`` is replaced by a function that tells the
+optimizer's recorder about the step, and otherwise does what the original does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+from torch.amp.grad_scaler import GradScaler
+
+from bhfast.recording.fields import unwrapped
+
+ScaledStep = Callable[[GradScaler, Callable[[], Any]], Any]
+
+_listeners: dict[int, ScaledStep] = {}  # by the id of an optimizer
+_original = GradScaler.step
+
+
+@wraps(_original)
+def _step(self: GradScaler, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+    def proceed() -> Any:
+        return _original(self, optimizer, *args, **kwargs)
+
+    listener = _listeners.get(id(unwrapped(optimizer)))
+    return proceed() if listener is None else listener(self, proceed)
+
+
+@contextmanager
+def scaled_steps(optimizer: torch.optim.Optimizer, listener: ScaledStep) -> Iterator[None]:
+    """Inside the block, call ``listener(scaler, proceed)`` in place of each ``scaler.step(optimizer)``.
+
+    Args:
+        optimizer: without wrappers.
+        listener: calls ``proceed()``, and returns its result.
+    """
+    _listeners[id(optimizer)] = listener
+    GradScaler.step = _step  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        _listeners.pop(id(optimizer), None)
+        if not _listeners and GradScaler.step is _step:
+            GradScaler.step = _original  # type: ignore[method-assign]
+
+
+def unscaled(grad: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
+    """Return a gradient without its loss scale, as ``GradScaler.unscale_`` computes it.
+
+    Args:
+        grad: floating point ``[...]``.
+        scale: float32 scalar. Its reciprocal is rounded to float32 once, the product to the gradient's dtype.
+    """
+    inverse = torch.as_tensor(scale, device=grad.device).double().reciprocal().float()
+    return (grad.float() * inverse).to(grad.dtype) if grad.dtype != torch.float64 else grad * inverse
