@@ -12,13 +12,14 @@ import torch
 from copy_streams import SlowCopyStream
 from torch import nn
 
-from bhfast.errors import BhfastError, ConfigError, StorageError
+from bhfast.errors import BhfastError, ConfigError, RecordingWarning, StorageError
 from bhfast.ops.checks import FIELDS
 from bhfast.optim import FusedAdam
 from bhfast.recording.hooks import OptimizerFollower
 from bhfast.recording.recorder import Recorder
 from bhfast.recording.slots import RecordSlots
 from bhfast.trace import open_trace
+from bhfast.verify import verify
 
 OPTIMIZERS = {
     "FusedAdam": lambda p: FusedAdam(p, max_grad_norm=0.1),
@@ -348,20 +349,62 @@ def test_says_what_it_cannot_record(tmp_path: Path) -> None:
         Recorder(sgd, {"w": model.weight}, steps=1, path=tmp_path / "a", fields=["exp_avg"]),
     ):
         train_step(model, sgd)
+
+
+def test_recording_stops_after_the_steps_that_were_announced(tmp_path: Path) -> None:
+    model = linear()
     adam = FusedAdam(model.parameters())
     with (
-        pytest.raises(BhfastError, match="parameter w has no gradient at step 1"),
-        Recorder(adam, {"w": model.weight}, steps=1, path=tmp_path / "b"),
-    ):
-        adam.zero_grad()
-        adam.step()
-    with (
         pytest.raises(BhfastError, match="opened for 1 steps; open it with a larger steps="),
-        Recorder(adam, {"w": model.weight}, steps=1, path=tmp_path / "d"),
+        Recorder(adam, {"w": model.weight}, steps=1, path=tmp_path / "strict", strict=True),
     ):
         train_step(model, adam)
         train_step(model, adam)
-    assert open_trace(tmp_path / "d").steps.tolist() == [0, 1]
+    assert open_trace(tmp_path / "strict").steps.tolist() == [0, 1]
+    with (
+        pytest.warns(RecordingWarning, match="recording stopped after step 1, the last one announced with steps="),
+        Recorder(adam, {"w": model.weight}, steps=1, path=tmp_path / "d") as recorder,
+    ):
+        recorder.log(loss=train_step(model, adam))
+        wanted = model.weight.detach().clone()
+        for _ in range(3):
+            recorder.log(loss=train_step(model, adam) + 100)
+    trace = open_trace(tmp_path / "d")
+    assert trace.steps.tolist() == [0, 1]
+    assert torch.equal(trace["w"][1], wanted)
+    assert not torch.equal(model.weight, wanted)
+    assert trace["loss"][1] < 100
+    assert verify(tmp_path / "d").replayed == 1
+
+
+@pytest.mark.parametrize("optimizer_class", [FusedAdam, torch.optim.AdamW, torch.optim.SGD])
+def test_a_missing_gradient_is_zeros_and_said_to_be_missing(optimizer_class, tmp_path: Path) -> None:
+    model = linear()
+    optimizer = optimizer_class(model.parameters(), lr=0.1)
+    has_grad, weights = [], []
+    with (
+        pytest.warns(
+            RecordingWarning, match="parameter b has no gradient at step 1: zeros are recorded, and b.has_grad"
+        ) as warned,
+        Recorder(optimizer, {"w": model.weight, "b": model.bias}, steps=6, path=tmp_path / "t") as recorder,
+    ):
+        for step in range(1, 7):
+            model(torch.randn(2, 5).bfloat16()).sum().backward()
+            has_grad.append(step % 3 != 1)
+            if not has_grad[-1]:
+                model.bias.grad = None
+            optimizer.step()
+            weights.append([x.detach().clone() for x in (model.bias, model.weight, model.weight.grad)])
+            optimizer.zero_grad()
+            recorder.log(loss=step)
+    assert len(warned) == 1
+    trace = open_trace(tmp_path / "t")
+    assert "w.has_grad" not in trace
+    assert trace["b.has_grad"].dtype == torch.bool
+    assert trace["b.has_grad"].tolist() == [False, *has_grad]
+    assert [bool(grad.any()) for grad in trace["b.grad"][1:]] == has_grad
+    for record, wanted in enumerate(weights, start=1):
+        assert all(torch.equal(trace[n][record], x) for n, x in zip(("b", "w", "w.grad"), wanted, strict=True))
 
 
 def test_refuses_to_log_under_a_taken_name_or_in_another_shape(tmp_path: Path) -> None:

@@ -63,7 +63,5 @@ def test_adamw_at_beta1_zero_is_not_known_to_the_bit(beta1: float, arithmetic: s
     assert (told["reason"] == "at betas[0] = 0 the sign that torch's AdamW gives a zero depends on where it lies") == (
         arithmetic is None
     )
-    assert (
-        OptimizerDescription(FusedAdam(params.values(), betas=(beta1, 0.999))).describe(params, keys)["arithmetic"]
-        == "per-op"
-    )
+    fused = FusedAdam(params.values(), betas=(beta1, 0.999))
+    assert OptimizerDescription(fused).describe(params, keys)["arithmetic"] == "per-op"

@@ -91,7 +91,7 @@ def test_auto_streams_what_outgrows_memory_and_says_why(tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize("every", [1, 3])
 def test_streams_through_a_ring(every: int, tmp_path: Path, monkeypatch) -> None:
-    """As on a GPU: a slow copy stream to the host, a slow disk, tensors of very different sizes, buffers of few records."""
+    """As on a GPU: a slow copy stream, a slow disk, tensors of very different sizes, buffers of few records."""
     streams = []
 
     class RingSlots(RecordSlots):

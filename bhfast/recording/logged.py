@@ -43,7 +43,7 @@ def as_tensors(values: Mapping[str, Any], known: Mapping[str, RecordedTensor | T
 
 def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return values and those in nested mappings, whose names are joined with dots."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in values.items():
         found |= flattened(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
     return found
