@@ -1,0 +1,81 @@
+"""The truth in any loop: what is recorded of every optimizer in every framework is what a plain copy holds."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from matrix_run import FRAMEWORKS, OPTIMIZERS, OVERFLOW, STEPS, record, record_distributed
+from torch import Tensor
+
+from bhfast.trace import open_trace
+from bhfast.verify import verify
+
+CELLS = [(optimizer, framework) for framework in FRAMEWORKS for optimizer in OPTIMIZERS]
+DISTRIBUTED = [cell for cell in CELLS if FRAMEWORKS[cell[1]].processes > 1]
+DTENSOR = ("FSDP2", "FSDP2, accumulation, clipping", "tensor parallel")
+REFUSED = {
+    **{(o, "FSDP1"): "FullyShardedDataParallel keeps flat shards in place of parameters" for o in OPTIMIZERS},
+    **{("FusedAdam", f): "FusedAdam does not take DTensor parameters" for f in DTENSOR},
+}
+
+
+def bits(value: Tensor) -> Tensor:
+    return value.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def compare(path: Path, wanted: list[dict[str, Tensor]]) -> None:
+    """Records 1 and following hold the wanted values, bit for bit; two NaN are equal."""
+    trace = open_trace(path)
+    names = {name for values in wanted for name in values}
+    own = {"recorded_steps", "learning_rates", "more.step", "clip_coefs", "skipped"}
+    assert set(trace) - own == names
+    assert trace.steps.tolist() == list(range(STEPS + 1))
+    for name in names:
+        recorded = trace[name][:]
+        for number, values in enumerate(wanted, start=1):
+            value = values.get(name, torch.zeros_like(recorded[number]))
+            assert recorded[number].dtype == value.dtype, name
+            same = torch.equal(bits(recorded[number]), bits(value))
+            assert same or torch.equal(recorded[number].nan_to_num(), value.nan_to_num()), (name, number)
+
+
+@pytest.fixture(scope="module")
+def distributed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("distributed")
+    record_distributed(DISTRIBUTED, folder)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of torch, about fused and compiled optimizers
+@pytest.mark.parametrize(("optimizer", "framework"), CELLS, ids=lambda name: name.replace(" ", "_"))
+def test_cell(optimizer: str, framework: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    if FRAMEWORKS[framework].processes == 1:
+        path = tmp_path / "t.safetensors"
+        wanted = record(optimizer, framework, path)
+    else:
+        where = request.getfixturevalue("distributed") / str(DISTRIBUTED.index((optimizer, framework)))
+        path, wanted = where / "t.safetensors", torch.load(where / "wanted-0")
+        others = torch.load(where / "wanted-1")
+        if isinstance(wanted, list):
+            assert torch.equal(wanted[1]["up.weight.grad"], others[1]["up.weight.grad"]), "reduced on every rank"
+            assert not torch.equal(wanted[1]["loss"], others[1]["loss"]) or "tensor" in framework, "different data"
+    if (optimizer, framework) in REFUSED:
+        assert isinstance(wanted, str)
+        assert REFUSED[optimizer, framework] in wanted
+        return
+    assert isinstance(wanted, list), wanted
+    index = path.with_name(path.name + ".index.json")
+    path = index if index.exists() else path
+    compare(path, wanted)
+    trace = open_trace(path)
+    if FRAMEWORKS[framework].scales:
+        assert trace["skipped"].tolist() == [step == OVERFLOW for step in range(STEPS + 1)]
+    if FRAMEWORKS[framework].clips:
+        coefs = trace["clip_coefs"][1:]
+        assert ((coefs > 0) & (coefs < 1)).any()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert verify(path).difference is None
