@@ -13,8 +13,8 @@ import torch
 from bhfast.errors import TraceError
 from bhfast.storage.claim import Claim
 from bhfast.storage.memory import write_trace
-from bhfast.trace import Trace, TraceTensor, open_trace
-from bhfast.trace.sharded import INDEX_FORMAT, ShardedTensor, open_index
+from bhfast.trace import ShardedTensor, Trace, TraceTensor, open_trace
+from bhfast.trace.sharded import INDEX_FORMAT, open_index
 
 FILES = ["run-00001-of-00002.safetensors", "run-00002-of-00002.safetensors"]
 

@@ -121,7 +121,7 @@ def test_a_run_of_some_steps_has_its_checksums_compared(text: str, tmp_path: Pat
     path = tmp_path / "t"
     train(TrainConfig(steps=9, record_every=3, corpus=text, out=str(path), device="cpu", quiet=True))
     reason = "a replay needs every step, and this run recorded some (--record-every)"
-    assert verify(path) == module.Verification(replayed=0, hindrance=reason, difference=None)
+    assert verify(path) == module.Verification(replayed=0, reason=reason, difference=None)
     assert main([str(path)]) == 0
     assert "a replay needs every step" in capsys.readouterr().out
     flip(path, "momentum", 2, 3, 4, bit=0)
