@@ -109,10 +109,14 @@ def test_any_safetensors_reader_opens_every_recording(options: dict[str, Any], t
 def test_golden_bytes() -> None:
     entries = place({"b": torch.ones(2, 2).bfloat16(), "a": torch.ones(16)})
     header = encode_header(entries, {"k": "v"})
-    text = (
-        b'{"__metadata__":{"k":"v"},"a":{"dtype":"F32","shape":[16],"data_offsets":[0,64]},'
-        b'"b":{"dtype":"BF16","shape":[2,2],"data_offsets":[64,72]}}'
+    canonical = (
+        b'{"__metadata__":{"k":"v"},"a":{"data_offsets":[0,64],"dtype":"F32","shape":[16]},'
+        b'"b":{"data_offsets":[64,72],"dtype":"BF16","shape":[2,2]}}'
     )
+    text = (
+        b'{"__metadata__":{"k":"v","header_crc32":"%08x"},"a":{"dtype":"F32","shape":[16],"data_offsets":[0,64]},'
+        b'"b":{"dtype":"BF16","shape":[2,2],"data_offsets":[64,72]}}'
+    ) % zlib.crc32(canonical)
     padding = b" " * (-(8 + len(text)) % 64)
     assert header == struct.pack("<Q", len(text) + len(padding)) + text + padding
     assert list(entries) == ["a", "b"]
@@ -314,7 +318,7 @@ def header_file(path: Path, header: object, data: bytes = b"") -> Path:
         (b"1234", "is not a safetensors file: it has 4 bytes"),
         (b"this is a text, not a trace", "is not a safetensors file: its header would have"),
         ((500).to_bytes(8, "little") + b"{}", "is truncated: its header ends at byte 508, the file at 10"),
-        ((2).to_bytes(8, "little") + b"[]", "its header is no JSON object"),
+        ((2).to_bytes(8, "little") + b"[]", "its header is not a JSON object"),
         ((3).to_bytes(8, "little") + b"{x}", "its header is not valid JSON"),
         ((2).to_bytes(8, "little") + b"\xff\xfe", "its header is not valid JSON"),
     ],

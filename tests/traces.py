@@ -1,14 +1,21 @@
-"""Trace files: a small one to write, and comparing two."""
+"""Trace files: small ones to write and to change, and comparing two."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
+from bhfast.optim import FusedAdam
+from bhfast.recording.recorder import Recorder
 from bhfast.storage.claim import Claim
 from bhfast.storage.memory import write_trace
 from bhfast.trace import open_trace
+from bhfast.trace.format import HEADER_CHECKSUM, header_checksum
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -27,6 +34,43 @@ def write(path: Path, **options: bool) -> None:
     with Claim(path, **options) as claim:
         claim.reserve(1000)
         write_trace(claim, tensors(), {"config": '{"steps": 2}'}, path)
+
+
+def record(
+    path: Path, make: Any = FusedAdam, *, steps: int = 6, dtype: torch.dtype = torch.bfloat16, **more: Any
+) -> None:
+    """Record some steps of two parameters, ``w`` of 5 x 4 and ``b`` of 3, which a replay can verify."""
+    torch.manual_seed(0)
+    params = {"w": nn.Parameter(torch.randn(5, 4).to(dtype)), "b": nn.Parameter(torch.randn(3).to(dtype))}
+    optimizer = make(params.values())
+    with Recorder(optimizer, params, steps=steps, path=path, **more) as recorder:
+        for step in range(steps):
+            for param in params.values():
+                param.grad = torch.randn(param.shape).to(dtype)
+            optimizer.step()
+            recorder.log(loss=torch.tensor(step / 7))
+
+
+def rewrite(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a file with these tensors and metadata, and checksums that hold."""
+    own = {key: text for key, text in metadata.items() if not key.startswith("crc32")}
+    with Claim(path, overwrite=True) as claim:
+        write_trace(claim, {name: x.contiguous() for name, x in tensors.items()}, own, path)
+
+
+def split(content: bytes) -> tuple[dict[str, Any], bytes]:
+    """Return the header of a file, and its data."""
+    length = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
+def joined(header: object, data: bytes, *, is_sealed: bool = False) -> bytes:
+    """Return a file with this header, as JSON or as it is, and data; ``is_sealed``: with a checksum that holds."""
+    if is_sealed:
+        assert isinstance(header, dict)
+        header["__metadata__"][HEADER_CHECKSUM] = header_checksum(header)
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
 
 
 def assert_same_data(one: Path, other: Path) -> None:
