@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import json
+import operator
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -91,6 +96,10 @@ INDICES = [
     (0, slice(7, 11), slice(2, 5)), (slice(None), slice(8, 3)),
     (slice(None), slice(None, None, 2)), (slice(2), [0, 10, 6]), [0, 20, 7],
     torch.tensor([4, 4]), (..., 3), (2, ..., 1), (slice(None), 10, 5), (), None,
+    np.int64(4), (np.int32(-2), np.int64(3)), torch.tensor(5), (torch.tensor(-1), torch.tensor(2)),
+    ([0, 20, 7], 3), ([0, 20, 7], slice(2, 9)), ([0, 1, 2], [3, 9, 10]), ([1, 2], slice(None), [0, 5]), (4, [0, 10]),
+    torch.arange(21) % 2 == 0, np.arange(3), [], torch.tensor([[1, 2], [3, 4]]), True, False, (True, 3), range(3, 7),
+    torch.ones(21, 11, dtype=torch.bool), torch.zeros(21, 11, 6, dtype=torch.bool),
 ]  # fmt: skip
 
 
@@ -120,17 +129,90 @@ def test_a_row_is_read_from_its_own_file_only(sharded: Path) -> None:
     assert touched == [1]
 
 
+REFUSED = [
+    operator.add, operator.sub, operator.mul, operator.truediv, operator.floordiv, operator.mod, operator.pow,
+    operator.matmul, operator.and_, operator.or_, operator.xor, operator.lshift, operator.rshift,
+    operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("operation", REFUSED, ids=lambda x: x.__name__)
+def test_refuses_to_compute(operation: Callable[..., Any], sharded: Path) -> None:
+    tensor = open_trace(sharded)["grid"]
+    for other in (1, 2.5, torch.ones(4), np.ones(4), tensor, tensor[:]):
+        for one, another in ((tensor, other), (other, tensor)):
+            with pytest.raises(TypeError) as error:
+                operation(one, another)
+            assert "sharded tensor" in str(error.value)
+            assert "index it first" in str(error.value)
+
+
+@pytest.mark.parametrize("function", [torch.equal, torch.add, torch.allclose, torch.where])
+def test_torch_functions_refuse_it(function: Callable[..., Any], sharded: Path) -> None:
+    tensor = open_trace(sharded)["grid"]
+    for arguments in ((tensor, tensor[:]), (tensor[:], tensor), (tensor, tensor)):
+        with pytest.raises(TypeError, match=f"{function.__name__} does not take a sharded tensor: index it first"):
+            function(*arguments)
+
+
+@pytest.mark.parametrize("operation", [operator.iadd, operator.isub, operator.imul, operator.ior, operator.imatmul])
+def test_refuses_to_compute_in_place(operation: Callable[..., Any], sharded: Path) -> None:
+    with pytest.raises(TypeError, match=r"a sharded tensor has no __i.*__: index it first"):
+        operation(open_trace(sharded)["grid"], 1)
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [operator.neg, abs, operator.invert, bool, int, float, torch.sum, torch.isnan, lambda x: 1 in x],
+)
+def test_refuses_to_compute_alone(operation: Callable[[Any], Any], sharded: Path) -> None:
+    with pytest.raises(TypeError, match=r"sharded tensor.*index it first"):
+        operation(open_trace(sharded)["grid"])
+
+
+def test_cannot_be_written_to(sharded: Path) -> None:
+    tensor = open_trace(sharded)["grid"]
+    with pytest.raises(TypeError, match="a sharded tensor has no __setitem__: index it first"):
+        tensor[0] = 1
+    with pytest.raises(AttributeError, match=r"a sharded tensor has no clamp: index it first, tensor\[...\]\.clamp"):
+        tensor.clamp(min=0)
+    assert not hasattr(tensor, "sum")
+
+
+def test_reading_it_as_a_whole(sharded: Path, whole: Trace) -> None:
+    tensor, wanted = open_trace(sharded)["grid"], whole["grid"]
+    assert torch.equal(torch.stack(list(tensor)), wanted)
+    assert (np.asarray(tensor) == wanted.numpy()).all()
+    assert np.asarray(tensor, dtype=np.float64).dtype == np.float64
+    assert np.allclose(tensor, wanted.numpy())
+    assert torch.equal(tensor.float(), wanted)
+    assert torch.equal(open_trace(sharded)["wte.weight"].float(), whole["wte.weight"].float())
+    buffer = io.BytesIO()
+    torch.save(tensor, buffer)
+    for copied in (
+        copy.deepcopy(tensor),
+        pickle.loads(pickle.dumps(tensor)),
+        torch.load(io.BytesIO(buffer.getvalue())),
+    ):
+        assert torch.equal(copied, wanted)
+    assert {tensor: 1}[tensor] == 1
+
+
 def test_looks_like_a_tensor(sharded: Path) -> None:
     trace = open_trace(sharded)
     tensor = trace["wte.weight"]
     assert (len(tensor), tensor.dim(), tensor.shape, tensor.dtype) == (21, 3, (21, 11, 6), torch.bfloat16)
+    assert (tensor.ndim, tensor.size(), tensor.size(1), tensor.numel()) == (3, (21, 11, 6), 11, 21 * 11 * 6)
+    assert repr(tensor) == "ShardedTensor([21, 11, 6], torch.bfloat16, 2 parts)"
     assert tensor.numpy().shape == (21, 11, 6)
     assert "wte.weight       BF16  [21, 11, 6]" in repr(trace)
     assert "21 records, steps 0 to 20" in repr(trace)
     with pytest.raises(IndexError, match="index 21 is out of bounds for 21 records"):
         tensor[21]
-    with pytest.raises(IndexError):
+    with pytest.raises(IndexError, match="index 11 is out of bounds for axis 1, which has 11"):
         tensor[0, 11]
+    with pytest.raises(IndexError):
+        tensor[[0, 21]]
 
 
 def test_files_of_different_lengths_are_read_up_to_the_shortest(sharded: Path, tmp_path: Path) -> None:
@@ -186,6 +268,15 @@ def test_refuses_a_damaged_index(change, message, sharded: Path, tmp_path: Path)
     index.write_text(change(index.read_text()))
     with pytest.raises(TraceError, match=message):
         open_trace(index)
+
+
+def test_parts_have_one_dtype(sharded: Path, tmp_path: Path) -> None:
+    for path in sharded.parent.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    second = open_trace(tmp_path / FILES[1])
+    write(tmp_path / FILES[1], {**second, "grid": second["grid"].double()})
+    with pytest.raises(TraceError, match="the parts of grid have different dtypes"):
+        open_trace(tmp_path / sharded.name)
 
 
 def test_a_missing_index_is_named(tmp_path: Path) -> None:

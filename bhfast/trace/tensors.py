@@ -20,6 +20,8 @@ class TraceTensor(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not all(issubclass(kind, Tensor) for kind in types):
+            return NotImplemented  # a sharded tensor explains itself
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
         return result.as_subclass(cls) if func is Tensor.__getitem__ else result
