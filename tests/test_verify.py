@@ -199,7 +199,7 @@ def without_header_checksum(header: dict[str, Any]) -> None:
         without_header_checksum,
         lambda header: header["__metadata__"].pop("seed"),
         lambda header: header["loss"].update(dtype="I32"),
-        lambda header: header["w"].update(shape=[7, 4, 5]),
+        lambda header: header["w"].update(shape=[7, 8, 5]),
         lambda header: header.update(lost=header.pop("loss")),
         more_of_nothing,
     ],
@@ -445,7 +445,7 @@ def index(recorded: Path) -> Path:
     files = [f"run-0000{i}-of-00002.safetensors" for i in (1, 2)]
     alone = json.dumps({**trace.optimizer, "params": {"w": trace.optimizer["params"]["w"]}})
     for file, rows, offset in ((files[0], slice(0, 3), 0), (files[1], slice(3, 5), 3)):
-        shard = {"index": path.name, "tensors": {name: {"shape": [5, 4], "offset": [offset, 0]} for name in shared}}
+        shard = {"index": path.name, "tensors": {name: {"shape": [5, 8], "offset": [offset, 0]} for name in shared}}
         tensors = {name: x[:, rows] if name in shared else x for name, x in trace.items()}
         own = {name: x for name, x in tensors.items() if name in (*shared, "recorded_steps")}
         metadata = {**trace.metadata, "shard": json.dumps(shard)}
@@ -454,13 +454,13 @@ def index(recorded: Path) -> Path:
         else:
             rewrite(path.with_name(file), tensors, metadata)
     parts = [
-        {"file": file, "offset": [0, offset, 0], "shape": [7, rows, 4]}
+        {"file": file, "offset": [0, offset, 0], "shape": [7, rows, 8]}
         for file, offset, rows in ((files[0], 0, 3), (files[1], 3, 2))
     ]
     content = {
         "metadata": {"format": INDEX_FORMAT},
         "weight_map": dict.fromkeys(trace, files[0]),
-        "shards": {name: {"shape": [7, 5, 4], "parts": parts} for name in shared},
+        "shards": {name: {"shape": [7, 5, 8], "parts": parts} for name in shared},
     }
     path.write_text(json.dumps(content))
     return path
@@ -513,7 +513,7 @@ def swap_parts(content: dict[str, Any]) -> None:
     [
         (in_index(swap_parts), "run-00001-of-00002.safetensors and the index disagree on the shapes or offsets"),
         (in_index(lambda x: x["weight_map"].pop("loss")), "has a tensor loss that the index does not name"),
-        (in_index(lambda x: x["shards"]["w"].update(shape=[8, 5, 4])), "the index gives w [7, 8] records"),
+        (in_index(lambda x: x["shards"]["w"].update(shape=[8, 5, 8])), "the index gives w [7, 8] records"),
         (in_second(lambda x, m: m.update(shard="{}")), "belongs to the index None, not to run.safetensors.index.json"),
         (in_second(lambda x, m: x.update(more=torch.ones(2))), "-00002-of-00002.safetensors has a tensor more that"),
         (in_second(lambda x, m: x["recorded_steps"].add_(1)), "have different recorded_steps"),

@@ -36,17 +36,15 @@ def write(path: Path, **options: bool) -> None:
         write_trace(claim, tensors(), {"config": '{"steps": 2}'}, path)
 
 
-def record(
-    path: Path, make: Any = FusedAdam, *, steps: int = 6, dtype: torch.dtype = torch.bfloat16, **more: Any
-) -> None:
-    """Record some steps of two parameters, ``w`` of 5 x 4 and ``b`` of 3, which a replay can verify."""
+def record(path: Path, make: Any = FusedAdam, *, steps: int = 6, announced: int | None = None, **more: Any) -> None:
+    """Record steps of two parameters, ``w`` of 5 x 8 and ``b`` of 3; a replay can verify them."""
     torch.manual_seed(0)
-    params = {"w": nn.Parameter(torch.randn(5, 4).to(dtype)), "b": nn.Parameter(torch.randn(3).to(dtype))}
+    params = {"w": nn.Parameter(torch.randn(5, 8).bfloat16()), "b": nn.Parameter(torch.randn(3).bfloat16())}
     optimizer = make(params.values())
-    with Recorder(optimizer, params, steps=steps, path=path, **more) as recorder:
+    with Recorder(optimizer, params, steps=announced or steps, path=path, **more) as recorder:
         for step in range(steps):
             for param in params.values():
-                param.grad = torch.randn(param.shape).to(dtype)
+                param.grad = torch.randn(param.shape).bfloat16()
             optimizer.step()
             recorder.log(loss=torch.tensor(step / 7))
 
