@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import io
 import json
 import math
 import re
@@ -13,8 +16,10 @@ import safetensors
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from strategies import CHANGES, JUNK, fuzzed, mutated
+from strategies import CHANGES, HEADER_CHANGES, JUNK, change_header, fuzzed, mutated
+from traces import joined, record, split
 
+from bhfast import verify
 from bhfast.errors import TraceError
 from bhfast.trace import Trace, open_trace
 from bhfast.trace.checksums import checksum_metadata, checksums
@@ -60,17 +65,7 @@ def valid_file() -> bytes:
 
 
 VALID = valid_file()
-VALID_HEADER = json.loads(VALID[8 : 8 + int.from_bytes(VALID[:8], "little")])
-DATA = VALID[8 + int.from_bytes(VALID[:8], "little") :]
-
-
-def with_header(header: object, data: bytes = DATA) -> bytes:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return len(text).to_bytes(8, "little") + text + data
-
-
-def header_of(content: bytes) -> dict[str, Any]:
-    return json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+VALID_HEADER, DATA = split(VALID)
 
 
 def check(path: Path, content: bytes) -> Trace | None:
@@ -90,7 +85,7 @@ def check(path: Path, content: bytes) -> Trace | None:
     if opened is None:
         assert theirs is None or OURS.search(refusal) or not all(map(is_usual, theirs.values())), refusal
         return None
-    entries = {n: x for n, x in header_of(content).items() if n != "__metadata__" and not n.startswith(PADDING)}
+    entries = {n: x for n, x in split(content)[0].items() if n != "__metadata__" and not n.startswith(PADDING)}
     assert opened.keys() == entries.keys()
     repr(opened).encode()
     for name, tensor in opened.items():
@@ -137,7 +132,7 @@ def test_a_file_as_we_write_it_passes(path: Path) -> None:
 @fuzzed(300)
 @given(content=st.binary(max_size=200), has_length=st.booleans())
 def test_arbitrary_bytes(path: Path, content: bytes, has_length: bool) -> None:
-    check(path, with_header(content, b"") if has_length else content)
+    check(path, joined(content, b"") if has_length else content)
 
 
 @fuzzed(500)
@@ -183,7 +178,7 @@ def test_entries_of_anything(path: Path, changes: list[tuple[str, str | None, An
             header[name] = junk
         else:
             header[name][field] = junk
-    check(path, with_header(header))
+    check(path, joined(header, DATA))
 
 
 SIZES = st.lists(st.one_of(st.integers(0, 4), st.sampled_from([1 << 31, 1 << 40, 1 << 61])), max_size=5)
@@ -216,7 +211,7 @@ def test_any_shape_dtype_and_alignment(
         "before": {"dtype": "U8", "shape": [shift], "data_offsets": [0, shift]},
         "x": {"dtype": dtype, "shape": shape, "data_offsets": [shift, shift + size]},
     }
-    opened = check(path, with_header(header, bytes(shift + size)))
+    opened = check(path, joined(header, bytes(shift + size)))
     assert opened is not None or not is_usual({"dtype": dtype, "shape": shape}) or size == 4096
 
 
@@ -232,7 +227,7 @@ def test_any_shape_dtype_and_alignment(
 @example(key="crc32", value='{"w": "\ud800"}')
 def test_metadata_of_anything(path: Path, key: str | None, value: Any) -> None:
     metadata = value if key is None else {**VALID_HEADER["__metadata__"], key: value}
-    check(path, with_header({**VALID_HEADER, "__metadata__": metadata}))
+    check(path, joined({**VALID_HEADER, "__metadata__": metadata}, DATA))
 
 
 ENTRY = b'{"dtype":"U8","shape":[1],"data_offsets":[0,1]}'
@@ -269,7 +264,7 @@ ENTRY = b'{"dtype":"U8","shape":[1],"data_offsets":[0,1]}'
     ids=lambda x: str(x)[2:34],
 )
 def test_peculiar_headers(path: Path, header: bytes, is_good: bool) -> None:
-    assert (check(path, with_header(header, b"\0")) is not None) == is_good
+    assert (check(path, joined(header, b"\0")) is not None) == is_good
 
 
 @pytest.mark.parametrize("length", [3, 1 << 20, 100_000_000, 100_000_001, 1 << 31, 1 << 63, (1 << 64) - 1])
@@ -284,3 +279,97 @@ def test_a_long_header_of_zeros(path: Path) -> None:
         file.truncate(8 + 100_000_000)
     with pytest.raises(TraceError, match="its header is not valid JSON"):
         open_trace(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Proof
+
+
+@pytest.fixture(scope="module")
+def provable(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
+    """Small traces that verify passes, from memory and streamed; the latter cut short, so that it has padding."""
+    folder = tmp_path_factory.mktemp("provable")
+    record(folder / "memory", steps=4, metadata={"seed": "42"}, storage="memory")
+    record(folder / "stream", steps=4, metadata={"seed": "42"}, storage="stream", announced=40)
+    contents = [(folder / name).read_bytes() for name in ("memory", "stream")]
+    assert all(status_of(folder / name) == 0 for name in ("memory", "stream"))
+    assert any(name.startswith(PADDING) for name in split(contents[1])[0])
+    return contents
+
+
+def status_of(path: Path) -> int:
+    """Return the exit status of ``bhfast verify``, which has said one line."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        status = verify.main([str(path)])
+    assert said.getvalue().count("\n") == 1
+    assert status in (0, 1, 2)
+    return status
+
+
+def meaning(content: bytes) -> tuple[object, ...]:
+    """Return what a file says: its header, and the bytes of each tensor, but not those of padding."""
+    header, data = split(content)
+    kept = {name: x["data_offsets"] for name, x in header.items() if name != "__metadata__"}
+    return header, {name: data[low:high] for name, (low, high) in kept.items() if not name.startswith(PADDING)}
+
+
+def check_proof(path: Path, content: bytes, original: bytes) -> None:
+    """Nothing passes as proved that does not mean what was written; and verify ends with one line, whatever it gets."""
+    path.unlink(missing_ok=True)
+    path.write_bytes(content)
+    if status_of(path) == 0:
+        assert meaning(content) == meaning(original)
+
+
+@fuzzed(200)
+@given(which=st.integers(0, 1), changes=CHANGES)
+def test_no_file_with_changed_bytes_passes_verify(
+    path: Path, provable: list[bytes], which: int, changes: list[tuple[str, int, bytes]]
+) -> None:
+    check_proof(path, mutated(provable[which], changes), provable[which])
+
+
+@fuzzed(200)
+@given(which=st.integers(0, 1), changes=HEADER_CHANGES, data=st.data())
+def test_no_file_with_a_changed_header_passes_verify(
+    path: Path, provable: list[bytes], which: int, changes: list[Any], data: st.DataObject
+) -> None:
+    """Changed as a program would: the file stays safetensors, mostly; but nobody renews the header's checksum."""
+    header, body = split(provable[which])
+    for change in changes:
+        change_header(header, *change)
+    check_proof(path, joined(header, body), provable[which])
+
+
+@fuzzed(100)
+@given(
+    which=st.integers(0, 1),
+    at=st.lists(st.sampled_from(["arithmetic", "groups", "params", "reason", "kernel", "w", "keys", "group", "betas"])),
+    junk=JUNK,
+    changes=HEADER_CHANGES,
+)
+@example(which=0, at=["params", "w", "steps_done"], junk=1 << 70, changes=[])
+@example(which=0, at=["params", "w", "steps_done"], junk=-3, changes=[])
+@example(which=0, at=["groups"], junk=[{"betas": [1.0, 1.0], "eps": 0.0, "weight_decay": 0.0}], changes=[])
+def test_verify_survives_whatever_a_header_says_of_its_optimizer(
+    path: Path, provable: list[bytes], which: int, at: list[str], junk: Any, changes: list[Any]
+) -> None:
+    """Whose checksum holds: somebody wrote it like this."""
+    header, body = split(provable[which])
+    optimizer = json.loads(header["__metadata__"]["optimizer"])
+    replace_within(optimizer, at, junk)
+    header["__metadata__"]["optimizer"] = json.dumps(optimizer)
+    for change in changes:
+        change_header(header, *change)
+    path.unlink(missing_ok=True)
+    path.write_bytes(joined(header, body, is_sealed=isinstance(header["__metadata__"], dict)))
+    status_of(path)
+
+
+def replace_within(where: Any, at: list[str], junk: Any) -> None:
+    """Put ``junk`` in the place that the keys lead to, as far as they do."""
+    for key in at[:-1]:
+        where = where.get(key) if isinstance(where, dict) and isinstance(where.get(key), dict) else where
+    if at:
+        where[at[-1]] = copy.deepcopy(junk)

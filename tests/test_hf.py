@@ -98,7 +98,7 @@ def test_every_step_of_the_trainer_replays(accumulation: int, tmp_path: Path) ->
     trainer.add_callback(watch)
     trainer.train()
     result = verify(path)
-    assert (result.replayed, result.hindrance, result.difference) == (STEPS, None, None)
+    assert (result.replayed, result.reason, result.difference) == (STEPS, None, None)
     trace = open_trace(path)
     for name, param in trainer.model.named_parameters():
         assert torch.equal(trace[name][-1], param), name
@@ -199,7 +199,7 @@ def test_a_run_resumed_from_a_checkpoint(tmp_path: Path) -> None:
     assert torch.equal(rest[WTE], whole[WTE][8:])
     assert torch.equal(rest[f"{WTE}.exp_avg"], whole[f"{WTE}.exp_avg"][8:])
     result = verify(paths[1])
-    assert (result.replayed, result.hindrance, result.difference) == (STEPS - 8, None, None)
+    assert (result.replayed, result.reason, result.difference) == (STEPS - 8, None, None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -261,7 +261,7 @@ def test_a_gradient_that_was_changed_otherwise_has_no_factor(tmp_path: Path) -> 
     assert open_trace(tmp_path / "t")["clip_coefs"][1] == 1
     assert math.isnan(open_trace(tmp_path / "t")["clip_coefs"][2])
     result = verify(tmp_path / "t")
-    assert result.hindrance == "between backward and step, gradients were changed by more than one factor"
+    assert result.reason == "between backward and step, gradients were changed by more than one factor"
     assert result.difference is None
 
 
@@ -297,7 +297,7 @@ def test_rows_and_parameters_that_fit_several_factors(dtype: torch.dtype, tmp_pa
             optimizer.step()
     assert open_trace(tmp_path / "t")["clip_coefs"][1:].max() < 1
     result = verify(tmp_path / "t")
-    assert (result.replayed, result.hindrance, result.difference) == (30, None, None)
+    assert (result.replayed, result.reason, result.difference) == (30, None, None)
 
 
 def test_unclipped_gradients_of_every_third_step_with_a_closure(tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import json
 import os
+import pickle
 import struct
 import sys
 import zlib
@@ -22,7 +25,7 @@ from memory import peak_memory, reset_peak_memory
 from safetensors.torch import load_file, save_file
 from traces import tensors, write
 
-from bhfast.errors import TraceError
+from bhfast.errors import DamageError, TraceError
 from bhfast.optim import FusedAdam
 from bhfast.recording.recorder import Recorder
 from bhfast.storage.memory import write_trace
@@ -86,6 +89,8 @@ def test_any_safetensors_reader_opens_every_recording(options: dict[str, Any], t
     assert len(ours["w"]) == len(ours["late"]) == len(ours.steps)
     assert ours["w.rows"].tolist() == [32, 0, 5]
     assert list(ours.damage()) == []
+    assert ours.header_is_intact()
+    assert ours.metadata["format_version"] == "2"
     for load in (
         safetensors.torch.load_file,
         lambda path: safetensors.torch.load(path.read_bytes()),
@@ -109,10 +114,14 @@ def test_any_safetensors_reader_opens_every_recording(options: dict[str, Any], t
 def test_golden_bytes() -> None:
     entries = place({"b": torch.ones(2, 2).bfloat16(), "a": torch.ones(16)})
     header = encode_header(entries, {"k": "v"})
-    text = (
-        b'{"__metadata__":{"k":"v"},"a":{"dtype":"F32","shape":[16],"data_offsets":[0,64]},'
-        b'"b":{"dtype":"BF16","shape":[2,2],"data_offsets":[64,72]}}'
+    canonical = (
+        b'{"__metadata__":{"k":"v"},"a":{"data_offsets":[0,64],"dtype":"F32","shape":[16]},'
+        b'"b":{"data_offsets":[64,72],"dtype":"BF16","shape":[2,2]}}'
     )
+    text = (
+        b'{"__metadata__":{"k":"v","header_crc32":"%08x"},"a":{"dtype":"F32","shape":[16],"data_offsets":[0,64]},'
+        b'"b":{"dtype":"BF16","shape":[2,2],"data_offsets":[64,72]}}'
+    ) % zlib.crc32(canonical)
     padding = b" " * (-(8 + len(text)) % 64)
     assert header == struct.pack("<Q", len(text) + len(padding)) + text + padding
     assert list(entries) == ["a", "b"]
@@ -143,6 +152,27 @@ def test_reading_is_lazy(tmp_path: Path) -> None:
 
     growth(3)  # brings in the code that reads
     assert 1 << 19 < growth(500) < 1 << 21  # a step has 1 << 20; the system counts roughly
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not reserve memory for a map")
+def test_a_file_larger_than_memory_opens(tmp_path: Path) -> None:
+    """200 GB, of which one record is written: far more than memory, swap and what else the system would promise."""
+    path, records, record = tmp_path / "large.safetensors", 200, 1_000_000_000
+    header = {"x": {"dtype": "U8", "shape": [records, record], "data_offsets": [0, records * record]}}
+    text = json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        try:
+            file.truncate(8 + len(text) + records * record)
+        except OSError as error:
+            pytest.skip(f"the file system takes no file of 200 GB: {error.strerror}")
+        file.seek(8 + len(text) + 150 * record + 7)
+        file.write(b"abc")
+    x = open_trace(path)["x"]
+    assert x.shape == (records, record)
+    assert bytes(x[150, 5:12].tolist()) == b"\0\0abc\0\0"
+    x[199, -1] = 9  # in memory only
+    assert x[199, -2:].tolist() == [0, 9]
 
 
 def test_tensors_outlive_the_trace_and_do_not_write_to_the_file(tmp_path: Path) -> None:
@@ -232,8 +262,8 @@ VALUES = {
 def values(tmp_path: Path) -> Trace:
     """A file with tensors of many dtypes."""
     path = tmp_path / "values.safetensors"
-    with OutputFile(path) as claim:
-        write_trace(claim, VALUES, {"tied": '{"half": "float16", "bool": "int64", "lost": "gone"}'}, path)
+    with OutputFile(path) as output:
+        write_trace(output, VALUES, {"tied": '{"half": "float16", "bool": "int64", "lost": "gone"}'}, path)
     return open_trace(path)
 
 
@@ -275,6 +305,39 @@ def test_what_is_computed_is_a_plain_tensor(values: Trace) -> None:
     assert x[x > 2].numpy().tolist() == [3.0, 4.0]
 
 
+@pytest.mark.parametrize("name", VALUES)
+def test_a_copy_has_the_bytes_of_its_slice_only(name: str, values: Trace) -> None:
+    tensor = values[name]
+    for part in (tensor[1:], tensor[:, 1], tensor[1, 1]):
+        deep, pickled = copy.deepcopy(part), part.clone()
+        if "float8" not in name:  # torch pickles none of these
+            pickled = pickle.loads(pickle.dumps(part))
+        buffer = io.BytesIO()
+        torch.save({"part": part, "again": part}, buffer)
+        saved = torch.load(io.BytesIO(buffer.getvalue()))["part"]
+        assert (type(deep), type(pickled), type(saved)) == (TraceTensor, torch.Tensor, torch.Tensor)
+        for copied in (deep, pickled, saved):
+            assert copied.dtype == part.dtype
+            assert copied.shape == part.shape
+            assert raw(copied) == raw(part)
+            assert copied.untyped_storage().nbytes() == part.nbytes
+        deep.zero_()
+    assert raw(tensor) == raw(VALUES[name])
+    assert tensor.ndim == 2
+    assert tensor.is_complex() or tensor.float().dtype == torch.float32
+
+
+def test_saving_a_slice_of_a_large_tensor_writes_little(tmp_path: Path) -> None:
+    path = tmp_path / "large.safetensors"
+    save_file({"x": torch.zeros(100, 1 << 16, dtype=torch.uint8)}, path)
+    part = open_trace(path)["x"][3, :100]
+    assert len(pickle.dumps(part)) < 2000
+    torch.save(part, tmp_path / "part")
+    assert (tmp_path / "part").stat().st_size < 5000
+    both = copy.deepcopy({"one": part, "other": part})
+    assert both["one"] is both["other"]
+
+
 def test_writes_stay_in_memory(values: Trace) -> None:
     before = values.path.read_bytes()
     x = values["bfloat16"]
@@ -314,7 +377,7 @@ def header_file(path: Path, header: object, data: bytes = b"") -> Path:
         (b"1234", "is not a safetensors file: it has 4 bytes"),
         (b"this is a text, not a trace", "is not a safetensors file: its header would have"),
         ((500).to_bytes(8, "little") + b"{}", "is truncated: its header ends at byte 508, the file at 10"),
-        ((2).to_bytes(8, "little") + b"[]", "its header is no JSON object"),
+        ((2).to_bytes(8, "little") + b"[]", "its header is not a JSON object"),
         ((3).to_bytes(8, "little") + b"{x}", "its header is not valid JSON"),
         ((2).to_bytes(8, "little") + b"\xff\xfe", "its header is not valid JSON"),
     ],
@@ -347,6 +410,31 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 def test_refuses_corrupted_headers(tmp_path: Path, header: object, size: int, message: str) -> None:
     with pytest.raises(TraceError, match=message):
         open_trace(header_file(tmp_path / "bad", header, b"\0" * size))
+
+
+def test_reads_the_versions_it_knows(tmp_path: Path) -> None:
+    path, ours = tmp_path / "t.safetensors", {"format": "bhfast-trace"}
+    for version in ("1", "2"):
+        header_file(path, {"__metadata__": {**ours, "format_version": version}, "a": ENTRY}, b"\0" * 8)
+        assert open_trace(path)["a"].tolist() == [0, 0]
+        assert open_trace(path).header_is_intact() is (None if version == "1" else False)
+    later = {"a": torch.zeros(2)}
+    header = encode_header(place(later), {**ours, "format_version": "3"})
+    path.write_bytes(header + b"\0" * 8)
+    with pytest.raises(
+        TraceError, match=r"t\.safetensors has format version '3', this bhfast reads 1 and 2: use a new"
+    ):
+        open_trace(path)
+    path.write_bytes(header.replace(b'"a"', b'"b"') + b"\0" * 8)
+    with pytest.raises(DamageError, match="is corrupted: its header is not the one that was written"):
+        open_trace(path)
+
+
+def test_checksums_must_be_of_all_tensors(tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    header_file(path, {"__metadata__": {"crc32": "{}"}, "a": ENTRY}, b"\0" * 8)
+    with pytest.raises(DamageError, match="its checksums cannot be read, or do not fit its tensors"):
+        list(open_trace(path).damage())
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
+from traces import joined, record, rewrite, split
 
+from bhfast import replay
 from bhfast import verify as module
 from bhfast.config import TrainConfig
-from bhfast.errors import TraceError
+from bhfast.errors import DamageError, TraceError
+from bhfast.ops import arithmetic, torch_adam
+from bhfast.optim import FusedAdam
+from bhfast.recording.recorder import Recorder
+from bhfast.trace import open_trace
+from bhfast.trace.sharded import INDEX_FORMAT
 from bhfast.train import TrainResult, train
 from bhfast.verify import main, verify
 
@@ -41,7 +52,7 @@ def test_passes_what_was_recorded(run: TrainResult, capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize("chunk", [1, 8192 * 7, 8192 * 1000])
 def test_does_not_depend_on_the_chunk(chunk, run: TrainResult, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CHUNK", chunk)
+    monkeypatch.setattr(replay, "CHUNK", chunk)
     assert verify(run.path).difference is None
 
 
@@ -121,9 +132,9 @@ def test_a_run_of_some_steps_has_its_checksums_compared(text: str, tmp_path: Pat
     path = tmp_path / "t"
     train(TrainConfig(steps=9, record_every=3, corpus=text, out=str(path), device="cpu", quiet=True))
     reason = "a replay needs every step, and this run recorded some (--record-every)"
-    assert verify(path) == module.Verification(replayed=0, hindrance=reason, difference=None)
-    assert main([str(path)]) == 0
-    assert "a replay needs every step" in capsys.readouterr().out
+    assert verify(path) == module.Verification(replayed=0, reason=reason, difference=None)
+    assert main([str(path)]) == 2
+    assert capsys.readouterr().out == f"{path}: checksums hold, but {reason}: not replayed\n"
     flip(path, "momentum", 2, 3, 4, bit=0)
     assert verify(path).difference.step == 6
 
@@ -131,11 +142,11 @@ def test_a_run_of_some_steps_has_its_checksums_compared(text: str, tmp_path: Pat
 def test_cannot_verify_other_files(tmp_path: Path, copy_of_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     foreign = tmp_path / "foreign.safetensors"
     save_file({"embeddings": torch.zeros(3, 2, 2).bfloat16(), "recorded_steps": torch.arange(3)}, foreign)
-    with pytest.raises(TraceError, match="no single file that bhfast wrote, as it lacks optimizer"):
+    with pytest.raises(TraceError, match="was not written by bhfast, as it lacks optimizer"):
         verify(foreign)
     assert main([str(tmp_path / "gone")]) == 2
     copy_of_run.write_bytes(copy_of_run.read_bytes()[:-1000])
-    assert main([str(copy_of_run)]) == 2
+    assert main([str(copy_of_run)]) == 1
     error = capsys.readouterr().err
     assert "bhfast verify: error: cannot open the trace" in error
     assert "is truncated" in error
@@ -143,7 +154,381 @@ def test_cannot_verify_other_files(tmp_path: Path, copy_of_run: Path, capsys: py
 
 def test_checksums_of_records_that_have_no_step(tmp_path: Path) -> None:
     path = tmp_path / "t.safetensors"
-    metadata = {"optimizer": '{"arithmetic": null, "reason": "none"}', "crc32": '{"x": "AAAAAAAAAAAAAAAA"}'}
+    crc32 = '{"x": "AAAAAAAAAAAAAAAA", "recorded_steps": "AAAAAA=="}'
+    metadata = {"optimizer": '{"arithmetic": null, "reason": "none"}', "crc32": crc32}
     save_file({"x": torch.ones(3, 2), "recorded_steps": torch.arange(0)}, path, metadata)
     with pytest.raises(TraceError, match="is corrupted: what it says of its optimizer does not fit its tensors"):
         verify(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The header
+
+
+@pytest.fixture
+def recorded(tmp_path: Path) -> Path:
+    """A small trace that a replay proves."""
+    record(tmp_path / "t.safetensors", metadata={"of": "π", "seed": "1"})
+    assert main([str(tmp_path / "t.safetensors")]) == 0
+    return tmp_path / "t.safetensors"
+
+
+def in_metadata(**changed: str) -> Callable[[dict[str, Any]], object]:
+    return lambda header: header["__metadata__"].update(changed)
+
+
+def more_of_nothing(header: dict[str, Any]) -> None:
+    end = max(x["data_offsets"][1] for name, x in header.items() if name != "__metadata__")
+    header["more"] = {"dtype": "F32", "shape": [0, 4], "data_offsets": [end, end]}
+
+
+def without_header_checksum(header: dict[str, Any]) -> None:
+    del header["__metadata__"]["header_crc32"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        in_metadata(of="e"),
+        in_metadata(seed="2"),
+        in_metadata(another="1"),
+        in_metadata(format_version="1"),
+        in_metadata(format_version="3"),
+        in_metadata(format="other"),
+        in_metadata(header_crc32="00000000"),
+        without_header_checksum,
+        lambda header: header["__metadata__"].pop("seed"),
+        lambda header: header["loss"].update(dtype="I32"),
+        lambda header: header["w"].update(shape=[7, 8, 5]),
+        lambda header: header.update(lost=header.pop("loss")),
+        more_of_nothing,
+    ],
+)
+def test_a_changed_header_is_damage(change, recorded: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    header, data = split(recorded.read_bytes())
+    change(header)
+    recorded.write_bytes(joined(header, data))
+    assert main([str(recorded)]) == 1
+    output = capsys.readouterr()
+    assert output.out.startswith(f"{recorded}: DIFFERENT: the header") or "its header is not the one" in output.err
+
+
+def test_the_header_may_be_written_in_another_way(recorded: Path) -> None:
+    header, data = split(recorded.read_bytes())
+    recorded.write_bytes(joined(json.dumps(dict(sorted(header.items())), indent=3).encode(), data))
+    assert main([str(recorded)]) == 0
+
+
+def test_a_header_of_version_1_has_no_checksum(recorded: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    header, data = split(recorded.read_bytes())
+    without_header_checksum(header)
+    header["__metadata__"]["format_version"] = "1"
+    recorded.write_bytes(joined(header, data))
+    capsys.readouterr()
+    assert main([str(recorded)]) == 0
+    assert capsys.readouterr().out.endswith("checksums hold (but its header has none: format version 1)\n")
+
+
+@pytest.mark.parametrize("byte", [b"{", b"}", b"\0"])
+def test_a_header_that_is_no_longer_json_is_damage(byte: bytes, recorded: Path) -> None:
+    content = bytearray(recorded.read_bytes())
+    content[content.index(b":") : content.index(b":") + 1] = byte
+    recorded.write_bytes(content)
+    with pytest.raises(DamageError, match=r"is corrupted: its header is not valid JSON"):
+        verify(recorded)
+    assert main([str(recorded)]) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizers
+
+
+def reason_of(path: Path) -> str | None:
+    found = verify(path)
+    assert found.difference is None
+    assert found.status == (2 if found.reason else 0)
+    return found.reason
+
+
+WEIGHTS = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.95), "eps": 1e-5}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("make", [torch.optim.Adam, partial(torch.optim.AdamW, **WEIGHTS), torch.optim.AdamW])
+def test_fused_adamw_on_a_cpu_replays(make, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Sizes with and without a tail, and more elements than one chunk of the kernel has."""
+    torch.manual_seed(0)
+    shapes = [(1,), (31,), (64,), (5, 13), (3, 4, 40), (70, 601)]
+    params = {f"p{i}": nn.Parameter(torch.randn(shape).to(dtype)) for i, shape in enumerate(shapes)}
+    optimizer = make(params.values(), fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
+    with Recorder(optimizer, params, steps=7, path=tmp_path / "t", rows={"p4": [2, 0]}) as recorder:
+        for _ in range(7):
+            for param in params.values():
+                param.grad = torch.randn(param.shape).to(dtype)
+            optimizer.step()
+            schedule.step()
+    assert recorder.saved_steps == verify(tmp_path / "t").replayed == 7 or reason_of(tmp_path / "t")
+    assert reason_of(tmp_path / "t") == (
+        "some rows of p4 were recorded, and the bits of torch's fused AdamW depend on where in the parameter an "
+        "element is"
+    )
+
+
+def test_rows_of_a_parameter_without_a_tail_replay(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    param = nn.Parameter(torch.randn(16, 12))
+    optimizer = torch.optim.AdamW([param], fused=True)
+    with Recorder(optimizer, {"w": param}, rows={"w": [3, 1]}, steps=9, path=tmp_path / "t"):
+        for _ in range(9):
+            param.grad = torch.randn(param.shape)
+            optimizer.step()
+    assert reason_of(tmp_path / "t") is None
+    flip(tmp_path / "t", "w.exp_avg", 4, 1, 11, bit=0)
+    assert verify(tmp_path / "t").difference.index == (1, 11)
+
+
+def test_fused_needs_the_torch_and_the_cpu_of_the_recording(tmp_path: Path, monkeypatch) -> None:
+    record(tmp_path / "t", partial(torch.optim.AdamW, fused=True))
+    assert reason_of(tmp_path / "t") is None
+    here = torch_adam.fused_kernel()
+    assert here.startswith(f"torch {torch.__version__} on ")
+    monkeypatch.setattr(torch_adam, "fused_kernel", lambda: "torch 9.9 on a toaster")
+    assert reason_of(tmp_path / "t") == (
+        f"it was recorded with the fused AdamW of {here}, whose bits may differ from those of torch 9.9 on a toaster "
+        "here"
+    )
+
+
+def test_foreach_on_a_cpu_is_known_by_trying(tmp_path: Path, monkeypatch) -> None:
+    record(tmp_path / "t", partial(torch.optim.AdamW, foreach=True))
+    assert torch_adam.foreach_rounds_per_op(torch.bfloat16)
+    assert reason_of(tmp_path / "t") is None
+    adam = arithmetic.adam
+    monkeypatch.setattr(arithmetic, "adam", lambda *args: [x.nextafter(x + 1) for x in adam(*args)])
+    assert not torch_adam.foreach_rounds_per_op.__wrapped__(torch.float32)
+
+
+class SignAdam(torch.optim.AdamW):
+    """An AdamW whose step is its own."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for param in self.param_groups[0]["params"]:
+            self.state[param] = {"exp_avg": param.grad.sign(), "exp_avg_sq": param.grad.square()}
+            param -= 0.1 * param.grad.sign()
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (partial(torch.optim.AdamW, amsgrad=True), "a replay does not know AdamW with amsgrad"),
+        (partial(torch.optim.AdamW, maximize=True, fused=True), "a replay does not know AdamW with maximize"),
+        (partial(torch.optim.Adam, weight_decay=0.1), "a replay knows AdamW, not Adam with weight decay"),
+        (partial(torch.optim.Adam, weight_decay=0.1, fused=True), "a replay knows AdamW, not Adam with weight decay"),
+        (
+            partial(torch.optim.AdamW, lr=torch.tensor(1e-3)),
+            "a replay does not know AdamW with a learning rate or betas that are tensors",
+        ),
+        (SignAdam, "a replay knows AdamW, not SignAdam, which has a step() of its own"),
+        (torch.optim.NAdam, "a replay knows AdamW, not NAdam"),
+    ],
+    ids=str,
+)
+def test_status_2_where_the_arithmetic_is_not_known(make, reason: str, tmp_path: Path, capsys) -> None:
+    path = tmp_path / "t"
+    record(path, make)
+    assert main([str(path)]) == 2
+    assert capsys.readouterr().out == f"{path}: checksums hold, but {reason}: not replayed\n"
+    flip(path, "loss", 3, bit=1)
+    assert main([str(path)]) == 1
+
+
+def test_settings_changed_during_the_run_are_noticed(tmp_path: Path) -> None:
+    param = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([param], fused=True)
+    with Recorder(optimizer, {"w": param}, steps=3, path=tmp_path / "t"):
+        for step in range(3):
+            optimizer.param_groups[0]["maximize"] = step == 1
+            param.grad = torch.ones(3)
+            optimizer.step()
+    assert reason_of(tmp_path / "t") == "the optimizer's settings were changed before step 2"
+
+
+def test_a_grad_scaler_works_inside_the_fused_step(tmp_path: Path) -> None:
+    param = nn.Parameter(torch.ones(3))
+    optimizer, scaler = torch.optim.AdamW([param], fused=True), torch.amp.GradScaler("cpu")
+    with Recorder(optimizer, {"w": param}, steps=2, path=tmp_path / "t"):
+        for _ in range(2):
+            scaler.scale(param.square().sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    assert reason_of(tmp_path / "t") == "a GradScaler changed gradients inside the step of AdamW"
+
+
+def with_a_step_without_update(path: Path, at: int, **flags: torch.Tensor) -> None:
+    """Insert a step at which nothing of the state changed."""
+    trace = open_trace(path)
+    whole = ("w.rows", "recorded_steps")
+    tensors = {n: torch.cat([x[:at], x[at - 1 : at], x[at:]]) for n, x in trace.items() if n not in whole}
+    for name in ("w.grad", "b.grad"):
+        tensors[name][at] = 0.5
+    tensors["recorded_steps"] = torch.arange(len(trace.steps) + 1)
+    rewrite(path, {**tensors, **flags}, trace.metadata)
+
+
+@pytest.mark.parametrize("make", [FusedAdam, torch.optim.AdamW, partial(torch.optim.AdamW, fused=True)])
+def test_steps_without_update_keep_state_and_step_count(make, recorded: Path) -> None:
+    record(recorded, make, overwrite=True)
+    with_a_step_without_update(recorded, 3)
+    assert verify(recorded).difference.step == 3
+    others = {name: x for name, x in open_trace(recorded).items()}
+    metadata = open_trace(recorded).metadata
+    missed = torch.arange(8) == 3
+    rewrite(recorded, {**others, "skipped": missed}, metadata)
+    assert reason_of(recorded) is None
+    rewrite(recorded, {**others, "w.has_grad": ~missed, "b.has_grad": ~missed}, metadata)
+    assert reason_of(recorded) is None
+    rewrite(recorded, {**others, "w.has_grad": ~missed}, metadata)
+    assert verify(recorded).difference.tensor.startswith("b")
+    rewrite(recorded, {**others, "skipped": torch.stack([missed, missed], 1)}, metadata)
+    assert reason_of(recorded) == "skipped is not one value for each step"
+
+
+def test_several_optimizers_are_not_replayed(recorded: Path) -> None:
+    trace = open_trace(recorded)
+    several = json.dumps([trace.optimizer, trace.optimizer])
+    rewrite(recorded, trace, {**trace.metadata, "optimizer": several})
+    assert len(open_trace(recorded).optimizer) == 2
+    assert reason_of(recorded) == "several optimizers were recorded together"
+
+
+def test_moments_of_another_dtype_are_not_replayed(recorded: Path) -> None:
+    trace = open_trace(recorded)
+    rewrite(recorded, {**trace, "w.exp_avg": trace["w.exp_avg"].float()}, trace.metadata)
+    assert reason_of(recorded) == "w is torch.bfloat16, and its gradient or moments are torch.float32"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several files
+
+
+@pytest.mark.parametrize(
+    ("names", "status"),
+    [
+        (["good", "good"], 0),
+        (["good", "unknown"], 2),
+        (["unknown", "damaged", "gone"], 1),
+        (["gone", "good"], 2),
+        (["truncated", "unknown"], 1),
+    ],
+)
+def test_the_worst_of_several_files_wins(names: list[str], status: int, tmp_path: Path, capsys) -> None:
+    for name in ("good", "damaged", "truncated"):
+        record(tmp_path / name)
+    record(tmp_path / "unknown", torch.optim.NAdam)
+    flip(tmp_path / "damaged", "w", 2, 1, 1, bit=3)
+    (tmp_path / "truncated").write_bytes((tmp_path / "good").read_bytes()[:-1])
+    assert main([str(tmp_path / name) for name in names]) == status
+    output = capsys.readouterr()
+    lines = [*output.out.splitlines(), *output.err.splitlines()]
+    assert len(lines) == len(names)
+    assert all(any(str(tmp_path / name) in line for line in lines) for name in names)
+
+
+@pytest.fixture
+def index(recorded: Path) -> Path:
+    """The index of two files: each has some rows of ``w``, the first has the rest."""
+    trace = open_trace(recorded)
+    shared = trace.optimizer["params"]["w"]["keys"].values()
+    path = recorded.with_name("run.safetensors.index.json")
+    files = [f"run-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    alone = json.dumps({**trace.optimizer, "params": {"w": trace.optimizer["params"]["w"]}})
+    for file, rows, offset in ((files[0], slice(0, 3), 0), (files[1], slice(3, 5), 3)):
+        shard = {"index": path.name, "tensors": {name: {"shape": [5, 8], "offset": [offset, 0]} for name in shared}}
+        tensors = {name: x[:, rows] if name in shared else x for name, x in trace.items()}
+        own = {name: x for name, x in tensors.items() if name in (*shared, "recorded_steps")}
+        metadata = {**trace.metadata, "shard": json.dumps(shard)}
+        if offset:
+            rewrite(path.with_name(file), own, {**metadata, "optimizer": alone})
+        else:
+            rewrite(path.with_name(file), tensors, metadata)
+    parts = [
+        {"file": file, "offset": [0, offset, 0], "shape": [7, rows, 8]}
+        for file, offset, rows in ((files[0], 0, 3), (files[1], 3, 2))
+    ]
+    content = {
+        "metadata": {"format": INDEX_FORMAT},
+        "weight_map": dict.fromkeys(trace, files[0]),
+        "shards": {name: {"shape": [7, 5, 8], "parts": parts} for name in shared},
+    }
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_all_files_of_an_index_are_verified(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify(index) == module.Verification(replayed=6, reason=None, difference=None)
+    second = index.with_name("run-00002-of-00002.safetensors")
+    found = verify(second)
+    assert found.reason.startswith("it is one of several files, of which the .index.json can be verified")
+    flip(second, "w.exp_avg", 4, 1, 3, bit=0)
+    difference = verify(index).difference
+    assert (difference.tensor, difference.step, difference.index) == ("w.exp_avg", 4, (1, 3))
+    capsys.readouterr()
+    assert main([str(index)]) == 1
+    assert f"{index}: DIFFERENT: {second.name}: step 4, w.exp_avg[1, 3]: recorded" in capsys.readouterr().out
+    second.write_bytes(second.read_bytes()[:-1])
+    assert main([str(index)]) == 1
+    assert f"{second} is truncated" in capsys.readouterr().err
+
+
+def in_index(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def apply(index: Path) -> None:
+        content = json.loads(index.read_text())
+        change(content)
+        index.write_text(json.dumps(content))
+
+    return apply
+
+
+def in_second(change: Callable[[dict[str, torch.Tensor], dict[str, str]], object]) -> Callable[[Path], None]:
+    def apply(index: Path) -> None:
+        path = index.with_name("run-00002-of-00002.safetensors")
+        trace = open_trace(path)
+        tensors, metadata = {name: x.clone() for name, x in trace.items()}, dict(trace.metadata)
+        change(tensors, metadata)
+        rewrite(path, tensors, metadata)
+
+    return apply
+
+
+def swap_parts(content: dict[str, Any]) -> None:
+    """So that the parts still cover the whole, in the wrong order."""
+    first, second = content["shards"]["w"]["parts"]
+    first["offset"], second["offset"] = [0, 2, 0], [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (in_index(swap_parts), "run-00001-of-00002.safetensors and the index disagree on the shapes or offsets"),
+        (in_index(lambda x: x["weight_map"].pop("loss")), "has a tensor loss that the index does not name"),
+        (in_index(lambda x: x["shards"]["w"].update(shape=[8, 5, 8])), "the index gives w [7, 8] records"),
+        (in_second(lambda x, m: m.update(shard="{}")), "belongs to the index None, not to run.safetensors.index.json"),
+        (in_second(lambda x, m: x.update(more=torch.ones(2))), "-00002-of-00002.safetensors has a tensor more that"),
+        (in_second(lambda x, m: x["recorded_steps"].add_(1)), "have different recorded_steps"),
+        (in_second(lambda x, m: x.update(loss=torch.ones(7))), "have different loss"),
+    ],
+)
+def test_an_index_must_agree_with_its_files(change, text: str, index: Path, capsys) -> None:
+    assert main([str(index)]) == 0
+    change(index)
+    capsys.readouterr()
+    assert main([str(index)]) == 1
+    assert text in capsys.readouterr().out
+
+
+def test_a_file_that_an_index_lacks_is_named(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    index.with_name("run-00002-of-00002.safetensors").unlink()
+    assert main([str(index)]) == 2
+    assert "run-00002-of-00002.safetensors: No such file" in capsys.readouterr().err

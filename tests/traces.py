@@ -1,14 +1,21 @@
-"""Trace files: a small one to write, and comparing two."""
+"""Trace files: small ones to write and to change, and comparing two."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
+from bhfast.optim import FusedAdam
+from bhfast.recording.recorder import Recorder
 from bhfast.storage.memory import write_trace
 from bhfast.storage.output import OutputFile
 from bhfast.trace import open_trace
+from bhfast.trace.format import HEADER_CHECKSUM, header_checksum
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -24,9 +31,44 @@ def tensors() -> dict[str, torch.Tensor]:
 
 
 def write(path: Path, **options: bool) -> None:
-    with OutputFile(path, **options) as claim:
-        claim.reserve(1000)
-        write_trace(claim, tensors(), {"config": '{"steps": 2}'}, path)
+    with OutputFile(path, **options) as output:
+        output.reserve(1000)
+        write_trace(output, tensors(), {"config": '{"steps": 2}'}, path)
+
+
+def record(path: Path, make: Any = FusedAdam, *, steps: int = 6, announced: int | None = None, **more: Any) -> None:
+    """Record steps of two parameters, ``w`` of 5 x 8 and ``b`` of 3; a replay can verify them."""
+    torch.manual_seed(0)
+    params = {"w": nn.Parameter(torch.randn(5, 8).bfloat16()), "b": nn.Parameter(torch.randn(3).bfloat16())}
+    optimizer = make(params.values())
+    with Recorder(optimizer, params, steps=announced or steps, path=path, **more) as recorder:
+        for step in range(steps):
+            for param in params.values():
+                param.grad = torch.randn(param.shape).bfloat16()
+            optimizer.step()
+            recorder.log(loss=torch.tensor(step / 7))
+
+
+def rewrite(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a file with these tensors and metadata, and checksums that hold."""
+    own = {key: text for key, text in metadata.items() if not key.startswith("crc32")}
+    with OutputFile(path, overwrite=True) as output:
+        write_trace(output, {name: x.contiguous() for name, x in tensors.items()}, own, path)
+
+
+def split(content: bytes) -> tuple[dict[str, Any], bytes]:
+    """Return the header of a file, and its data."""
+    length = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
+def joined(header: object, data: bytes, *, is_sealed: bool = False) -> bytes:
+    """Return a file with this header, as JSON or as it is, and data; ``is_sealed``: with a checksum that holds."""
+    if is_sealed:
+        assert isinstance(header, dict)
+        header["__metadata__"][HEADER_CHECKSUM] = header_checksum(header)
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
 
 
 def assert_same_data(one: Path, other: Path) -> None:

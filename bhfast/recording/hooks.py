@@ -305,7 +305,7 @@ class OptimizerFollower:
             self._by_hand = list(self.fields.values())
             self.description.mark_unknown(f"it did no step in record {self._slots.record}")
             for field in self._fields("grad"):
-                self._write_no_gradient(field)
+                self._write_no_gradient(field, f"{type(self.optimizer).__name__} did no step")
             self._record_state()
         self._steps_in_record = 0
 
@@ -327,31 +327,37 @@ class OptimizerFollower:
         for field in self._by_hand:
             if field.field != "grad":
                 continue
-            grad, raw = self._gradient(field.of), self._raw.pop(field.of.name, None)
-            if grad is None:
-                self._write_no_gradient(field)
-                self._cycle.warn(
-                    f"{field.of.name} has no gradient",
-                    f"parameter {field.of.name} has no gradient at step {self._slots.step}: zeros are recorded, and "
-                    f"{field.of.name}.has_grad says which steps had one",
-                )
+            of, grad, raw = field.of, self._gradient(field.of), self._raw.pop(field.of.name, None)
+            if of.param.grad is None:
+                self._write_no_gradient(field, f"{of.name} has no gradient")
+            elif grad is None:
+                self._lose_gradient(field, f"the gradient of {of.name} is not reduced over the processes yet")
             elif not self._unclipped:
                 self._write(field, self._unscaled_by_step(grad))
             elif raw is None:
-                self._write_no_gradient(field)
-                self._cycle.warn(
-                    f"{field.of.name} has no unclipped gradient",
-                    f"the gradient of {field.of.name} at step {self._slots.step} did not come from a backward pass "
-                    "that the recorder could see, so it is not recorded; "
-                    f"{field.of.name}.has_grad says which steps have one",
-                )
+                self._lose_gradient(field, f"no backward pass was seen that made the gradient of {of.name}")
             else:
                 if self._scaler is not None:
                     raw = unscaled(raw, self._scaler.get_scale())
                 self._write(field, raw, is_part=True)
-                clipped.append((raw, field.of.part_of(self._unscaled_by_step(grad))))
+                clipped.append((raw, of.part_of(self._unscaled_by_step(grad))))
         if clipped:
             self.logged["clip_coefs"] = clip_coefficient(clipped)
+
+    def _lose_gradient(self, field: RecordedField, why: str) -> None:
+        """Record that there is no gradient to record, though the optimizer has one."""
+        self.description.mark_unknown(f"{why} at step {self._slots.step}")
+        self._write_no_gradient(field, why)
+
+    def _write_no_gradient(self, field: RecordedField, why: str) -> None:
+        name = f"{field.of.name}.has_grad"
+        self._cycle.warn(
+            why, f"{why} at step {self._slots.step}: zeros are recorded, and {name} says which steps have a gradient"
+        )
+        if name not in self._slots.tensors:
+            self._slots.add(RecordedTensor(name, (), torch.bool, fill=1, start=0), local(field.of.param).device)
+        self._slots.slot(name).fill_(False)
+        self._slots.slot(field.name).zero_()
 
     def _unscaled_by_step(self, grad: Tensor) -> Tensor:
         """Return a gradient without loss scale: a fused step unscales it in place, unless it finds an infinity."""
@@ -361,24 +367,11 @@ class OptimizerFollower:
         return torch.where(found.to(grad.device) > 0, unscaled(grad, self._scale), grad)
 
     def _gradient(self, of: RecordedParam) -> Tensor | None:
+        """Return a parameter's gradient; None if it has none that is laid out as the parameter is."""
         grad = of.param.grad
-        if grad is None:
-            return None
-        if getattr(grad, "placements", None) != getattr(of.param, "placements", None):
-            self._cycle.warn(
-                f"{of.name} is laid out differently",
-                f"the gradient of {of.name} has placements {getattr(grad, 'placements', None)}, and the parameter "
-                f"{getattr(of.param, 'placements', None)}: it is not recorded, because it is not reduced yet",
-            )
+        if grad is None or getattr(grad, "placements", None) != getattr(of.param, "placements", None):
             return None
         return grad.detach().to_dense() if grad.is_sparse else grad.detach()
-
-    def _write_no_gradient(self, field: RecordedField) -> None:
-        name = f"{field.of.name}.has_grad"
-        if name not in self._slots.tensors:
-            self._slots.add(RecordedTensor(name, (), torch.bool, fill=1, start=0), local(field.of.param).device)
-        self._slots.slot(name).fill_(False)
-        self._slots.slot(field.name).zero_()
 
     # -----------------------------------------------------------------------------------------------------------------
     # Parameters and state

@@ -6,7 +6,7 @@ The layout is safetensors' own: 8 bytes of header length, little-endian; a JSON 
 data starts at a multiple of 64; the tensors, each aligned to its elements. Where there are bytes between two of them, a
 tensor of bytes called ``_padding.N`` covers these, as the format has no gaps. The metadata holds a CRC-32 of every
 record of every tensor, so that damage can be found, and located, also where a replay cannot see it; in a file of many
-records, one for each few of them.
+records, one for each few of them. Since format version 2 it also holds a CRC-32 of the header itself.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import math
 import mmap
 import reprlib
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,10 +23,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bhfast.errors import TraceError
+from bhfast.errors import DamageError, TraceError
 
 FORMAT = "bhfast-trace"
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"  # 1 had no checksum of the header
+READABLE_VERSIONS = ("1", FORMAT_VERSION)
+HEADER_CHECKSUM = "header_crc32"
 ALIGNMENT = 64
 MAX_HEADER = 100_000_000  # the limit of the safetensors library
 MAX_SIZE = 1 << 62  # elements along one axis, or bytes
@@ -95,7 +98,7 @@ def encode_header(entries: Mapping[str, Entry], metadata: Mapping[str, str], siz
 
     Args:
         entries: by name; bytes between two of them become padding.
-        metadata: the header's ``__metadata__``.
+        metadata: the header's ``__metadata__``, to which this adds the header's checksum.
         size: how many bytes to return; None for as few as there are.
 
     Raises:
@@ -108,11 +111,23 @@ def encode_header(entries: Mapping[str, Entry], metadata: Mapping[str, str], siz
             header[f"{PADDING}{len(header)}"] = _describe(Entry(torch.uint8, (entry.offset - end,), end))
         header[name] = _describe(entry)
         end = entry.end
+    header["__metadata__"][HEADER_CHECKSUM] = header_checksum(header)
     text = json.dumps(header, separators=(",", ":")).encode()
     padded = size - 8 if size is not None else len(text) + -(8 + len(text)) % ALIGNMENT
     if len(text) > padded or padded > MAX_HEADER:
         raise TraceError(f"the header has {len(text)} bytes, more than the {min(padded, MAX_HEADER)} there are for it")
     return padded.to_bytes(8, "little") + text.ljust(padded)
+
+
+def header_checksum(header: Mapping[str, Any]) -> str:
+    """Return the CRC-32 of a header: of all its names, dtypes, shapes, offsets and metadata, but for this checksum.
+
+    It is that of the header as JSON with sorted keys, in ASCII and without spaces, so it does not depend on how the
+    header is written. Eight hexadecimal digits.
+    """
+    metadata = {key: text for key, text in header["__metadata__"].items() if key != HEADER_CHECKSUM}
+    text = json.dumps({**header, "__metadata__": metadata}, sort_keys=True, separators=(",", ":"))
+    return f"{zlib.crc32(text.encode()):08x}"
 
 
 def _describe(entry: Entry) -> dict[str, Any]:
@@ -124,7 +139,7 @@ def _describe(entry: Entry) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Checksums
+# Bytes
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
@@ -134,7 +149,7 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 
 def format_bytes(count: float) -> str:
-    """Return a number of bytes for people."""
+    """Return a number of bytes as text, in MB or GB."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
@@ -142,27 +157,39 @@ def format_bytes(count: float) -> str:
 # Reading
 
 
-def _decode_header(path: Path, data: mmap.mmap, size: int) -> tuple[dict[str, Any], int]:
+def decode_header(path: Path, data: mmap.mmap, size: int) -> tuple[dict[str, Any], int]:
+    """Return the header of a mapped file of ``size`` bytes, and where its data starts.
+
+    Raises:
+        TraceError: it is not a safetensors file.
+        DamageError: it is truncated, or its header cannot be parsed.
+    """
     length = int.from_bytes(data[:8], "little")
     if length > MAX_HEADER:
         raise TraceError(f"{path} is not a safetensors file: its header would have {length} bytes")
     if 8 + length > size:
-        raise TraceError(f"{path} is truncated: its header ends at byte {8 + length}, the file at {size}")
-    header = parse_json(f"{path} is not a safetensors file: its header", data[8 : 8 + length])
+        raise DamageError(f"{path} is truncated: its header ends at byte {8 + length}, the file at {size}")
+    text = data[8 : 8 + length]
+    try:
+        header = parse_json("its header", text)
+    except TraceError as error:
+        if text[:1] == b"{":
+            raise DamageError(f"{path} is corrupted: {error}") from None
+        raise TraceError(f"{path} is not a safetensors file: {error}") from None
     if not isinstance(header, dict):
-        raise TraceError(f"{path} is not a safetensors file: its header is no JSON object")
+        raise TraceError(f"{path} is not a safetensors file: its header is not a JSON object")
     return header, 8 + length
 
 
 def parse_json(what: str, text: bytes | str) -> Any:
-    """Parse JSON that strangers may have written.
+    """Parse JSON from an untrusted source.
 
     Args:
-        what: the beginning of the message, should it be wrong.
+        what: how the error message begins.
         text: UTF-8.
 
     Raises:
-        TraceError: it is not valid, or has a name twice.
+        TraceError: it is not valid, or an object has the same name twice.
     """
     try:
         text = text.decode() if isinstance(text, bytes) else text
@@ -180,8 +207,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _entry(path: Path, name: str, entry: Any) -> tuple[torch.dtype, list[int], int, int]:
-    """Return dtype, shape, and first and last byte of a tensor, after checking its entry in the header."""
+def decode_entry(path: Path, name: str, entry: Any) -> tuple[torch.dtype, list[int], int, int]:
+    """Return dtype, shape, and first and last byte of a tensor, after checking its entry in the header.
+
+    Raises:
+        DamageError: the entry does not describe a tensor.
+    """
     try:
         dtype, shape, (first, last) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
         fits = isinstance(shape, list) and all(type(n) is int and 0 <= n < MAX_SIZE for n in [*shape, first, last])
@@ -191,5 +222,5 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[torch.dtype, list[int], i
     except (KeyError, TypeError, ValueError):
         fits = False
     if not fits:
-        raise TraceError(f"{path} is corrupted: the header's entry for {name} is {reprlib.repr(entry)}")
+        raise DamageError(f"{path} is corrupted: the header's entry for {name} is {reprlib.repr(entry)}")
     return dtype, shape, first, last

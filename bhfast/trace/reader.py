@@ -6,6 +6,7 @@ import base64
 import math
 import mmap
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,39 +15,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bhfast.errors import TraceError
+from bhfast.errors import DamageError, TraceError
 from bhfast.trace.checksums import checksums
-from bhfast.trace.format import DTYPE_NAMES, FORMAT, MAX_SIZE, PADDING, _decode_header, _entry, format_bytes, parse_json
+from bhfast.trace.format import (
+    DTYPE_NAMES,
+    FORMAT,
+    HEADER_CHECKSUM,
+    MAX_SIZE,
+    PADDING,
+    READABLE_VERSIONS,
+    decode_entry,
+    decode_header,
+    format_bytes,
+    header_checksum,
+    parse_json,
+)
+from bhfast.trace.tensors import TraceTensor
 
-
-class TraceTensor(Tensor):
-    """A tensor of a trace, or part of one: a view of the file. What is computed from it is a plain tensor."""
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **(kwargs or {}))
-        return result.as_subclass(cls) if func is Tensor.__getitem__ else result
-
-    def __format__(self, spec: str) -> str:
-        return format(self.as_subclass(Tensor), spec)
-
-    def numpy(self, *, force: bool = False) -> np.ndarray:
-        """Return a numpy view of the same bytes.
-
-        Of bfloat16 and float8 it has the dtype of that name in ``ml_dtypes``, where that is installed, else uint16 or
-        uint8.
-        """
-        plain = self.as_subclass(Tensor)
-        name = str(self.dtype).removeprefix("torch.")
-        if name != "bfloat16" and not name.startswith("float8"):
-            return plain.numpy(force=force)
-        raw = plain.view(torch.uint16 if self.itemsize == 2 else torch.uint8).numpy(force=force)
-        try:
-            import ml_dtypes
-        except ImportError:
-            return raw
-        return raw.view(getattr(ml_dtypes, name))
+# Pages of a private map count as memory in use, all of them at once, unless they need not be reserved. Python knows the
+# flag since 3.13; its value is that of Linux on x86 and ARM.
+MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
 
 class Trace(Mapping[str, Any]):
@@ -59,27 +47,42 @@ class Trace(Mapping[str, Any]):
         path: the file.
         metadata: the header's ``__metadata__``.
         config: the settings of a run of ``bhfast.train``; empty if the file is of something else.
-        optimizer: what :class:`bhfast.Recorder` says of the optimizer and its parameters; empty likewise.
+        optimizer: what :class:`bhfast.Recorder` says of the optimizer and its parameters; a list if it recorded
+            several optimizers; empty likewise.
     """
 
-    def __init__(self, path: Path, tensors: dict[str, Any], metadata: dict[str, str]) -> None:
+    def __init__(
+        self, path: Path, tensors: dict[str, Any], metadata: dict[str, str], header: dict[str, Any] | None = None
+    ) -> None:
         self.path = path
         self.metadata = metadata
-        self.config: dict[str, Any] = self._json("config")
-        self.optimizer: dict[str, Any] = self._json("optimizer")
-        self._tied: dict[str, Any] = self._json("tied")
+        self.config: dict[str, Any] = self.json("config")
+        self.optimizer: Any = self.json("optimizer", dict | list)
+        self._tied: dict[str, Any] = self.json("tied")
         self._tensors = tensors
+        self._header = header
 
-    def _json(self, key: str) -> dict[str, Any]:
-        """Return what the metadata hold under ``key``; nothing if it is not there."""
+    def json(self, key: str, kind: Any = dict) -> Any:
+        """Parse a value of the metadata.
+
+        Args:
+            key: of the metadata.
+            kind: the type, or types, that it must have.
+
+        Returns:
+            An empty dict if there is none.
+
+        Raises:
+            DamageError: it is not JSON of that type, in a file that bhfast wrote.
+        """
         what = f"{self.path} is corrupted: the metadata's {key}"
         try:
             value = parse_json(what, self.metadata.get(key, "{}"))
-            if not isinstance(value, dict):
-                raise TraceError(f"{what} is no JSON object")
-        except TraceError:
+            if not isinstance(value, kind):
+                raise TraceError(f"{what} is not a JSON object")
+        except TraceError as error:
             if self.metadata.get("format") == FORMAT:
-                raise
+                raise DamageError(str(error)) from None
             return {}  # another program's files may have anything there
         return value
 
@@ -100,6 +103,19 @@ class Trace(Mapping[str, Any]):
         """The recorded steps: int64 ``[R]``."""
         return self["recorded_steps"][:]
 
+    def header_is_intact(self) -> bool | None:
+        """Compare names, dtypes, shapes, offsets and metadata with their checksum.
+
+        Returns:
+            None if there is none to compare with: in files of format version 1, of other programs, and of several.
+        """
+        if self._header is None:
+            return None
+        if HEADER_CHECKSUM in self.metadata:
+            return self.metadata[HEADER_CHECKSUM] == header_checksum(self._header)
+        is_lost = self.metadata.get("format") == FORMAT and self.metadata.get("format_version", "1") != "1"
+        return False if is_lost else None
+
     def damage(self) -> Iterator[tuple[str, int | None]]:
         """Compare all data with the checksums in the metadata; yield each damaged tensor and record.
 
@@ -107,21 +123,23 @@ class Trace(Mapping[str, Any]):
         axis or none. Yields nothing if the file has no checksums.
 
         Raises:
-            TraceError: the checksums themselves are damaged.
+            DamageError: the checksums themselves are damaged, or a tensor has none.
         """
+        if "crc32" not in self.metadata:
+            return
         try:
             each = int(self.metadata.get("crc32_records", "1"))
-            wanted = {k: np.frombuffer(base64.b64decode(v), dtype="<u4") for k, v in self._json("crc32").items()}
-            pairs = [(name, self._tensors[name], sums) for name, sums in wanted.items()]
-            fits = 0 < each < MAX_SIZE
-        except (KeyError, TypeError, ValueError):
+            wanted = {k: np.frombuffer(base64.b64decode(v), dtype="<u4") for k, v in self.json("crc32").items()}
+            fits = 0 < each < MAX_SIZE and wanted.keys() == self._tensors.keys()
+        except (TypeError, ValueError):
             fits = False
         if not fits:
-            raise TraceError(f"{self.path} is corrupted: its checksums cannot be read")
-        for name, tensor, sums in pairs:
+            raise DamageError(f"{self.path} is corrupted: its checksums cannot be read, or do not fit its tensors")
+        for name, sums in wanted.items():
+            tensor = self._tensors[name]
             wants = -(-len(tensor) // each) if tensor.dim() > 1 and len(tensor) else 1
             if len(sums) != wants:
-                raise TraceError(f"{self.path} is corrupted: {len(sums)} checksums for {name}, wanted {wants}")
+                raise DamageError(f"{self.path} is corrupted: {len(sums)} checksums for {name}, wanted {wants}")
             for record in np.flatnonzero(checksums(tensor, each) != sums):
                 yield name, int(record) * each if tensor.dim() > 1 else None
 
@@ -139,36 +157,55 @@ def open_file(path: Path) -> Trace:
     """Open one safetensors file, without reading its data.
 
     Raises:
-        TraceError: it is not there, not safetensors, truncated, or its header does not fit its data.
+        TraceError: it is not there, not safetensors, or of a format version that this bhfast does not know.
+        DamageError: it is truncated, or its header does not fit its data.
     """
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size < 8:
                 raise TraceError(f"{path} is not a safetensors file: it has {size} bytes")
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            flags = mmap.MAP_PRIVATE | MAP_NORESERVE
+            data = mmap.mmap(file.fileno(), size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
     except OSError as error:
         raise TraceError(f"cannot open the trace {path}: {error.strerror}") from None
-    header, start = _decode_header(path, data, size)
-    metadata = header.pop("__metadata__", None)
+    header, start = decode_header(path, data, size)
+    metadata = header.get("__metadata__")
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(x, str) for x in metadata.values()):
-        raise TraceError(f"{path} is corrupted: its metadata are no JSON object of strings")
-    entries = sorted(((name, _entry(path, name, x)) for name, x in header.items()), key=lambda item: item[1][2:])
-    end = 0
-    for name, (_, _, first, last) in entries:
-        if first != end:
-            raise TraceError(f"{path} is corrupted: {name} starts at byte {first} of the data, wanted {end}")
-        end = last
-    if start + end != size:
-        what = "truncated" if start + end > size else "corrupted"
-        raise TraceError(f"{path} is {what}: its header describes {start + end} bytes, the file has {size}")
+        raise DamageError(f"{path} is corrupted: its metadata are not a JSON object of strings")
     tensors = {
         name: _view(data, start + first, dtype, shape)
-        for name, (dtype, shape, first, _) in entries
+        for name, (dtype, shape, first, _) in _entries(path, header, size - start)
         if not name.startswith(PADDING)
     }
-    return Trace(path, tensors, metadata)
+    trace = Trace(path, tensors, metadata, header)
+    version = metadata.get("format_version", "1")
+    if metadata.get("format") == FORMAT and version not in READABLE_VERSIONS:
+        if trace.header_is_intact() is False:
+            raise DamageError(f"{path} is corrupted: its header is not the one that was written")
+        raise TraceError(
+            f"{path} has format version {version!r:.20}, this bhfast reads {' and '.join(READABLE_VERSIONS)}: "
+            "use a newer bhfast"
+        )
+    return trace
+
+
+def _entries(
+    path: Path, header: dict[str, Any], size: int
+) -> list[tuple[str, tuple[torch.dtype, list[int], int, int]]]:
+    """Return the header's tensors in file order, after checking that they cover ``size`` bytes without gaps."""
+    found = [(name, decode_entry(path, name, x)) for name, x in header.items() if name != "__metadata__"]
+    found.sort(key=lambda item: item[1][2:])
+    end = 0
+    for name, (_, _, first, last) in found:
+        if first != end:
+            raise DamageError(f"{path} is corrupted: {name} starts at byte {first} of the data, wanted {end}")
+        end = last
+    if end != size:
+        what = "truncated" if end > size else "corrupted"
+        raise DamageError(f"{path} is {what}: its header describes {end} bytes of data, the file has {size}")
+    return found
 
 
 def _view(data: mmap.mmap, offset: int, dtype: torch.dtype, shape: list[int]) -> TraceTensor:

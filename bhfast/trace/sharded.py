@@ -1,90 +1,39 @@
-"""Opening a trace: one file, or several and the index that joins them, with tensors that span them."""
+"""Opening a trace: one file, or several and the index that joins them."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from bhfast.errors import TraceError
-from bhfast.trace.format import parse_json
-from bhfast.trace.reader import Trace, TraceTensor, open_file
+from bhfast.errors import DamageError, TraceError
+from bhfast.trace.format import HEADER_CHECKSUM, bytes_of, parse_json
+from bhfast.trace.reader import Trace, open_file
+from bhfast.trace.tensors import ShardedTensor
 
 INDEX_FORMAT = "bhfast-trace-index"
 INDEX_SUFFIX = ".index.json"
 
 
-class ShardedTensor:
-    """A tensor that several files share, read part by part: only the shards that a slice touches.
-
-    It is indexed as a tensor ``[R, ...]`` is, and gives tensors.
-
-    Args:
-        parts: each with its offset in the whole, axis 0 included.
-        shape: of the whole.
+class Index(NamedTuple):
+    """An index of several files, read.
 
     Attributes:
-        shape, dtype: of the whole.
+        trace: the files as one trace.
+        files: each file by its name; those that an index names, in its order.
+        shards: of each tensor that several files share, ``shape`` and ``parts``, as the index has them.
+        weight_map: the file of each tensor; of a shared one, the first.
     """
 
-    def __init__(self, parts: Sequence[tuple[Tensor, Sequence[int]]], shape: Sequence[int]) -> None:
-        self.shape = torch.Size(shape)
-        self.dtype = parts[0][0].dtype
-        self._parts = parts
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def dim(self) -> int:
-        return len(self.shape)
-
-    def __getitem__(self, index: Any) -> Tensor:
-        index = index if isinstance(index, tuple) else (index,)
-        if index and any(x is Ellipsis or x is None for x in index):
-            return self._read(slice(None), 0, self.shape[1])[index]
-        rest: list[Any]
-        step, *rest = index or (slice(None),)
-        steps = slice(step, step + 1 or None) if isinstance(step, int) else step
-        if isinstance(step, int) and not -len(self) <= step < len(self):
-            raise IndexError(f"index {step} is out of bounds for {len(self)} records")
-        low, high = 0, self.shape[1]
-        if rest and isinstance(rest[0], int):
-            row = range(high)[rest[0]]
-            low, high, rest[0] = row, row + 1, 0
-        elif rest and isinstance(rest[0], slice) and rest[0].step in (None, 1):
-            low, high, _ = rest[0].indices(high)
-            rest[0] = slice(None)
-        found = self._read(steps, low, max(low, high))
-        return found[(0 if isinstance(step, int) else slice(None), *rest)]
-
-    def _read(self, steps: Any, low: int, high: int) -> Tensor:
-        """Return the rows from ``low`` to ``high`` of some steps."""
-        whole: Tensor | None = None
-        for part, (_, first, *columns) in self._parts:
-            rows = part[:, max(low, first) - first : max(0, min(high, first + part.shape[1]) - first)][steps]
-            if whole is None:
-                whole = torch.empty((len(rows), high - low, *self.shape[2:]), dtype=self.dtype)
-            at = max(first - low, 0)
-            target = whole[:, at : at + rows.shape[1]]
-            for axis, start in enumerate(columns, start=2):
-                target = target.narrow(axis, start, rows.shape[axis])
-            target.copy_(rows)
-        assert whole is not None
-        return whole.as_subclass(TraceTensor)
-
-    def first(self, records: int) -> ShardedTensor:
-        """Return the first ``records`` records, unread."""
-        return ShardedTensor([(part[:records], offset) for part, offset in self._parts], [records, *self.shape[1:]])
-
-    def numpy(self) -> np.ndarray:
-        """Return the whole as a numpy array; see :meth:`bhfast.trace.TraceTensor.numpy`."""
-        return self[:].numpy()
+    trace: Trace
+    files: dict[str, Trace]
+    shards: dict[str, Any]
+    weight_map: dict[str, str]
 
 
 def open_trace(path: str | os.PathLike[str]) -> Trace:
@@ -94,48 +43,104 @@ def open_trace(path: str | os.PathLike[str]) -> Trace:
         TraceError: it is not there, not safetensors, truncated, or its header does not fit its data.
     """
     path = Path(path)
-    return open_index(path) if path.name.endswith(".index.json") else open_file(path)
+    return open_index(path) if path.name.endswith(INDEX_SUFFIX) else open_file(path)
 
 
 def open_index(path: Path) -> Trace:
     """Open the files that an index names, without reading their data. All have as many records as the shortest.
 
     Raises:
-        TraceError: the index or one of the files is missing or damaged, or they do not fit together.
+        TraceError: see :func:`read_index`.
+    """
+    return read_index(path).trace
+
+
+def read_index(path: Path) -> Index:
+    """Read an index and open its files.
+
+    Raises:
+        TraceError: the index or one of the files cannot be read.
+        DamageError: one of them is damaged, or they do not fit together.
     """
     try:
-        index = parse_json(f"{path} is no index: it", path.read_bytes())
+        index = parse_json(f"{path} is not an index: it", path.read_bytes())
     except OSError as error:
         raise TraceError(f"cannot open the index {path}: {error.strerror}") from None
-    traces: dict[str, Trace] = {}
+    files: dict[str, Trace] = {}
 
     def opened(file: str) -> Trace:
         if file != Path(file).name:
-            raise ValueError(f"{file!r} is no name of a file")
-        if file not in traces:
-            traces[file] = open_trace(path.with_name(file))
-        return traces[file]
+            raise ValueError(f"{file!r} is not the name of a file")
+        if file not in files:
+            files[file] = open_file(path.with_name(file))
+        return files[file]
 
     try:
-        whole = {name: opened(file)[name] for name, file in index["weight_map"].items() if name not in index["shards"]}
-        records = min(len(trace.steps) for trace in traces.values())
-        shared = {name: _join(name, shard, opened) for name, shard in index["shards"].items()}
+        weight_map, shards = dict(index["weight_map"]), dict(index["shards"])
+        whole = {name: opened(file)[name] for name, file in weight_map.items() if name not in shards}
+        records = min(len(trace.steps) for trace in files.values())
+        shared = {name: _join(name, shard, opened) for name, shard in shards.items()}
         records = min([records, *(len(tensor) for tensor in shared.values())])
     except TraceError:
         raise
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise TraceError(f"{path} is corrupted, or is no index of a trace: {error}") from None
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise DamageError(f"{path} is corrupted, or is not the index of a trace: {error}") from None
     lengths = len(whole["recorded_steps"]) if "recorded_steps" in whole else records
     tensors = {name: x[:records] if x.dim() and len(x) == lengths else x for name, x in whole.items()}
-    metadata = next(iter(traces.values())).metadata if traces else {}
-    own = {key: text for key, text in metadata.items() if not key.startswith("crc32")}
-    return Trace(path, {**tensors, **{name: x.first(records) for name, x in shared.items()}}, own)
+    first = next(iter(files.values()))
+    metadata = {key: text for key, text in first.metadata.items() if not key.startswith(("crc32", HEADER_CHECKSUM))}
+    trace = Trace(path, {**tensors, **{name: x.first(records) for name, x in shared.items()}}, metadata)
+    return Index(trace, files, shards, weight_map)
+
+
+def disagreements(index: Index) -> Iterator[str]:
+    """Yield where an index and its files disagree, one line each: on names, shapes, offsets, or the number of records.
+
+    :func:`read_index` has found already that the parts of each tensor fit together.
+    """
+    for name, shard in index.shards.items():
+        records = {part["shape"][0] for part in shard["parts"]} | {shard["shape"][0]}
+        if records != {len(index.files[index.weight_map[name]][name])}:
+            yield f"the index gives {name} {sorted(records)} records, its first file has another number"
+    for file, trace in index.files.items():
+        listed = {name: _part_of(shard, file) for name, shard in index.shards.items()}
+        listed = {name: part for name, part in listed.items() if part is not None}
+        told = trace.json("shard")
+        if told.get("index") != index.trace.path.name:
+            yield f"{file} belongs to the index {told.get('index')!r:.60}, not to {index.trace.path.name}"
+        if told.get("tensors") != listed:
+            yield f"{file} and the index disagree on the shapes or offsets of the parts in it"
+        for name in trace.keys() - listed.keys():
+            home = index.files.get(index.weight_map.get(name, ""))
+            if home is None or name in index.shards:
+                yield f"{file} has a tensor {name} that the index does not name"
+            elif not _agree(home[name], trace[name]):
+                yield f"{file} and {index.weight_map[name]} have different {name}"
+
+
+def _part_of(shard: dict[str, Any], file: str) -> dict[str, list[int]] | None:
+    """Return the shape of a shared tensor and the offset of the part in ``file``, as the file's own metadata has it."""
+    for part in shard["parts"]:
+        if part["file"] == file:
+            return {"shape": shard["shape"][1:], "offset": part["offset"][1:]}
+    return None
+
+
+def _agree(one: Tensor, other: Tensor) -> bool:
+    """Return whether two files have the same in a tensor that both have; one of them may be shorter."""
+    if one.dtype != other.dtype or one.shape[1:] != other.shape[1:]:
+        return False
+    records = min(len(one), len(other)) if one.dim() else None
+    a, b = (x[:records] if records is not None else x for x in (one, other))
+    return bytes_of(a.contiguous()) == bytes_of(b.contiguous())
 
 
 def _join(name: str, shard: dict[str, Any], opened: Any) -> ShardedTensor:
     """Return a tensor that several files share, after checking that they cover it."""
     parts, boxes = [], []
     _, *shape = shard["shape"]
+    if not shape:
+        raise ValueError(f"{name} has one axis, and cannot be shared")
     for part in shard["parts"]:
         tensor = opened(part["file"])[name]
         _, *offset = part["offset"]
@@ -146,6 +151,8 @@ def _join(name: str, shard: dict[str, Any], opened: Any) -> ShardedTensor:
             raise ValueError(f"the part of {name} in {part['file']} lies outside of it")
         boxes.append([(start, start + size) for start, size in zip(offset, own, strict=True)])
         parts.append((tensor, [0, *offset]))
+    if len({tensor.dtype for tensor, _ in parts}) > 1:
+        raise ValueError(f"the parts of {name} have different dtypes")
     covered = sum(math.prod(high - low for low, high in box) for box in boxes)
     if covered != math.prod(shape):
         raise ValueError(f"the parts of {name} have {covered} elements, wanted {math.prod(shape)}")

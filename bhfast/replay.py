@@ -1,0 +1,198 @@
+"""Adam replayed over a trace: each step from the state recorded before it, and every bit compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bhfast.ops import arithmetic, checks, torch_adam
+from bhfast.trace import Trace
+
+CHUNK = 1 << 19  # elements replayed at once
+REPLAYED = ("exp_avg", "exp_avg_sq", "param")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first place where a trace is not what was recorded.
+
+    Attributes:
+        tensor: its name in the file; None if it is the header.
+        record: along axis 0; -1 if the checksum that failed does not tell.
+        step: of that record; None likewise.
+        index: of the element within the step's record; None if found by checksum, which does not tell.
+        text: one line that says all this, and what was found.
+    """
+
+    tensor: str | None
+    record: int
+    step: int | None
+    index: tuple[int, ...] | None
+    text: str
+
+
+def why_not(trace: Trace, logged: Mapping[str, Tensor]) -> str | None:
+    """Return why a trace cannot be replayed; None if it can be.
+
+    Args:
+        trace: one file.
+        logged: what was recorded once per step: ``learning_rates``, ``clip_coefs``, ``grad_norms``, ``skipped``. The
+            trace itself, or, for one of several files, the trace that joins them.
+    """
+    optimizer, steps = trace.optimizer, trace.steps
+    if isinstance(optimizer, list):
+        return "several optimizers were recorded together"
+    if steps.dim() != 1 or not torch.equal(steps, steps[:1] + torch.arange(len(steps))):
+        return "a replay needs every step, and this run recorded some (--record-every)"
+    rounding = optimizer["arithmetic"]
+    if rounding is None:
+        return str(optimizer["reason"])
+    if rounding not in (*arithmetic.ROUNDINGS, torch_adam.FUSED):
+        return f"this bhfast does not know the arithmetic {rounding!r}"
+    if rounding == torch_adam.FUSED and optimizer["kernel"] != torch_adam.fused_kernel():
+        return (
+            f"it was recorded with the fused AdamW of {optimizer['kernel']}, whose bits may differ from those of "
+            f"{torch_adam.fused_kernel()} here"
+        )
+    if "learning_rates" not in logged:
+        return "learning_rates are not in the file"
+    if not optimizer["params"]:
+        return "no parameter was recorded"
+    for name, param in optimizer["params"].items():
+        if reason := _why_not_param(trace, logged, name, param):
+            return reason
+    return None
+
+
+def _why_not_param(trace: Trace, logged: Mapping[str, Tensor], name: str, described: dict[str, Any]) -> str | None:
+    keys = described["keys"]
+    if missing := [field for field in checks.FIELDS if field not in keys]:
+        return f"a replay needs {', '.join(missing)} of {name}"
+    tensors = [trace[keys[field]] for field in checks.FIELDS]
+    if dtypes := {str(x.dtype) for x in tensors if x.dtype != tensors[0].dtype}:
+        return f"{name} is {tensors[0].dtype}, and its gradient or moments are {', '.join(sorted(dtypes))}"
+    if any(x.shape != tensors[0].shape or len(x) != len(trace.steps) for x in tensors):
+        raise ValueError(f"the fields of {name} have different shapes, or not one record for each step")
+    for flag in ("skipped", f"{name}.has_grad"):
+        if flag in logged and logged[flag].dim() != 1:
+            return f"{flag} is not one value for each step"
+    if trace.optimizer["arithmetic"] == torch_adam.FUSED:
+        size = described["numel"]
+        if tensors[0][0].numel() != size and size % torch_adam.FUSED_BLOCK:
+            return (
+                f"some rows of {name} were recorded, and the bits of torch's fused AdamW depend on where in the "
+                "parameter an element is"
+            )
+    if "clip_coefs" in logged:
+        changed = logged["clip_coefs"].isnan()
+        if "grad_norms" in logged:
+            changed &= ~logged["grad_norms"].isnan()  # NaN in the gradients makes NaN of the coefficient
+        records = min(len(changed), len(trace.steps))
+        if bool((changed[:records] & _updated(logged, name, records)).any()):
+            return "between backward and step, gradients were changed by more than one factor"
+    return None
+
+
+def _updated(logged: Mapping[str, Tensor], name: str, records: int) -> Tensor:
+    """Return in which records a parameter was updated, as it had a gradient and no step was skipped: bool ``[R]``."""
+    updated = torch.arange(records) > 0
+    if "skipped" in logged:
+        updated &= logged["skipped"][:records] == 0
+    if f"{name}.has_grad" in logged:
+        updated &= logged[f"{name}.has_grad"][:records] != 0
+    return updated
+
+
+def replay(trace: Trace, logged: Mapping[str, Tensor]) -> Difference | None:
+    """Replay all parameters; return the first difference. For traces that :func:`why_not` finds nothing against."""
+    found = [_replay_param(trace, logged, name, x) for name, x in trace.optimizer["params"].items()]
+    return min((x for x in found if x), key=lambda difference: difference.record, default=None)
+
+
+def _replay_param(
+    trace: Trace, logged: Mapping[str, Tensor], name: str, described: dict[str, Any]
+) -> Difference | None:
+    keys, done = described["keys"], described["steps_done"]
+    if not done:
+        for key in (keys["exp_avg"], keys["exp_avg_sq"]):
+            if difference := _first_difference(trace, key, 0, trace[key][:1], torch.zeros_like(trace[key][:1])):
+                return difference
+    records = min(len(trace.steps), len(logged["learning_rates"]))
+    updated = _updated(logged, name, records)
+    steps = (done + updated.cumsum(0)).clamp(min=1)  # of the optimizer
+    chunk = max(1, CHUNK // max(1, trace[keys["param"]][0].numel()))
+    for start in range(1, records, chunk):
+        now = slice(start, min(start + chunk, records))
+        values = _advanced(trace, logged, described, now, steps[now], updated[now])
+        found = [_first_difference(trace, keys[f], start, trace[keys[f]][now], values[f]) for f in REPLAYED]
+        differences = [difference for difference in found if difference]
+        if differences:
+            return min(differences, key=lambda difference: difference.record)
+    return None
+
+
+def _advanced(
+    trace: Trace,
+    logged: Mapping[str, Tensor],
+    described: dict[str, Any],
+    now: slice,
+    steps: Tensor,
+    updated: Tensor,
+) -> dict[str, Tensor]:
+    """Return what the records ``now`` of a parameter must be, computed from the records before them."""
+    settings = trace.optimizer["groups"][described["group"]]
+    before = slice(now.start - 1, now.stop - 1)
+    tensors = {field: trace[described["keys"][field]].as_subclass(Tensor) for field in checks.FIELDS}
+    param, exp_avg, exp_avg_sq = (tensors[field][before] for field in ("param", "exp_avg", "exp_avg_sq"))
+    grad = tensors["grad"][now]
+    ones = [1] * (param.dim() - 1)
+    if "clip_coefs" in logged:
+        grad = grad * logged["clip_coefs"][now].as_subclass(Tensor).to(grad.dtype).view(-1, *ones)
+    rates = logged["learning_rates"]
+    lrs = (rates[:, described["group"]] if rates.dim() > 1 else rates)[now].tolist()
+    own = {"betas": tuple(settings["betas"]), "eps": settings["eps"], "weight_decay": settings["weight_decay"]}
+    rounding = trace.optimizer["arithmetic"]
+    if rounding == torch_adam.FUSED:
+        is_whole = param[0].numel() == described["numel"]
+        values = torch_adam.fused_adamw(
+            param, grad, exp_avg, exp_avg_sq, steps=steps.tolist(), lrs=lrs, is_whole=is_whole, **own
+        )
+    else:
+        coefficients = arithmetic.adam_coefficients(steps.tolist(), lrs, **own)
+        coefficients = coefficients.view(-1, *ones, coefficients.shape[-1])
+        values = arithmetic.adam(param, grad, exp_avg, exp_avg_sq, coefficients, rounding)
+    found = dict(zip(("param", "exp_avg", "exp_avg_sq"), values, strict=True))
+    if not updated.all():
+        found = {f: torch.where(updated.view(-1, *ones), x, tensors[f][before]) for f, x in found.items()}
+    return found
+
+
+def _bits(values: Tensor) -> Tensor:
+    return values.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.itemsize])
+
+
+def _first_difference(trace: Trace, name: str, first: int, recorded: Tensor, replayed: Tensor) -> Difference | None:
+    """Compare bits; two NaN are equal, as the payload of a NaN depends on the instruction that made it."""
+    if torch.equal(_bits(recorded), _bits(replayed)):
+        return None
+    differs = _bits(recorded) != _bits(replayed)
+    differs &= ~(recorded.isnan() & replayed.isnan())
+    if not differs.any():
+        return None
+    record, *index = differs.nonzero()[0].tolist()
+    at = (record, *index)
+    step = int(trace.steps[first + record])
+    text = (
+        f"step {step}, {name}{index}: recorded {_describe(recorded[at])}, replayed {_describe(replayed[at])}; "
+        "the recorded value, the state before it, or the gradient is damaged"
+    )
+    return Difference(name, first + record, step, tuple(index), text)
+
+
+def _describe(value: Tensor) -> str:
+    digits = 2 * value.itemsize
+    return f"{value.item():.8g} (0x{int(_bits(value)) & (1 << 4 * digits) - 1:0{digits}x})"
