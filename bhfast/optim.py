@@ -43,7 +43,7 @@ class FusedAdam(torch.optim.Optimizer):
 
     Raises:
         ConfigError: a hyperparameter is out of range, or a loaded state asks for ``amsgrad`` or ``maximize``.
-        TypeError: a parameter is neither bfloat16 nor float32, or a gradient is sparse.
+        TypeError: a parameter is neither bfloat16 nor float32, or a DTensor, or a gradient is sparse.
     """
 
     def __init__(
@@ -90,6 +90,8 @@ class FusedAdam(torch.optim.Optimizer):
         for param in self.param_groups[-1]["params"]:
             if param.dtype not in DTYPES:
                 raise TypeError(f"FusedAdam takes bfloat16 and float32 parameters, got {param.dtype}")
+            if hasattr(param, "to_local"):
+                raise TypeError("FusedAdam does not take DTensor parameters (fully_shard, tensor parallel): use AdamW")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for i, group in enumerate(state_dict["param_groups"]):

@@ -7,6 +7,7 @@ parameters and optimizer state, each made at the moment that the loop itself has
 from __future__ import annotations
 
 import signal
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -67,7 +68,8 @@ class ScheduleFree(torch.optim.Optimizer):
 def _muon(model: nn.Module) -> list[torch.optim.Optimizer]:
     matrices = [p for p in model.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if p.dim() != 2]
-    return [torch.optim.Muon(matrices, lr=0.01), torch.optim.AdamW(others, lr=0.01)]
+    adamw = torch.optim.AdamW(others, lr=0.01)
+    return [torch.optim.Muon(matrices, lr=0.01), adamw] if matrices else [adamw]
 
 
 def _one(kind: Callable[..., torch.optim.Optimizer], **options: Any) -> Callable[[nn.Module], list[Any]]:
@@ -186,7 +188,10 @@ def record(optimizer: str, framework: str, path: Path, rank: int = 0) -> list[di
     how = FRAMEWORKS[framework]
     torch.manual_seed(0)
     model = wrapped(Model().to(how.dtype), how.wrap)
-    optimizers = OPTIMIZERS[optimizer](model)
+    try:
+        optimizers = OPTIMIZERS[optimizer](model)
+    except TypeError as error:
+        return f"{error}"
     accelerator = None
     if how.wrap == "accelerate":
         from accelerate import Accelerator
@@ -275,7 +280,10 @@ def _work(cells: Sequence[tuple[str, str]], folder: Path, rank: int, world: int)
         where = folder / f"{i}"
         where.mkdir(exist_ok=True)
         dist.barrier()
-        found = record(optimizer, framework, where / "t.safetensors", rank)
+        try:
+            found = record(optimizer, framework, where / "t.safetensors", rank)
+        except Exception:
+            found = f"raised {traceback.format_exc()}"  # in every process alike, so the next cell can go on
         torch.save(found, where / f"wanted-{rank}")
         dist.barrier()
     dist.destroy_process_group()

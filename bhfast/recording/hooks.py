@@ -160,7 +160,7 @@ class OptimizerFollower:
         self._on_new_field = on_new_field
         self._raw: dict[str, Tensor] = {}  # by parameter, as the backward pass left them
         self._in_closure = False  # which calls backward() inside the step
-        self._steps_in_record = 0
+        self._steps_in_record = self._steps_seen = 0
         self._state_sizes: dict[str, int] = {}  # by parameter, how many entries its state had
         self._compiled = [False]
         self._scaler: GradScaler | None = None
@@ -244,6 +244,7 @@ class OptimizerFollower:
         if not self._cycle.begin():
             return False
         self._steps_in_record += 1
+        self._steps_seen += 1
         self.logged = {}
         self.description.look(self._slots.step)
         if self._steps_in_record > 1:
@@ -280,11 +281,11 @@ class OptimizerFollower:
 
     def _scaled_step(self, scaler: GradScaler, proceed: Callable[[], Any]) -> Any:
         """Perform ``scaler.step(optimizer)``; if that skips the optimizer's step, record it as skipped."""
-        before = self._steps_in_record, self._slots.step
+        before = self._steps_seen
         self._scaler = scaler
         try:
             result = proceed()
-            if (self._steps_in_record, self._slots.step) == before and not self._cycle.is_off and self._begin():
+            if self._steps_seen == before and not self._cycle.is_off and self._begin():
                 self._record_skipped_step()
         finally:
             self._scaler = None
