@@ -15,7 +15,6 @@ from torch import nn
 from bhfast.errors import BhfastError, ConfigError, RecordingWarning, StorageError
 from bhfast.ops.checks import FIELDS
 from bhfast.optim import FusedAdam
-from bhfast.recording.hooks import OptimizerFollower
 from bhfast.recording.recorder import Recorder
 from bhfast.recording.slots import RecordSlots
 from bhfast.trace import open_trace
@@ -212,9 +211,9 @@ def test_a_fused_optimizer_records_itself(tmp_path: Path, monkeypatch: pytest.Mo
     model = linear()
     optimizer = FusedAdam(model.parameters())
     copied = []
-    real = OptimizerFollower._write
+    real = RecordSlots.write
     monkeypatch.setattr(
-        OptimizerFollower, "_write", lambda self, field, value: (copied.append(field.name), real(self, field, value))
+        RecordSlots, "write", lambda self, field, value: (copied.append(field.name), real(self, field, value))
     )
     path = tmp_path / "t"
     with Recorder(optimizer, {"w": model.weight, "b": model.bias}, steps=4, path=path, fields=["param"]):
@@ -384,7 +383,7 @@ def test_a_missing_gradient_is_zeros_and_said_to_be_missing(optimizer_class, tmp
     has_grad, weights = [], []
     with (
         pytest.warns(
-            RecordingWarning, match="parameter b has no gradient at step 1: zeros are recorded, and b.has_grad"
+            RecordingWarning, match="b has no gradient at step 1: zeros are recorded, and b.has_grad"
         ) as warned,
         Recorder(optimizer, {"w": model.weight, "b": model.bias}, steps=6, path=tmp_path / "t") as recorder,
     ):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from bhfast.errors import BhfastError
 from bhfast.ops import checks
 from bhfast.recording.protocols import RecordsItself
 from bhfast.storage.base import RecordedTensor
@@ -82,54 +83,89 @@ class RecordedField:
         """The name of its tensor in the file."""
         return self.tensor.name
 
+    def copy_into(self, slot: Tensor, value: Tensor, *, is_part: bool, step: int) -> None:
+        """Copy a value to the slot of its record.
+
+        Args:
+            slot: of the tensor's shape and dtype.
+            value: shaped as the parameter; or, if ``is_part``, only what is recorded of it.
+            step: for the error.
+
+        Raises:
+            BhfastError: shape or dtype are not those of the records.
+        """
+        rows = None if is_part else self.of.rows_of(value)
+        value = local(value)
+        shape = value.shape if rows is None else torch.Size([len(rows), *value.shape[1:]])
+        if value.dtype != slot.dtype or shape != slot.shape:
+            raise BhfastError(
+                f"{self.field} of parameter {self.of.name} is {value.dtype} {list(value.shape)} at step {step}, wanted "
+                f"{slot.dtype} {list(slot.shape)}; open the recorder after the optimizer's first step"
+            )
+        if rows is None:
+            slot.copy_(value)
+        else:
+            torch.index_select(value, 0, rows, out=slot)
+
 
 class FieldPlan:
-    """Which fields of its parameters an optimizer gives the recorder.
+    """Which fields of its parameters are recorded of an optimizer.
 
     Args:
         optimizer: has the state.
-        fields: that the user asked for; None for ``param``, ``grad``, and every tensor of the optimizer's state.
+        params: what this process records; the plan is for those that the optimizer updates.
+        chosen: fields that the user asked for; None for ``param``, ``grad``, and every tensor of the optimizer's state.
         names: for some fields the name of their tensors in the file, with ``{name}`` for the parameter's.
+
+    Attributes:
+        params: those that the optimizer updates.
+        at_start: the fields that are known before the first step.
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, fields: Sequence[str] | None, names: dict[str, str] | None = None
+        self,
+        optimizer: torch.optim.Optimizer,
+        params: Sequence[RecordedParam],
+        chosen: Sequence[str] | None,
+        names: Mapping[str, str],
     ) -> None:
-        self._optimizer = optimizer
-        self._names = {**NAMES, **(names or {})}
-        self.chosen = fields
-        self.known = _known_fields(optimizer) if fields is None else tuple(fields)
+        self.optimizer = optimizer
+        self._chosen = chosen
+        self._names = {**NAMES, **names}
+        updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self.params = [of for of in params if id(of.param) in updated]
+        self.at_start = [field for of in self.params for field in self._at_start(of)]
 
-    def at_start(self, of: RecordedParam) -> list[RecordedField]:
-        """Return the fields that are known before the first step.
+    def _at_start(self, of: RecordedParam) -> list[RecordedField]:
+        """Return the fields of a parameter that are known now.
 
-        The dtype of a state that is not there yet is the parameter's, as all optimizers here that are known do it.
+        State that is not there yet has the parameter's shape and dtype in all optimizers whose state is known.
         """
+        expected = _known_fields(self.optimizer)
         found = []
-        for field in self.known:
+        for field in expected if self._chosen is None else self._chosen:
             value = self._state(of).get(field)
-            if value is None and (field in ("param", "grad") or field in _known_fields(self._optimizer)):
+            if value is None and (field in ("param", "grad") or field in expected):
                 value = of.param
             if value is not None:
                 found.append(self._field(of, field, value, fill=None))
-        found += self.discover(of, {one.field for one in found})
-        return found
+        return found + self.discover(of, {own.field for own in found})
 
     def discover(self, of: RecordedParam, known: set[str]) -> list[RecordedField]:
         """Return the fields that the optimizer's state has and ``known`` lacks: zeros until they appeared."""
         return [
             self._field(of, key, value, fill=0.0)
             for key, value in self._state(of).items()
-            if key not in known and (self.chosen is None or key in self.chosen)
+            if key not in known and (self._chosen is None or key in self._chosen)
         ]
 
     def missing(self, of: RecordedParam) -> list[str]:
         """Return the fields that the user asked for and the optimizer's state lacks."""
         state = self._state(of)
-        return [field for field in self.chosen or () if field not in ("param", "grad") and field not in state]
+        return [field for field in self._chosen or () if field not in ("param", "grad") and field not in state]
 
     def _state(self, of: RecordedParam) -> dict[str, Tensor]:
-        state = self._optimizer.state.get(of.param, {})
+        state = self.optimizer.state.get(of.param, {})
         return {
             key: value
             for key, value in state.items()

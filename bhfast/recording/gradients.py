@@ -7,9 +7,15 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.utils._pytree import tree_leaves
 
-from bhfast.recording.fields import RecordedParam
+from bhfast.recording.clipping import clip_coefficient
+from bhfast.recording.cycle import StepCycle
+from bhfast.recording.fields import RecordedField, RecordedParam, local
+from bhfast.recording.loss_scaling import unscaled
+from bhfast.recording.optimizer_description import OptimizerDescription
+from bhfast.storage.base import RecordedTensor
 
 
 class BackwardWatch:
@@ -62,3 +68,89 @@ class BackwardWatch:
         if self._over is not None:
             queue, over = torch.autograd.Variable._execution_engine.queue_callback, self._over  # type: ignore[attr-defined]
             queue(lambda: queue(over))
+
+
+class GradientRecorder:
+    """Records the gradients of an optimizer's parameters: as its step finds them, or as the backward pass left them.
+
+    Args:
+        cycle: the steps of the recording.
+        description: of the optimizer, to note in it what a replay cannot know.
+        unclipped: record gradients as the backward pass leaves them.
+    """
+
+    def __init__(self, cycle: StepCycle, description: OptimizerDescription, *, unclipped: bool) -> None:
+        self._cycle = cycle
+        self._slots = cycle.slots
+        self._description = description
+        self._unclipped = unclipped
+        self._raw: dict[str, Tensor] = {}  # by parameter, as the backward pass left them
+
+    def keep(self, fields: Sequence[RecordedField], step: int) -> None:
+        """Keep what a backward pass has left for ``step``."""
+        if step % self._slots.every or self._cycle.is_off:
+            return
+        for field in fields:
+            grad = _laid_out_gradient(field.of)
+            if grad is not None:
+                self._raw[field.of.name] = field.of.part_of(grad).clone()
+
+    def record(
+        self, fields: Sequence[RecordedField], scaler: GradScaler | None, scale: Tensor | None, found_inf: Tensor | None
+    ) -> Tensor | None:
+        """Write the gradients of the current step.
+
+        Args:
+            fields: the gradients to write.
+            scaler: that performs the step; None if there is none.
+            scale: of gradients that a fused step has just unscaled in place, unless it ``found_inf``; None if they have
+                no scale.
+
+        Returns:
+            The factor by which the gradients were clipped, a float32 scalar, NaN if there is no single one; None if
+            they are recorded as the step finds them.
+        """
+        clipped: list[tuple[Tensor, Tensor]] = []  # before and after
+        for field in fields:
+            of, grad, raw = field.of, _laid_out_gradient(field.of), self._raw.pop(field.of.name, None)
+            if of.param.grad is None:
+                self.write_none(field, f"{of.name} has no gradient")
+                continue
+            if grad is None:
+                self._lose(field, f"the gradient of {of.name} is not reduced over the processes yet")
+                continue
+            if scale is not None and found_inf is not None:
+                grad = torch.where(found_inf.to(grad.device) > 0, unscaled(grad, scale), grad)
+            if not self._unclipped:
+                self._slots.write(field, grad)
+            elif raw is None:
+                self._lose(field, f"no backward pass was seen that made the gradient of {of.name}")
+            else:
+                raw = raw if scaler is None else unscaled(raw, scaler.get_scale())
+                self._slots.write(field, raw, is_part=True)
+                clipped.append((raw, of.part_of(grad)))
+        return clip_coefficient(clipped) if clipped else None
+
+    def _lose(self, field: RecordedField, why: str) -> None:
+        """Record that there is no gradient to record, though the optimizer has one."""
+        self._description.mark_unknown(f"{why} at step {self._slots.step}")
+        self.write_none(field, why)
+
+    def write_none(self, field: RecordedField, why: str) -> None:
+        """Write zeros for a gradient that is not there, and mark that in ``NAME.has_grad``."""
+        name = f"{field.of.name}.has_grad"
+        self._cycle.warn(
+            why, f"{why} at step {self._slots.step}: zeros are recorded, and {name} says which steps have a gradient"
+        )
+        if name not in self._slots.tensors:
+            self._slots.add(RecordedTensor(name, (), torch.bool, fill=1, start=0), local(field.of.param).device)
+        self._slots.slot(name).fill_(False)
+        self._slots.slot(field.name).zero_()
+
+
+def _laid_out_gradient(of: RecordedParam) -> Tensor | None:
+    """Return a parameter's gradient; None if it has none that is distributed as the parameter is."""
+    grad = of.param.grad
+    if grad is None or getattr(grad, "placements", None) != getattr(of.param, "placements", None):
+        return None
+    return grad.detach().to_dense() if grad.is_sparse else grad.detach()

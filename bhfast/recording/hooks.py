@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
@@ -12,16 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
-from bhfast.errors import BhfastError, RecordingWarning
+from bhfast.errors import BhfastError
 from bhfast.ops import checks
-from bhfast.recording.clipping import clip_coefficient
-from bhfast.recording.fields import FieldPlan, RecordedField, RecordedParam, local
-from bhfast.recording.gradients import BackwardWatch
-from bhfast.recording.loss_scaling import scaled_steps, unscaled
+from bhfast.recording.cycle import StepCycle
+from bhfast.recording.fields import FieldPlan, RecordedField
+from bhfast.recording.gradients import BackwardWatch, GradientRecorder
+from bhfast.recording.loss_scaling import scaled_steps
 from bhfast.recording.optimizer_description import OptimizerDescription
 from bhfast.recording.protocols import RecordsItself
-from bhfast.recording.slots import RecordSlots
-from bhfast.storage.base import RecordedTensor
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -35,103 +31,18 @@ def outside_graphs(function: F) -> F:
     return function
 
 
-class StepCycle:
-    """The steps of a recording: a record is complete when the last of its optimizers has stepped.
-
-    Args:
-        slots: where records are made.
-        strict: raise an error where recording otherwise stops with a warning.
-
-    Attributes:
-        is_under_way: whether a forward or backward pass has begun since the last step.
-        pending: values logged meanwhile, by name; they belong to the step that is under way.
-    """
-
-    def __init__(self, slots: RecordSlots, *, strict: bool) -> None:
-        self.slots = slots
-        self.is_under_way = False
-        self.pending: dict[str, Tensor] = {}
-        self.followers: list[OptimizerFollower] = []
-        self._strict = strict
-        self._is_begun = False
-        self._own: set[str] | None = None  # values that the recorder itself logs
-        self._has_stopped = False
-        self._process = os.getpid()
-        self._warned: set[str] = set()
-
-    def warn(self, topic: str, text: str) -> None:
-        """Warn the user, once per topic."""
-        if topic not in self._warned:
-            self._warned.add(topic)
-            warnings.warn(text, RecordingWarning, stacklevel=2)
-
-    @property
-    def is_in_other_process(self) -> bool:
-        """Whether this process is a fork of the one that opened the recorder."""
-        return os.getpid() != self._process
-
-    @property
-    def is_off(self) -> bool:
-        """Whether nothing is recorded any more, or not in this process."""
-        return self._has_stopped or self.is_in_other_process
-
-    def note_activity(self) -> None:
-        """Note that a forward or backward pass of the next step has begun."""
-        self.is_under_way = True
-
-    def begin(self) -> bool:
-        """Begin a step, unless one of its optimizers has done so; return False if recording has stopped."""
-        if not self._is_begun:
-            if self.slots.step >= self.slots.steps and not self._strict:
-                self._has_stopped = True
-                for follower in self.followers:
-                    follower.end_fused()
-                self.warn(
-                    "steps", f"recording stopped after step {self.slots.steps}, the last one announced with steps="
-                )
-                return False
-            self.slots.begin(1)
-            self._is_begun = True
-        return True
-
-    def end(self, follower: OptimizerFollower) -> None:
-        """Complete the record, if ``follower`` is the last one that a step waits for."""
-        if follower is not self.followers[-1]:
-            return
-        for other in self.followers:
-            other.complete_record()
-        self._log_own_values()
-        self.slots.log(**self.pending)
-        self.pending.clear()
-        self.slots.end()
-        self._is_begun = self.is_under_way = False
-
-    def _log_own_values(self) -> None:
-        """Log what a replay needs, except values the caller already logs."""
-        if self.slots.record is None:
-            return
-        if self._own is None:
-            own = {"learning_rates", "grad_norms", "clip_coefs", "skipped"}
-            self._own = own - self.slots.tensors.keys() - self.pending.keys()
-        rates = [float(group["lr"]) for follower in self.followers for group in follower.optimizer.param_groups]
-        values = {"learning_rates": torch.tensor(rates if len(rates) > 1 else rates[0], dtype=torch.float64)}
-        for follower in self.followers:
-            values |= follower.logged
-        self.slots.log(**{name: value for name, value in values.items() if name in self._own})
-
-
 class OptimizerFollower:
     """Follows one optimizer, and writes what it does to the slots of the current record.
 
     Args:
-        optimizer: without wrappers.
-        params: what this process records of its parameters.
-        plan: which fields of them to record.
-        fields: those that are known at the start.
+        plan: the optimizer, and what to record of it.
         cycle: the steps of the recording.
         unclipped: record gradients as the backward pass leaves them.
+        on_new_field: makes room for a field that has appeared in the optimizer's state; returns whether it could.
 
     Attributes:
+        optimizer: without wrappers.
+        params: what this process records of its parameters.
         fields: what is recorded, by name in the file.
         description: what the trace says of the optimizer.
         logged: values of the current step that a replay needs.
@@ -139,26 +50,23 @@ class OptimizerFollower:
 
     def __init__(
         self,
-        optimizer: torch.optim.Optimizer,
-        params: Sequence[RecordedParam],
         plan: FieldPlan,
-        fields: Sequence[RecordedField],
         cycle: StepCycle,
         *,
         unclipped: bool,
         on_new_field: Callable[[RecordedField], bool],
     ) -> None:
-        self.optimizer = optimizer
-        self.params = params
-        self.fields = {field.name: field for field in fields}
-        self.description = OptimizerDescription(optimizer)
+        self.optimizer = plan.optimizer
+        self.params = plan.params
+        self.fields = {field.name: field for field in plan.at_start}
+        self.description = OptimizerDescription(plan.optimizer)
         self.logged: dict[str, Tensor] = {}
         self._plan = plan
         self._cycle = cycle
         self._slots = cycle.slots
         self._unclipped = unclipped
         self._on_new_field = on_new_field
-        self._raw: dict[str, Tensor] = {}  # by parameter, as the backward pass left them
+        self._gradients = GradientRecorder(cycle, self.description, unclipped=unclipped)
         self._in_closure = False  # which calls backward() inside the step
         self._steps_in_record = self._steps_seen = 0
         self._state_sizes: dict[str, int] = {}  # by parameter, how many entries its state had
@@ -306,76 +214,23 @@ class OptimizerFollower:
             self._by_hand = list(self.fields.values())
             self.description.mark_unknown(f"it did no step in record {self._slots.record}")
             for field in self._fields("grad"):
-                self._write_no_gradient(field, f"{type(self.optimizer).__name__} did no step")
+                self._gradients.write_none(field, f"{type(self.optimizer).__name__} did no step")
             self._record_state()
         self._steps_in_record = 0
 
     # -----------------------------------------------------------------------------------------------------------------
-    # Gradients
+    # Values
 
     def _keep_raw_gradients(self) -> None:
-        """Keep what a backward pass has left."""
         step = self._slots.step if self._in_closure else self._slots.step + 1
-        if step % self._slots.every or self._cycle.is_off:
-            return
-        for field in self._fields("grad"):
-            grad = self._gradient(field.of)
-            if grad is not None:
-                self._raw[field.of.name] = field.of.part_of(grad).clone()
+        self._gradients.keep(self._fields("grad"), step)
 
     def _record_gradients(self) -> None:
-        clipped: list[tuple[Tensor, Tensor]] = []  # before and after
-        for field in self._by_hand:
-            if field.field != "grad":
-                continue
-            of, grad, raw = field.of, self._gradient(field.of), self._raw.pop(field.of.name, None)
-            if of.param.grad is None:
-                self._write_no_gradient(field, f"{of.name} has no gradient")
-            elif grad is None:
-                self._lose_gradient(field, f"the gradient of {of.name} is not reduced over the processes yet")
-            elif not self._unclipped:
-                self._write(field, self._unscaled_by_step(grad))
-            elif raw is None:
-                self._lose_gradient(field, f"no backward pass was seen that made the gradient of {of.name}")
-            else:
-                if self._scaler is not None:
-                    raw = unscaled(raw, self._scaler.get_scale())
-                self._write(field, raw, is_part=True)
-                clipped.append((raw, of.part_of(self._unscaled_by_step(grad))))
-        if clipped:
-            self.logged["clip_coefs"] = clip_coefficient(clipped)
-
-    def _lose_gradient(self, field: RecordedField, why: str) -> None:
-        """Record that there is no gradient to record, though the optimizer has one."""
-        self.description.mark_unknown(f"{why} at step {self._slots.step}")
-        self._write_no_gradient(field, why)
-
-    def _write_no_gradient(self, field: RecordedField, why: str) -> None:
-        name = f"{field.of.name}.has_grad"
-        self._cycle.warn(
-            why, f"{why} at step {self._slots.step}: zeros are recorded, and {name} says which steps have a gradient"
-        )
-        if name not in self._slots.tensors:
-            self._slots.add(RecordedTensor(name, (), torch.bool, fill=1, start=0), local(field.of.param).device)
-        self._slots.slot(name).fill_(False)
-        self._slots.slot(field.name).zero_()
-
-    def _unscaled_by_step(self, grad: Tensor) -> Tensor:
-        """Return a gradient without loss scale: a fused step unscales it in place, unless it finds an infinity."""
-        if self._scale is None:
-            return grad
-        found = self.optimizer.found_inf  # type: ignore[attr-defined]
-        return torch.where(found.to(grad.device) > 0, unscaled(grad, self._scale), grad)
-
-    def _gradient(self, of: RecordedParam) -> Tensor | None:
-        """Return a parameter's gradient; None if it has none that is laid out as the parameter is."""
-        grad = of.param.grad
-        if grad is None or getattr(grad, "placements", None) != getattr(of.param, "placements", None):
-            return None
-        return grad.detach().to_dense() if grad.is_sparse else grad.detach()
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # Parameters and state
+        fields = [field for field in self._by_hand if field.field == "grad"]
+        found_inf = getattr(self.optimizer, "found_inf", None)
+        factor = self._gradients.record(fields, self._scaler, self._scale, found_inf)
+        if factor is not None:
+            self.logged["clip_coefs"] = factor
 
     def record_start(self) -> None:
         """Write record 0: parameters and state as they are, and zeros."""
@@ -390,13 +245,13 @@ class OptimizerFollower:
 
     def _write_value(self, field: RecordedField) -> None:
         if field.field == "param":
-            self._write(field, field.of.param.detach())
+            self._slots.write(field, field.of.param.detach())
             return
         value = self.optimizer.state.get(field.of.param, {}).get(field.field)
         if value is None:
             self._slots.slot(field.name).zero_()
         else:
-            self._write(field, value)
+            self._slots.write(field, value)
 
     def _discover_fields(self) -> None:
         """Record what has appeared in the optimizer's state, from now on."""
@@ -417,20 +272,3 @@ class OptimizerFollower:
 
     def _fields(self, kind: str) -> list[RecordedField]:
         return [field for field in self.fields.values() if field.field == kind]
-
-    def _write(self, field: RecordedField, value: Tensor, *, is_part: bool = False) -> None:
-        """Copy a value, or what is recorded of it, to the slot of the current record."""
-        slot = self._slots.slot(field.name)
-        rows = None if is_part else field.of.rows_of(value)
-        value = local(value)
-        shape = value.shape if rows is None else torch.Size([len(rows), *value.shape[1:]])
-        if value.dtype != slot.dtype or shape != slot.shape:
-            raise BhfastError(
-                f"{field.field} of parameter {field.of.name} is {value.dtype} {list(value.shape)} at step "
-                f"{self._slots.step}, wanted {slot.dtype} {list(slot.shape)}; open the recorder after the optimizer's "
-                "first step"
-            )
-        if rows is None:
-            slot.copy_(value)
-        else:
-            torch.index_select(value, 0, rows, out=slot)

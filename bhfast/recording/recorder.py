@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from bhfast.errors import ConfigError, StorageError
+from bhfast.recording.cycle import StepCycle
 from bhfast.recording.fields import FieldPlan, RecordedField, local, unwrapped
-from bhfast.recording.hooks import OptimizerFollower, StepCycle
+from bhfast.recording.hooks import OptimizerFollower
 from bhfast.recording.logged import as_tensors, flattened
 from bhfast.recording.optimizer_description import joined_descriptions
 from bhfast.recording.selection import Params, require_supported, select
@@ -148,29 +149,19 @@ class Recorder:
         selected, self._tied = select(params, model=model, optimizers=optimizers, rows=rows or {})
         self._partition = RankPartition(selected, self.path)
         self._partition.require_gradients_of(unclipped, model)
-        names = []
-        for own in optimizers:
-            updated = {id(p) for group in own.param_groups for p in group["params"]}
-            recorded = [of for of in self._partition.params if id(of.param) in updated]
-            plan = FieldPlan(own, fields, dict(keys or {}))
-            found = [field for of in recorded for field in plan.at_start(of)]
-            names += [field.name for field in found]
-            follower = OptimizerFollower(
-                own,
-                recorded,
-                plan,
-                found,
-                self._cycle,
-                unclipped=unclipped,
-                on_new_field=self._take_new_field,
-            )
-            self._cycle.followers.append(follower)
-        self._row_indices = {of.name: of.all_rows for of in self._partition.params if of.all_rows is not None}
+        plans = [FieldPlan(own, self._partition.params, fields, keys or {}) for own in optimizers]
+        names = [field.name for plan in plans for field in plan.at_start]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ConfigError(f"keys must give every tensor a name of its own, got {', '.join(sorted(twice))} twice")
+        self._followers = [
+            OptimizerFollower(plan, self._cycle, unclipped=unclipped, on_new_field=self._take_new_field)
+            for plan in plans
+        ]
+        self._cycle.followers += self._followers
+        self._row_indices = {of.name: of.all_rows for of in self._partition.params if of.all_rows is not None}
 
     def _fields(self) -> list[RecordedField]:
-        return [field for follower in self._cycle.followers for field in follower.fields.values()]
+        return [field for follower in self._followers for field in follower.fields.values()]
 
     @property
     def every(self) -> int:
@@ -206,7 +197,7 @@ class Recorder:
             return
         with ExitStack() as stack:
             self._output = stack.enter_context(OutputFile(self._partition.path, overwrite=self._overwrite))
-            self.metadata |= {**self._description_metadata(), **self._partition.metadata()}
+            self.metadata |= {**description_metadata(self._followers, self._tied), **self._partition.metadata()}
             tensors = {name: field.tensor for name, field in fields.items()}
             stack.enter_context(
                 self.slots.opened(
@@ -218,10 +209,10 @@ class Recorder:
             for name, rows in self._row_indices.items():
                 self.slots.reserve_name(f"{name}.rows")
                 self.constants[f"{name}.rows"] = rows.cpu()
-            for follower in self._cycle.followers:
+            for follower in self._followers:
                 follower.record_start()
             self.slots.complete = 1
-            for follower in self._cycle.followers:
+            for follower in self._followers:
                 stack.enter_context(follower.following(self._model))
             self.slots.on_recount = self._record_fused
             stack.enter_context(terminable())
@@ -229,7 +220,7 @@ class Recorder:
             self._stack = stack.pop_all()
 
     def _record_fused(self) -> None:
-        for follower in self._cycle.followers:
+        for follower in self._followers:
             follower.record_fused()
 
     def _take_new_field(self, field: RecordedField) -> bool:
@@ -242,24 +233,6 @@ class Recorder:
         self.slots.add(field.tensor, local(field.of.param).device)
         self._partition.add(field)
         return True
-
-    def _description_metadata(self) -> dict[str, str]:
-        """Return the metadata that describe the optimizer, and parameters with several names."""
-        described = []
-        keys: dict[str, dict[str, str]] = defaultdict(dict)
-        for follower in self._cycle.followers:
-            for field in follower.fields.values():
-                keys[field.of.name][field.field] = field.name
-            params = {of.name: of.param for of in follower.params}
-            described.append(follower.description.describe(params, keys))
-        tied = {
-            key.replace(name, other, 1): key
-            for other, name in self._tied.items()
-            for key in [*keys.get(name, {}).values(), *([f"{name}.rows"] if name in self._row_indices else [])]
-            if key.startswith(name)
-        }
-        own = {"optimizer": json.dumps(joined_descriptions(described))}
-        return {**own, "tied": json.dumps(tied)} if tied else own
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -291,7 +264,7 @@ class Recorder:
         is_cut = self.slots.records is not None and saved < self.slots.records
         if is_cut and path.exists() and not self._partition.is_sharded:
             path = path.with_name(f"{path.stem}.cut-at-{self._start_step + self.saved_steps}{path.suffix}")
-        metadata = {**self.metadata, **self._description_metadata(), **self._partition.metadata()}
+        metadata = {**self.metadata, **description_metadata(self._followers, self._tied), **self._partition.metadata()}
         names = self.slots.save(metadata, path)
         self.path = self._partition.finish(path, names, saved)
         if saved < self.slots.complete and fault is None:
@@ -347,6 +320,31 @@ class Recorder:
             waits=self.slots.waits,
             seconds=(self._closed_at or time.monotonic()) - self._started_at,
         )
+
+
+def description_metadata(followers: Sequence[OptimizerFollower], tied: Mapping[str, str]) -> dict[str, str]:
+    """Return the metadata that describe the optimizers, and the tensors of parameters with several names.
+
+    Args:
+        followers: of the optimizers.
+        tied: for each further name of a parameter the one it is recorded under.
+    """
+    described = []
+    keys: dict[str, dict[str, str]] = defaultdict(dict)
+    rows = set()
+    for follower in followers:
+        for field in follower.fields.values():
+            keys[field.of.name][field.field] = field.name
+        rows |= {of.name for of in follower.params if of.all_rows is not None}
+        described.append(follower.description.describe({of.name: of.param for of in follower.params}, keys))
+    names = {
+        key.replace(name, other, 1): key
+        for other, name in tied.items()
+        for key in [*keys.get(name, {}).values(), *([f"{name}.rows"] if name in rows else [])]
+        if key.startswith(name)
+    }
+    own = {"optimizer": json.dumps(joined_descriptions(described))}
+    return {**own, "tied": json.dumps(names)} if names else own
 
 
 def _check_arguments(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bhfast.errors import BhfastError, ConfigError
 from bhfast.ops import kernels
-from bhfast.recording.fields import local
+from bhfast.recording.fields import RecordedField, local
 from bhfast.storage.base import RecordedTensor, Storage
 from bhfast.storage.choose import open_storage
 from bhfast.storage.output import OutputFile
@@ -97,6 +97,8 @@ class RecordSlots:
         """
         self._known_size = sum(tensor.nbytes for tensor in tensors.values())
         with ExitStack() as self._stack:
+            self._stack.callback(self._hosts.clear)  # a recorder may outlive its recording by far
+            self._stack.callback(self._slots.clear)
             self._prefaulter = page_prefaulter()
             self._stack.callback(self._prefaulter.close)
             self._storage, self.storage_reason = self._open_storage(
@@ -137,8 +139,8 @@ class RecordSlots:
                 if tensor.fill is None:
                     self._prefaulter.add(host)
                 return host
-            self._stack.callback(stream.close)
             self._rings[device, half] = Ring(stream, half, first=self.record or 0)
+            self._stack.callback(self._rings[device, half].close)
         return self._rings[device, half].add(host, device, tensor.fill)
 
     def _keep_constants(self) -> None:
@@ -258,6 +260,13 @@ class RecordSlots:
         """Return the slot of the current record of a tensor."""
         slots = self._slots[name]
         return slots[self.step // self.every % len(slots)]
+
+    def write(self, field: RecordedField, value: Tensor, *, is_part: bool = False) -> None:
+        """Copy a field's value, or only what is recorded of it, to the slot of the current record.
+
+        See :meth:`bhfast.recording.fields.RecordedField.copy_into`.
+        """
+        field.copy_into(self.slot(field.name), value, is_part=is_part, step=self.step)
 
     def slots_of(self, name: str) -> Tensor:
         """Return all slots of a tensor, ``[slots, *shape]``; record k goes to slot ``k % slots``."""

@@ -66,7 +66,7 @@ class MemoryStorage:
         self.committed = self._records
 
     def close(self) -> None:
-        pass
+        self.tensors.clear()
 
 
 def write_trace(output: OutputFile, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:

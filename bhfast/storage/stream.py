@@ -263,6 +263,7 @@ class StreamStorage:
 
     def close(self) -> None:
         self.settle(self.committed)
+        self._tensors.clear()
         self._journal.close()
         if not self.output.is_worth_keeping:
             journal_path(self.output.partial).unlink(missing_ok=True)

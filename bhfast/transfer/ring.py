@@ -100,6 +100,11 @@ class Ring:
         self.stream.drain()
         self.landed = self._sent
 
+    def close(self) -> None:
+        """Release all tensors, and close the stream."""
+        self.stream.close()
+        self._tensors.clear()
+
 
 class _RingTensor(NamedTuple):
     host: Tensor  # [records, ...]

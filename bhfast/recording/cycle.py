@@ -1,0 +1,109 @@
+"""The steps of a recording, whichever of its optimizers performs them."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from bhfast.errors import RecordingWarning
+from bhfast.recording.slots import RecordSlots
+
+
+class Follower(Protocol):
+    """What a step needs of whoever follows an optimizer: see :class:`bhfast.recording.hooks.OptimizerFollower`."""
+
+    optimizer: torch.optim.Optimizer
+    logged: dict[str, Tensor]
+
+    def complete_record(self) -> None: ...
+
+    def end_fused(self) -> None: ...
+
+
+class StepCycle:
+    """The steps of a recording: a record is complete when the last of its optimizers has stepped.
+
+    Args:
+        slots: where records are made.
+        strict: raise an error where recording otherwise stops with a warning.
+
+    Attributes:
+        is_under_way: whether a forward or backward pass has begun since the last step.
+        pending: values logged meanwhile, by name; they belong to the step that is under way.
+    """
+
+    def __init__(self, slots: RecordSlots, *, strict: bool) -> None:
+        self.slots = slots
+        self.is_under_way = False
+        self.pending: dict[str, Tensor] = {}
+        self.followers: list[Follower] = []
+        self._strict = strict
+        self._is_begun = False
+        self._own: set[str] | None = None  # values that the recorder itself logs
+        self._has_stopped = False
+        self._process = os.getpid()
+        self._warned: set[str] = set()
+
+    def warn(self, topic: str, text: str) -> None:
+        """Warn the user, once per topic."""
+        if topic not in self._warned:
+            self._warned.add(topic)
+            warnings.warn(text, RecordingWarning, stacklevel=2)
+
+    @property
+    def is_in_other_process(self) -> bool:
+        """Whether this process is a fork of the one that opened the recorder."""
+        return os.getpid() != self._process
+
+    @property
+    def is_off(self) -> bool:
+        """Whether nothing is recorded any more, or not in this process."""
+        return self._has_stopped or self.is_in_other_process
+
+    def note_activity(self) -> None:
+        """Note that a forward or backward pass of the next step has begun."""
+        self.is_under_way = True
+
+    def begin(self) -> bool:
+        """Begin a step, unless one of its optimizers has done so; return False if recording has stopped."""
+        if not self._is_begun:
+            if self.slots.step >= self.slots.steps and not self._strict:
+                self._has_stopped = True
+                for follower in self.followers:
+                    follower.end_fused()
+                self.warn(
+                    "steps", f"recording stopped after step {self.slots.steps}, the last one announced with steps="
+                )
+                return False
+            self.slots.begin(1)
+            self._is_begun = True
+        return True
+
+    def end(self, follower: Follower) -> None:
+        """Complete the record, if ``follower`` is the last one that a step waits for."""
+        if follower is not self.followers[-1]:
+            return
+        for other in self.followers:
+            other.complete_record()
+        self._log_own_values()
+        self.slots.log(**self.pending)
+        self.pending.clear()
+        self.slots.end()
+        self._is_begun = self.is_under_way = False
+
+    def _log_own_values(self) -> None:
+        """Log what a replay needs, except values the caller already logs."""
+        if self.slots.record is None:
+            return
+        if self._own is None:
+            own = {"learning_rates", "grad_norms", "clip_coefs", "skipped"}
+            self._own = own - self.slots.tensors.keys() - self.pending.keys()
+        rates = [float(group["lr"]) for follower in self.followers for group in follower.optimizer.param_groups]
+        values = {"learning_rates": torch.tensor(rates if len(rates) > 1 else rates[0], dtype=torch.float64)}
+        for follower in self.followers:
+            values |= follower.logged
+        self.slots.log(**{name: value for name, value in values.items() if name in self._own})
