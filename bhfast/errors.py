@@ -17,9 +17,9 @@ class TraceError(BhfastError, ValueError):
     """A trace file that is truncated, corrupted, foreign, or lacks what was asked of it."""
 
 
-class DamageError(TraceError):
-    """A trace file that is not as it was written: truncated, or with bytes changed."""
-
-
 class StorageError(BhfastError):
     """No room or no permission for a recording: memory, disk, folder, or a file that must not be replaced."""
+
+
+class DamageError(TraceError):
+    """A trace file that is not as it was written: truncated, or with bytes changed."""

@@ -1,9 +1,9 @@
-"""What a trace says of its optimizer, so that :mod:`bhfast.verify` can replay it."""
+"""The description of an optimizer in a trace, from which :mod:`bhfast.verify` can replay it."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ FLAGS = (*UNKNOWN, "fused", "foreach", "decoupled_weight_decay")
 DTYPES = (torch.bfloat16, torch.float32)
 
 
-class Description:
+class OptimizerDescription:
     """Settings of an optimizer, and whether its arithmetic is one that a replay has.
 
     Args:
@@ -29,16 +29,19 @@ class Description:
         self.optimizer = optimizer
         self.settings = _settings(optimizer)
         self.flags = _flags(optimizer)
-        self.changed_at: int | None = None
-        self.is_scaled = False  # by a GradScaler, inside a step
+        self.unknown: str | None = None  # why the arithmetic of its steps is not known, whatever its kind
         self.steps_done: dict[str, int] = {}  # before the recording, by parameter
 
     def look(self, step: int) -> None:
-        """Note if the settings, learning rates apart, have been changed before ``step``."""
-        now = _settings(self.optimizer), _flags(self.optimizer)
-        if self.changed_at is None and now != (self.settings, self.flags):
-            self.changed_at = step
-        self.is_scaled |= getattr(self.optimizer, "grad_scale", None) is not None
+        """Note if the settings, except learning rates, have been changed before ``step``, or gradients are scaled."""
+        if self.unknown is None and (_settings(self.optimizer), _flags(self.optimizer)) != (self.settings, self.flags):
+            self.mark_unknown(f"the optimizer's settings were changed before step {step}")
+        if getattr(self.optimizer, "grad_scale", None) is not None:
+            self.mark_unknown(f"a GradScaler changed gradients inside the step of {type(self.optimizer).__name__}")
+
+    def mark_unknown(self, reason: str) -> None:
+        """Note why the steps cannot be replayed; the first reason stays."""
+        self.unknown = self.unknown or reason
 
     def describe(self, params: Mapping[str, Tensor], keys: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
         """Return the description, for JSON; called before the first step, and again after the last.
@@ -62,7 +65,7 @@ class Description:
             },
         }
         if arithmetic == torch_adam.FUSED:
-            described["kernel"] = torch_adam.fused_kernel()
+            described["groups"] = [{**group, "kernel": torch_adam.fused_kernel()} for group in self.settings]
             for name, param in params.items():
                 described["params"][name]["numel"] = local(param).numel()
         return described
@@ -73,8 +76,8 @@ class Description:
         The arithmetic is a rounding of :func:`bhfast.ops.arithmetic.adam`, or that of torch's own fused kernel.
         """
         optimizer, kind = self.optimizer, type(self.optimizer).__name__
-        if self.changed_at is not None:
-            return None, f"the optimizer's settings were changed before step {self.changed_at}"
+        if self.unknown is not None:
+            return None, self.unknown
         if rounding := getattr(optimizer, "rounding", None):
             return rounding, f"{kind} is specified to the bit"
         if reason := self._unknown(params):
@@ -117,14 +120,34 @@ class Description:
         kind = type(self.optimizer).__name__
         if not all(group.get("fused") for group in self.optimizer.param_groups):
             return None, f"a replay does not know {kind} that is fused in some parameter groups only"
-        if self.is_scaled:
-            return None, f"a GradScaler changed gradients inside the step of {kind}"
         if not all(local(param).is_contiguous() for param in params):
             return (
                 None,
                 f"the bits of {kind} with fused depend on where elements lie, and a parameter is not contiguous",
             )
         return torch_adam.FUSED, f"{kind} with fused runs torch's own kernel"
+
+
+def joined_descriptions(described: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return one description for several optimizers that step together, their groups one after the other."""
+    if len(described) == 1:
+        return described[0]
+    groups: list[Any] = []
+    params: dict[str, Any] = {}
+    for own in described:
+        params |= {name: {**p, "group": p["group"] + len(groups)} for name, p in own["params"].items()}
+        groups += own["groups"]
+    unknown = next((own["reason"] for own in described if own["arithmetic"] is None), None)
+    arithmetics = {own["arithmetic"] for own in described}
+    if unknown is None and len(arithmetics) > 1:
+        unknown = "the optimizers have different arithmetics"
+    return {
+        "name": " + ".join(own["name"] for own in described),
+        "arithmetic": None if unknown else arithmetics.pop(),
+        "reason": unknown or described[0]["reason"],
+        "groups": groups,
+        "params": params,
+    }
 
 
 def _settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
@@ -137,3 +160,6 @@ def _flags(optimizer: torch.optim.Optimizer) -> list[tuple[Any, ...]]:
 
 def _plain(value: Any) -> Any:
     return [float(x) for x in value] if isinstance(value, tuple | list) else float(value)
+
+
+Description = OptimizerDescription  # the recorder's name for it
