@@ -17,10 +17,11 @@ import torch
 from hypothesis import event, example, given
 from hypothesis import strategies as st
 from strategies import CHANGES, HEADER_CHANGES, JUNK, change_header, fuzzed, mutated
-from traces import joined, record, split
+from traces import joined, record, rewrite, split
 
 from bhfast import verify
 from bhfast.errors import TraceError
+from bhfast.report import program as report
 from bhfast.trace import Trace, open_trace
 from bhfast.trace.checksums import checksum_metadata, checksums
 from bhfast.trace.format import DTYPE_NAMES, DTYPES, FORMAT, PADDING, Entry, bytes_of, encode_header, place
@@ -296,12 +297,18 @@ def provable(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [folder / "memory", folder / "stream"]
 
 
+def run(main: Any, *arguments: object) -> tuple[int, str, str]:
+    """Return the exit status of a program, and what it printed to stdout and stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main([str(argument) for argument in arguments])
+    return status, out.getvalue(), err.getvalue()
+
+
 def status_of(path: Path) -> int:
     """Return the exit status of ``bhfast verify``, which has said one line."""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        status = verify.main([str(path)])
-    assert said.getvalue().count("\n") == 1
+    status, out, err = run(verify.main, path)
+    assert (out + err).count("\n") == 1
     assert status in (0, 1, 2)
     return status
 
@@ -379,3 +386,85 @@ def replace_within(where: Any, at: list[str], junk: Any) -> None:
         where = where.get(key) if isinstance(where, dict) and isinstance(where.get(key), dict) else where
     if at:
         where[at[-1]] = copy.deepcopy(junk)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reports
+
+
+def reference(records: int, tokens: int, dimensions: int) -> dict[str, torch.Tensor]:
+    """What a trace of the reference run has."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (records, tokens, dimensions)
+    return {
+        "recorded_steps": torch.arange(records),
+        "losses": torch.rand(records, generator=generator).bfloat16(),
+        "token_counts": torch.arange(tokens),
+        **{
+            name: torch.randn(shape, generator=generator).bfloat16()
+            for name in ("embeddings", "grads", "momentum", "variance")
+        },
+    }
+
+
+ODD = {
+    "gone": lambda x: None,
+    "flat": lambda x: x.flatten(),
+    "deeper": lambda x: x[None],
+    "scalar": lambda x: x.new_zeros(()),
+    "shorter": lambda x: x[:-1],
+    "zero": torch.zeros_like,
+    "negative": lambda x: -x,
+    "apart": lambda x: x * 7 + 5,
+    "not a number": lambda x: torch.full_like(x, math.nan) if x.is_floating_point() else x,
+    "float32": torch.Tensor.float,
+    "int64": torch.Tensor.long,
+    "bool": torch.Tensor.bool,
+}
+
+
+@fuzzed(100)
+@given(
+    records=st.sampled_from([0, 1, 2, 102]),
+    tokens=st.integers(0, 3),
+    dimensions=st.integers(0, 3),
+    changes=st.dictionaries(st.sampled_from([*reference(1, 1, 1)]), st.sampled_from([*ODD]), max_size=2),
+)
+@example(records=3, tokens=2, dimensions=2, changes={"recorded_steps": "apart"})
+def test_report_of_odd_traces_ends_in_a_line(
+    path: Path, records: int, tokens: int, dimensions: int, changes: dict[str, str]
+) -> None:
+    changed = {
+        name: ODD[changes[name]](x) if name in changes else x
+        for name, x in reference(records, tokens, dimensions).items()
+    }
+    path.unlink(missing_ok=True)
+    rewrite(path, {name: x for name, x in changed.items() if x is not None}, {})
+    status, out, err = run(report.main, path)
+    if status == 0:
+        assert out.startswith("step ")
+    else:
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert err.startswith(f"bhfast report: error: {path} ")
+
+
+def test_a_run_that_diverged_is_drawn(tmp_path: Path) -> None:
+    """Of one token in one dimension, and with settings that are no numbers."""
+    pytest.importorskip("matplotlib")
+    tensors = reference(3, 1, 1)
+    tensors["embeddings"][1:] = math.nan
+    rewrite(tmp_path / "t", tensors, {"config": '{"sigma": "x", "lr": []}'})
+    status, out, _ = run(report.main, tmp_path / "t", "--out", tmp_path / "out")
+    assert status == 0
+    assert out.endswith("index.html\n")
+
+
+def test_there_is_nothing_to_draw_of_a_start(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rewrite(tmp_path / "t", reference(1, 3, 2), {})
+    assert run(report.main, tmp_path / "t")[0] == 0
+    status, _, err = run(report.main, tmp_path / "t", "--out", tmp_path / "out")
+    assert (status, err) == (
+        2,
+        f"bhfast report: error: {tmp_path / 't'} has one record, the start of a run: there is nothing to draw\n",
+    )
