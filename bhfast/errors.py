@@ -17,13 +17,13 @@ class TraceError(BhfastError, ValueError):
     """A trace file that is truncated, corrupted, foreign, or lacks what was asked of it."""
 
 
-class DamageError(TraceError):
-    """A trace file that is not as it was written: truncated, or with bytes changed."""
-
-
 class RecordingWarning(UserWarning):
     """Something is missing from a recording; the training goes on, and the trace says what is missing."""
 
 
 class StorageError(BhfastError):
     """No room or no permission for a recording: memory, disk, folder, or a file that must not be replaced."""
+
+
+class DamageError(TraceError):
+    """A trace file that is not as it was written: truncated, or with bytes changed."""

@@ -46,18 +46,16 @@ def why_not(trace: Trace, logged: Mapping[str, Tensor]) -> str | None:
     optimizer, steps = trace.optimizer, trace.steps
     if isinstance(optimizer, list):
         return "several optimizers were recorded together"
-    if steps.dim() != 1 or not torch.equal(steps, steps[:1] + torch.arange(len(steps))):
+    if steps.dim() != 1 or not torch.equal(steps - steps[:1], torch.arange(len(steps))):
         return "a replay needs every step, and this run recorded some (--record-every)"
     rounding = optimizer["arithmetic"]
     if rounding is None:
         return str(optimizer["reason"])
     if rounding not in (*arithmetic.ROUNDINGS, torch_adam.FUSED):
         return f"this bhfast does not know the arithmetic {rounding!r}"
-    if rounding == torch_adam.FUSED and optimizer["kernel"] != torch_adam.fused_kernel():
-        return (
-            f"it was recorded with the fused AdamW of {optimizer['kernel']}, whose bits may differ from those of "
-            f"{torch_adam.fused_kernel()} here"
-        )
+    for kernel in {group["kernel"] for group in optimizer["groups"]} if rounding == torch_adam.FUSED else ():
+        if kernel != (here := torch_adam.fused_kernel()):
+            return f"it was recorded with the fused AdamW of {kernel}, whose bits may differ from those of {here} here"
     if "learning_rates" not in logged:
         return "learning_rates are not in the file"
     if not optimizer["params"]:
@@ -87,6 +85,10 @@ def _why_not_param(trace: Trace, logged: Mapping[str, Tensor], name: str, descri
                 f"some rows of {name} were recorded, and the bits of torch's fused AdamW depend on where in the "
                 "parameter an element is"
             )
+    gone = logged[f"{name}.has_grad"] == 0 if f"{name}.has_grad" in logged else torch.zeros(0)
+    for record in gone.nonzero().flatten().tolist():
+        if 0 < record < len(trace.steps) and any(_changes(trace[keys[field]], record) for field in REPLAYED):
+            return f"{name} changed in step {int(trace.steps[record])}, for which it has no gradient"
     if "clip_coefs" in logged:
         changed = logged["clip_coefs"].isnan()
         if "grad_norms" in logged:
@@ -95,6 +97,10 @@ def _why_not_param(trace: Trace, logged: Mapping[str, Tensor], name: str, descri
         if bool((changed[:records] & _updated(logged, name, records)).any()):
             return "between backward and step, gradients were changed by more than one factor"
     return None
+
+
+def _changes(tensor: Tensor, record: int) -> bool:
+    return not torch.equal(_bits(tensor[record]), _bits(tensor[record - 1]))
 
 
 def _updated(logged: Mapping[str, Tensor], name: str, records: int) -> Tensor:

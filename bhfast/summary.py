@@ -10,6 +10,15 @@ from bhfast.trace import Trace
 
 WINDOW = 1000  # steps whose losses are averaged
 ROWS = 256  # vectors whose distances are computed at once
+REFERENCE = {
+    "recorded_steps": (torch.int64, "R"),
+    "embeddings": (torch.bfloat16, "RVD"),
+    "grads": (torch.bfloat16, "RVD"),
+    "momentum": (torch.bfloat16, "RVD"),
+    "variance": (torch.bfloat16, "RVD"),
+    "losses": (torch.bfloat16, "R"),
+    "token_counts": (torch.int64, "V"),
+}  # dtype and axes: records, tokens, dimensions
 
 
 def max_pairwise_distance(vectors: Tensor) -> float:
@@ -35,9 +44,29 @@ def window_means(steps: Tensor, losses: Tensor) -> list[float]:
 
 def require_reference(trace: Trace) -> None:
     """Raise TraceError if it is not a trace of the reference run."""
-    wanted = ("recorded_steps", "embeddings", "grads", "momentum", "variance", "losses")
-    if missing := [name for name in wanted if name not in trace]:
+    optional = "token_counts"
+    if missing := [name for name in REFERENCE if name not in trace and name != optional]:
         raise TraceError(f"{trace.path} is no trace of the reference run: it has no {', '.join(missing)}")
+    if odd := _odd(trace):
+        raise TraceError(f"{trace.path} is no trace of the reference run: {odd}")
+
+
+def _odd(trace: Trace) -> str | None:
+    """Return what tensor of a trace is not as the reference run has it, and how; None if all are."""
+    sizes: dict[str, int] = {}  # by axis, as the first tensor has it
+    for name, (dtype, axes) in REFERENCE.items():
+        if name not in trace:
+            continue
+        x = trace[name]
+        fits = x.dtype == dtype and len(x.shape) == len(axes)
+        if not fits or not all(
+            size == sizes.setdefault(axis, size) > 0 for axis, size in zip(axes, x.shape, strict=True)
+        ):
+            wanted = ", ".join(str(sizes.get(axis, axis)) for axis in axes)
+            return f"{name} must be {dtype} [{wanted}], got {x.dtype} {list(x.shape)}"
+    if bool((trace.steps[1:] <= trace.steps[:-1]).any()) or int(trace.steps[0]) < 0:
+        return "recorded_steps must increase"
+    return None
 
 
 def figures(trace: Trace) -> str:
@@ -50,7 +79,7 @@ def figures(trace: Trace) -> str:
     at = {int(step): record for record, step in enumerate(trace.steps)}
     last = max(at)
     lines = []
-    for step in dict.fromkeys((0, last)):
+    for step in dict.fromkeys((min(at), last)):
         vectors = trace["embeddings"][at[step]]
         centroid = vectors.float().mean(dim=0).norm().item()
         distance = max_pairwise_distance(vectors)
@@ -63,7 +92,7 @@ def figures(trace: Trace) -> str:
     if 100 in at:
         momentum, variance = (trace[name][at[100]].float().abs().mean().item() for name in ("momentum", "variance"))
         lines.append(f"step 100: mean |momentum| {momentum:.6e}, mean variance {variance:.6e}")
-    if last:
+    if len(at) > 1:
         losses, steps = trace["losses"][1:], trace.steps[1:]
         first = int(steps[0])
         lines.append(f"loss: {losses[0].item():.4f} at step {first:,}, {losses[-1].item():.4f} at step {last:,}")

@@ -21,6 +21,7 @@ from bhfast.config import TrainConfig
 from bhfast.errors import DamageError, TraceError
 from bhfast.ops import arithmetic, torch_adam
 from bhfast.optim import FusedAdam
+from bhfast.recording.optimizer_description import joined_descriptions
 from bhfast.recording.recorder import Recorder
 from bhfast.trace import open_trace
 from bhfast.trace.sharded import INDEX_FORMAT
@@ -155,7 +156,8 @@ def test_cannot_verify_other_files(tmp_path: Path, copy_of_run: Path, capsys: py
 def test_checksums_of_records_that_have_no_step(tmp_path: Path) -> None:
     path = tmp_path / "t.safetensors"
     crc32 = '{"x": "AAAAAAAAAAAAAAAA", "recorded_steps": "AAAAAA=="}'
-    metadata = {"optimizer": '{"arithmetic": null, "reason": "none"}', "crc32": crc32}
+    metadata = {"format": "bhfast-trace", "format_version": "1", "crc32": crc32}
+    metadata["optimizer"] = '{"arithmetic": null, "reason": "none"}'
     save_file({"x": torch.ones(3, 2), "recorded_steps": torch.arange(0)}, path, metadata)
     with pytest.raises(TraceError, match="is corrupted: what it says of its optimizer does not fit its tensors"):
         verify(path)
@@ -186,6 +188,11 @@ def without_header_checksum(header: dict[str, Any]) -> None:
     del header["__metadata__"]["header_crc32"]
 
 
+def without_format(header: dict[str, Any]) -> None:
+    for key in ("header_crc32", "format", "format_version"):
+        del header["__metadata__"][key]
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -197,6 +204,7 @@ def without_header_checksum(header: dict[str, Any]) -> None:
         in_metadata(format="other"),
         in_metadata(header_crc32="00000000"),
         without_header_checksum,
+        without_format,
         lambda header: header["__metadata__"].pop("seed"),
         lambda header: header["loss"].update(dtype="I32"),
         lambda header: header["w"].update(shape=[7, 8, 5]),
@@ -391,11 +399,27 @@ def test_steps_without_update_keep_state_and_step_count(make, recorded: Path) ->
     assert reason_of(recorded) is None
     rewrite(recorded, {**others, "w.has_grad": ~missed}, metadata)
     assert verify(recorded).difference.tensor.startswith("b")
+    rewrite(recorded, {**others, "skipped": missed, "b.has_grad": torch.arange(8) != 4}, metadata)
+    assert reason_of(recorded) == "b changed in step 4, for which it has no gradient"
+    rewrite(recorded, {**others, "skipped": missed, "recorded_steps": torch.arange(100, 108)}, metadata)
+    assert reason_of(recorded) is None
     rewrite(recorded, {**others, "skipped": torch.stack([missed, missed], 1)}, metadata)
     assert reason_of(recorded) == "skipped is not one value for each step"
 
 
-def test_several_optimizers_are_not_replayed(recorded: Path) -> None:
+def test_several_optimizers_of_one_arithmetic_replay(tmp_path: Path) -> None:
+    path = tmp_path / "t"
+    record(path, partial(torch.optim.AdamW, fused=True))
+    trace = open_trace(path)
+    only = {name: {**trace.optimizer, "params": {name: trace.optimizer["params"][name]}} for name in ("w", "b")}
+    both = joined_descriptions([*only.values()])
+    assert both["params"]["b"]["group"] == 1
+    rates = trace["learning_rates"][:, None].expand(-1, 2)
+    rewrite(path, {**trace, "learning_rates": rates}, {**trace.metadata, "optimizer": json.dumps(both)})
+    assert reason_of(path) is None
+
+
+def test_a_list_of_optimizers_is_not_replayed(recorded: Path) -> None:
     trace = open_trace(recorded)
     several = json.dumps([trace.optimizer, trace.optimizer])
     rewrite(recorded, trace, {**trace.metadata, "optimizer": several})

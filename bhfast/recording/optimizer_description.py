@@ -30,14 +30,14 @@ class OptimizerDescription:
         self.settings = _settings(optimizer)
         self.flags = _flags(optimizer)
         self.unknown: str | None = None  # why the arithmetic of its steps is not known, whatever its kind
-        self.is_scaled = False  # by a GradScaler, inside a step
         self.steps_done: dict[str, int] = {}  # before the recording, by parameter
 
     def look(self, step: int) -> None:
-        """Note if the settings, except learning rates, have been changed before ``step``."""
-        if (_settings(self.optimizer), _flags(self.optimizer)) != (self.settings, self.flags):
+        """Note if the settings, except learning rates, have been changed before ``step``, or gradients are scaled."""
+        if self.unknown is None and (_settings(self.optimizer), _flags(self.optimizer)) != (self.settings, self.flags):
             self.mark_unknown(f"the optimizer's settings were changed before step {step}")
-        self.is_scaled |= getattr(self.optimizer, "grad_scale", None) is not None
+        if getattr(self.optimizer, "grad_scale", None) is not None:
+            self.mark_unknown(f"a GradScaler changed gradients inside the step of {type(self.optimizer).__name__}")
 
     def mark_unknown(self, reason: str) -> None:
         """Note why the steps cannot be replayed; the first reason stays."""
@@ -65,7 +65,7 @@ class OptimizerDescription:
             },
         }
         if arithmetic == torch_adam.FUSED:
-            described["kernel"] = torch_adam.fused_kernel()
+            described["groups"] = [{**group, "kernel": torch_adam.fused_kernel()} for group in self.settings]
             for name, param in params.items():
                 described["params"][name]["numel"] = local(param).numel()
         return described
@@ -120,8 +120,6 @@ class OptimizerDescription:
         kind = type(self.optimizer).__name__
         if not all(group.get("fused") for group in self.optimizer.param_groups):
             return None, f"a replay does not know {kind} that is fused in some parameter groups only"
-        if self.is_scaled:
-            return None, f"a GradScaler changed gradients inside the step of {kind}"
         if not all(local(param).is_contiguous() for param in params):
             return (
                 None,

@@ -181,7 +181,7 @@ def cloud(s: Survey) -> Picture:
     for ax, (step, view) in zip(grid, s.snapshots, strict=False):
         for name, mask in s.groups.items():
             ax.scatter(*view[mask].T, s=6, color=COLORS[name], alpha=0.7, lw=0, label=name)
-        reach = max(view.abs().max().item() * 1.1, 1e-6)
+        reach = max(view.nan_to_num(0, 0, 0).abs().max().item() * 1.1, 1e-6)
         ax.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
         ax.set_title(f"step {step:,}", fontsize=9)
         ax.tick_params(labelsize=6)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bhfast import lattice
+from bhfast.errors import TraceError
 from bhfast.summary import ROWS, require_reference
 from bhfast.trace import Trace
 
@@ -113,7 +114,9 @@ class Survey:
         """Return what was run, in one sentence."""
         config = self.trace.config
         corpus = Path(self.trace.metadata.get("corpus", "an unknown corpus")).name
-        settings = ", ".join(f"{name} {config[key]:g}" for name, key in SHOWN.items() if key in config)
+        settings = ", ".join(
+            f"{name} {config[key]:g}" for name, key in SHOWN.items() if isinstance(config.get(key), int | float)
+        )
         engine = self.trace.metadata.get("engine", "unknown")
         return (
             f"{self.last:,} steps on {corpus}, {len(self.steps):,} records of {len(self.life.late):,} tokens in "
@@ -133,6 +136,8 @@ def survey(trace: Trace) -> Survey:
         TraceError: it is no such trace.
     """
     require_reference(trace)
+    if len(trace.steps) < 2:
+        raise TraceError(f"{trace.path} has one record, the start of a run: there is nothing to draw")
     embeddings, steps = trace["embeddings"], trace.steps.as_subclass(Tensor)
     groups = _groups(trace)
     masks = groups if "all" in groups else {"all": torch.ones(embeddings.shape[1], dtype=torch.bool), **groups}
@@ -220,8 +225,17 @@ def _snapshots(embeddings: Tensor, steps: Tensor) -> list[Snapshot]:
         vectors = embeddings[record].double()
         return vectors - vectors.mean(0)
 
-    axes = torch.linalg.svd(centered(-1), full_matrices=False).Vh[:2]
+    axes = _principal_axes(centered(-1))
     axes = torch.where(axes.sum(1, keepdim=True) < 0, -axes, axes)  # their sign is arbitrary
     at = {int(step): record for record, step in enumerate(steps)}
     shown = dict.fromkeys((*(step for step in SNAPSHOTS if step in at), int(steps[-1])))
     return [Snapshot(step, centered(at[step]) @ axes.T) for step in shown]
+
+
+def _principal_axes(vectors: Tensor) -> Tensor:
+    """Return the first two principal axes of ``[V, D]`` about the origin: ``[2, D]``. Zeros where there are none."""
+    axes = torch.zeros(2, vectors.shape[1], dtype=vectors.dtype)
+    if vectors.isfinite().all():
+        found = torch.linalg.svd(vectors, full_matrices=False).Vh[:2]
+        axes[: len(found)] = found
+    return axes

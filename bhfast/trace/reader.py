@@ -108,13 +108,15 @@ class Trace(Mapping[str, Any]):
 
         Returns:
             None if there is none to compare with: in files of format version 1, of other programs, and of several.
+            A file with checksums of records that is not of version 1 has lost that of the header: False.
         """
         if self._header is None:
             return None
         if HEADER_CHECKSUM in self.metadata:
             return self.metadata[HEADER_CHECKSUM] == header_checksum(self._header)
-        is_lost = self.metadata.get("format") == FORMAT and self.metadata.get("format_version", "1") != "1"
-        return False if is_lost else None
+        is_version_1 = self.metadata.get("format") == FORMAT and self.metadata.get("format_version") == "1"
+        is_lost = "crc32" in self.metadata or self.metadata.get("format") == FORMAT
+        return False if is_lost and not is_version_1 else None
 
     def damage(self) -> Iterator[tuple[str, int | None]]:
         """Compare all data with the checksums in the metadata; yield each damaged tensor and record.
