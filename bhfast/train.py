@@ -39,7 +39,7 @@ from bhfast.progress import PROGRESS_EVERY, _Watch, printer
 from bhfast.recording.protocols import NullRecorder
 from bhfast.recording.recorder import Recorder
 from bhfast.signals import deferred_signals
-from bhfast.summary import figures
+from bhfast.summary import verification_figures
 from bhfast.trace import open_trace
 from bhfast.trace.format import format_bytes
 from bhfast.version import __version__
@@ -164,7 +164,7 @@ def train(config: TrainConfig | None = None, *, progress: Callable[[int, float],
         say(f"the run had to wait for the recording {waits:,} times")
     if recorder.path is not None:
         say(f"saved steps 0 to {recorder.saved_steps:,}, {format_bytes(recorder.path.stat().st_size)}: {recorder.path}")
-        say(figures(open_trace(recorder.path)))
+        say(verification_figures(open_trace(recorder.path)))
     return TrainResult(
         path=recorder.path,
         steps=step,
