@@ -19,6 +19,7 @@ PACKAGE = Path(bhfast.__file__).parent
 # names. "bhfast" is what users import: bhfast/__init__.py.
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
+    "cli": {"errors"},
     "version": set(),
     "signals": set(),
     "lattice": set(),
@@ -34,20 +35,21 @@ ROOMS: dict[str, set[str]] = {
     "hf": {"recording"},
     "verify": {"errors", "ops", "trace"},
     "recover": {"errors", "storage"},
-    "summary": {"errors", "trace"},
+    "summary": {"errors", "lattice", "trace"},
     "engines": {"errors", "model", "ops", "optim", "recording"},
     "config": {"engines", "errors", "model", "ops", "storage"},
     "experiment": {"config", "corpus", "engines", "errors", "machine", "ops", "trace"},
     "progress": {"engines"},
     "train": {
-        *("config", "corpus", "engines", "errors", "experiment", "machine", "model", "ops", "optim"),
+        *("cli", "config", "corpus", "engines", "experiment", "machine", "model", "ops", "optim"),
         *("progress", "recording", "signals", "summary", "trace", "version"),
     },
     "bhfast": {"config", "errors", "optim", "recording", "trace", "train", "version"},
     "sweep": {
-        *("bhfast", "config", "errors", "experiment", "machine", "progress", "signals", "storage", "trace", "train"),
+        *("bhfast", "cli", "config", "errors", "experiment", "machine", "progress", "signals", "storage"),
+        *("summary", "trace", "train"),
     },
-    "report": {"errors", "lattice", "summary", "sweep", "trace", "version"},
+    "report": {"cli", "errors", "lattice", "summary", "sweep", "trace", "version"},
     "doctor": {"engines", "machine", "ops", "optim", "trace", "version"},
     "__main__": set(),
 }
