@@ -169,7 +169,7 @@ def test_console_script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         assert console.main() == code
     printed = capsys.readouterr()
     assert bhfast.__version__ in printed.out
-    assert "there is no program 'fly'; there are\n  train" in printed.err
+    assert "there is no program 'fly'; choose from\n  train" in printed.err
 
 
 def test_programs_run_as_modules() -> None:
