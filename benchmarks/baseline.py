@@ -120,7 +120,7 @@ def run_baseline(
     recording: bool = True,
     after_step: Callable[[], None] = lambda: None,
 ) -> BaselineResult:
-    """Train ``steps`` steps at sigma 0 on ``corpus`` (uint8) and record all of them; None for ``out`` discards the file."""
+    """Train ``steps`` steps at sigma 0 on ``corpus`` (uint8) and record them; the file goes to ``out`` or nowhere."""
     torch.manual_seed(seed)
     config = GPT2Config(
         vocab_size=128, n_positions=128, n_embd=64, n_layer=2, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
