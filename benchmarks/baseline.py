@@ -32,7 +32,7 @@ class BaselineResult:
 
 
 class Windows(Dataset):
-    """Each window as inputs and labels one byte later; the model shifts the labels once more."""
+    """All windows: inputs, and labels one byte later, which the model shifts once more."""
 
     def __init__(self, corpus: Tensor, context: int) -> None:
         self.corpus = corpus.long()
@@ -47,7 +47,7 @@ class Windows(Dataset):
 
 
 class ListRecorder:
-    """One Python list a quantity, one clone a step."""
+    """One Python list per quantity, to which each step appends a clone."""
 
     KEYS = ("embeddings", "grads", "momentum", "variance", "logits", "losses")
 
@@ -101,7 +101,7 @@ class RecordingTrainer(Trainer):
 
 
 class AfterStep(TrainerCallback):
-    """Calls something after each optimizer step."""
+    """Calls a function after each optimizer step."""
 
     def __init__(self, call: Callable[[], None]) -> None:
         self.call = call
@@ -120,7 +120,7 @@ def run_baseline(
     recording: bool = True,
     after_step: Callable[[], None] = lambda: None,
 ) -> BaselineResult:
-    """Train ``steps`` steps at sigma 0 on ``corpus`` (uint8) and record all of them, to ``out`` or to nowhere."""
+    """Train ``steps`` steps at sigma 0 on ``corpus`` (uint8) and record them; the file goes to ``out`` or nowhere."""
     torch.manual_seed(seed)
     config = GPT2Config(
         vocab_size=128, n_positions=128, n_embd=64, n_layer=2, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0

@@ -27,7 +27,7 @@ def corpus() -> Corpus:
 
 @pytest.fixture
 def settings(corpus: Corpus, tmp_path: Path) -> dict[str, object]:
-    """What every run of ours is given."""
+    """The settings of every bhfast run."""
     return {
         "corpus": os.environ.get("BHFAST_CORPUS"),
         "out": str(tmp_path / "t.safetensors"),
@@ -41,14 +41,14 @@ def median(values: list[float]) -> float:
 
 
 def need_cuda() -> None:
-    """Skip the benchmark where there is no CUDA device; but with BHFAST_REQUIRE_CUDA=1 fail."""
+    """Skip the benchmark if there is no CUDA device; with BHFAST_REQUIRE_CUDA=1 fail instead."""
     if not torch.cuda.is_available():
         give_up = pytest.fail if os.environ.get("BHFAST_REQUIRE_CUDA") == "1" else pytest.skip
         give_up("this machine has no cuda")
 
 
 def race(name: str, benchmark, rounds: int, contestants: dict[str, Callable[[], float]]) -> dict[str, float]:
-    """Run contestants in turn, ``rounds`` times after a warm-up; return the steps per second of each, the median.
+    """Run contestants in turn, ``rounds`` times after a warm-up; return the median steps per second of each.
 
     The first one is compared with each of the others, round by round: how many times as fast it is. The time that
     pytest-benchmark reports is that of a round of all of them; all speeds, and the ratios, are in ``extra_info``.

@@ -1,4 +1,4 @@
-"""What streaming costs: 3,699 rows of a vocabulary of 10,000, four fields, every step, beside other ways to record.
+"""The cost of streaming 3,699 rows of a vocabulary of 10,000, four fields, at every step, and of other ways to record.
 
     python benchmarks/stream.py --json benchmarks/results/stream.json
 
@@ -114,7 +114,7 @@ OURS = ("none", "bhfast", "bhfast, steps unknown")
 
 
 def run(contestant: str, steps: int, folder: Path) -> dict[str, float]:
-    """Train; return seconds per step, in all, peak memory, and bytes on the disk."""
+    """Train; return the time per step, the total time, peak memory, and bytes on the disk."""
     torch.manual_seed(0)
     config = GPTConfig(vocab_size=VOCAB, hidden_dim=DIM, layers=2, heads=2, context=CONTEXT)
     model, _ = build_model(config, sigma=0.0, init_scale=0.02, seed=42, device=torch.device("cpu"))

@@ -41,7 +41,7 @@ def parameters(shapes: list[tuple[int, ...]] | None, device: str) -> list[Tensor
 
 
 def repeated(step: Callable[[], None], steps: int, device: str) -> Callable[[], float]:
-    """Return what does ``steps`` steps and returns how many there were in a second."""
+    """Return a function that runs ``steps`` steps and returns the steps per second."""
 
     def run() -> float:
         start = time.perf_counter()

@@ -34,7 +34,7 @@ Contestant = Callable[[bool, Callable[[], None] | None], tuple[float, int]]
 
 
 class Ticks:
-    """When each step ended: by events where it runs on a GPU, else by the clock."""
+    """When each step ended: by CUDA events on a GPU, else by the clock."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -64,7 +64,7 @@ def followed(work: Callable[[], None], tick: Callable[[], None]) -> Callable[[],
 
 
 def make_ticking_engine(tick: Callable[[], None], name: str, job: Job) -> Engine:
-    """Make an engine that calls ``tick`` after each step; the native one then does them one by one."""
+    """Make an engine that calls ``tick`` after each step; the native one then runs them one at a time."""
     engine = make_engine(name, job)
     if name == "graph":
         engine._replay = followed(engine._replay, tick)
@@ -106,7 +106,7 @@ def trainer(device: str, steps: int, corpus: Corpus, out: Path) -> Contestant:
 
 @pytest.mark.parametrize("name", STEPS)
 def test_steps_beside_a_gpu(name: str, request, benchmark, corpus: Corpus, settings: dict) -> None:
-    """Recording takes embeddings, gradients, both moments, logits and loss of every step."""
+    """What is recorded: embeddings, gradients, both moments, logits and loss of every step."""
     steps, rounds, gpu = STEPS[name], ROUNDS, "cuda"
     if request.config.getoption("--tryout"):
         steps, rounds, gpu = 10, 1, "cpu"

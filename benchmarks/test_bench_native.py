@@ -1,4 +1,4 @@
-"""On a CPU: the native engine against the torch engine and what people do today, and what its time goes to."""
+"""On a CPU: the native engine against the torch engine and the Trainer, and where its time goes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def on_cpu(settings: dict, threads: int | None = None, **more: object) -> Callab
 
 
 def test_native_against_the_others(benchmark, corpus: Corpus, settings: dict) -> None:
-    """All record embeddings, gradients, both moments, logits and loss of every step, but one."""
+    """All record embeddings, gradients, both moments, logits and loss of every step; one records nothing."""
     pytest.importorskip("transformers", reason="needs the bench extra: transformers")
     from baseline import run_baseline
 
@@ -85,7 +85,7 @@ def test_larger_shape(benchmark, settings: dict) -> None:
 
 
 def test_command_to_file(benchmark, settings: dict) -> None:
-    """10,000 steps from the shell's prompt until the file is there: steps per second of the whole command."""
+    """10,000 steps, from starting the command until the file is complete: steps per second of the whole."""
     pytest.importorskip("transformers", reason="needs the bench extra: transformers")
     steps = 10_000
     corpus = ["--corpus", os.environ["BHFAST_CORPUS"]] if "BHFAST_CORPUS" in os.environ else []
@@ -111,7 +111,7 @@ def test_command_to_file(benchmark, settings: dict) -> None:
 
 
 def test_sweep(benchmark, settings: dict, tmp_path: Path) -> None:
-    """Ten runs of 2,000 steps, from the shell's prompt until the last file is there: steps per second in all."""
+    """Ten runs of 2,000 steps, from starting the command until the last file is complete: steps per second in all."""
     grid = ["--sigma", "0", "1e-5", "1e-4", "1e-3", "1e-2", "--seed", "42", "43", "--steps", "2000", "--overwrite"]
     corpus = ["--corpus", os.environ["BHFAST_CORPUS"]] if "BHFAST_CORPUS" in os.environ else []
 
@@ -138,7 +138,7 @@ def test_sweep(benchmark, settings: dict, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("threads", [2, 1])
 def test_profile(threads: int, benchmark, settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a step's time goes to, and how near its products come to what the machine can multiply."""
+    """Where the time of a step goes, and how close its matrix products come to the peak of the machine."""
     engines: list[NativeEngine] = []
 
     def profiled(self: NativeEngine, job, __init__=NativeEngine.__init__) -> None:

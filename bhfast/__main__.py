@@ -10,9 +10,9 @@ PROGRAMS = {
     "sweep": "run a grid of experiments",
     "corpus": "make a corpus to train on",
     "verify": "prove a trace by replaying it",
-    "recover": "make a trace of a run that was killed",
+    "recover": "make a trace from a run that was killed",
     "report": "show what happened in a run or a sweep",
-    "doctor": "say what this machine has",
+    "doctor": "report what this machine has",
 }
 
 
@@ -23,12 +23,12 @@ def main() -> int:
         return import_module(f"bhfast.{program}").main(rest)
     usage = "\n".join(f"  {name:<8} {text}" for name, text in PROGRAMS.items())
     if program in ("-h", "--help"):
-        print(f"usage: bhfast PROGRAM ...\n\n{usage}\n\nbhfast PROGRAM --help tells more.")
+        print(f"usage: bhfast PROGRAM ...\n\n{usage}\n\nFor more: bhfast PROGRAM --help")
         return 0
     if program == "--version":
         print(f"bhfast {import_module('bhfast').__version__}")
         return 0
-    print(f"bhfast: error: there is no program {program!r}; there are\n{usage}", file=sys.stderr)
+    print(f"bhfast: error: there is no program {program!r}; choose from\n{usage}", file=sys.stderr)
     return 2
 
 

@@ -17,54 +17,60 @@ SCHEDULES = ("linear", "constant")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
-def _flag(default: Any, text: str, **options: Any) -> Any:
-    return field(default=default, metadata={"help": text, **options})
+def _setting(default: Any, help_text: str, **options: Any) -> Any:
+    return field(default=default, metadata={"help": help_text, **options})
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of a run; each is a flag of ``python -m bhfast.train`` by the same name.
+    """Settings of a run; each one is also a flag of ``python -m bhfast.train``.
 
     Raises:
         ConfigError: a value is out of range.
     """
 
-    sigma: float = _flag(0.0, "spread of the tokens around the black hole at the start")
-    steps: int = _flag(10_000, "optimizer steps")
-    seed: int = _flag(42, "seed of the start and of the order of windows")
-    lr: float = _flag(1e-3, "learning rate at step 1")
-    weight_decay: float = _flag(0.0, "decoupled; not applied to biases and layer norms")
-    beta1: float = _flag(0.9, "decay rate of the first moment")
-    beta2: float = _flag(0.999, "decay rate of the second moment")
-    eps: float = _flag(1e-8, "added to Adam's denominator")
-    batch_size: int = _flag(1, "windows per micro-batch")
-    grad_accum: int = _flag(1, "micro-batches per step")
-    record_every: int = _flag(1, "record each step that is a multiple of this; 0 records nothing")
-    init_scale: float = _flag(0.02, "spread of the black hole's centre")
-    vocab_size: int = _flag(128, "tokens: bytes below this")
-    hidden_dim: int = _flag(64, "dimensions of a token")
-    layers: int = _flag(2, "transformer blocks")
-    heads: int = _flag(2, "attention heads")
-    context: int = _flag(128, "bytes a window shows the network")
-    target_offset: int = _flag(
-        2, "position t predicts byte t + this: 2 is the reference experiment, 1 next-byte training"
+    sigma: float = _setting(0.0, "initial spread of the tokens around the black hole")
+    steps: int = _setting(10_000, "optimizer steps")
+    seed: int = _setting(42, "seed of the initial weights and of the order of windows")
+    lr: float = _setting(1e-3, "learning rate at step 1")
+    weight_decay: float = _setting(0.0, "decoupled weight decay; not applied to biases and layer norms")
+    beta1: float = _setting(0.9, "decay rate of the first moment")
+    beta2: float = _setting(0.999, "decay rate of the second moment")
+    eps: float = _setting(1e-8, "added to Adam's denominator")
+    batch_size: int = _setting(1, "windows per micro-batch")
+    grad_accum: int = _setting(1, "micro-batches per step")
+    record_every: int = _setting(1, "record every step that is a multiple of this; 0 records nothing")
+    init_scale: float = _setting(0.02, "spread of the black hole's centre")
+    vocab_size: int = _setting(128, "number of tokens; every byte of the corpus must be below it")
+    hidden_dim: int = _setting(64, "dimensions of a token vector")
+    layers: int = _setting(2, "transformer blocks")
+    heads: int = _setting(2, "attention heads")
+    context: int = _setting(128, "bytes the network sees of a window")
+    target_offset: int = _setting(
+        2, "position t predicts byte t + this: 2 as in the reference experiment, 1 for next-byte training"
     )
-    max_grad_norm: float = _flag(1.0, "clip the global gradient norm to this; inf for no clipping")
-    lr_schedule: str = _flag("linear", "linear falls to 0 at the end", choices=SCHEDULES)
-    adam_rounding: str = _flag("per-op", "bfloat16 after every operation, or once per output", choices=ROUNDINGS)
-    corpus: str | None = _flag(None, "text file (default: data/gatsby_clean.txt if there, else the built-in corpus)")
-    out: str | None = _flag(None, "trace file (default: tensors/Lil_Gatsby/1.12b_training_data_sigmaSIGMA.safetensors)")
-    device: str = _flag("auto", "auto takes cuda, then mps, then cpu", choices=DEVICES)
-    engine: str = _flag(
-        "auto", "how a step is run; auto takes graph on cuda, native on a cpu, else torch", choices=ENGINES
+    max_grad_norm: float = _setting(1.0, "clip the global gradient norm to this; inf for no clipping")
+    lr_schedule: str = _setting("linear", "linear decays to 0 at the end", choices=SCHEDULES)
+    adam_rounding: str = _setting(
+        "per-op", "round to bfloat16 after every operation, or once per output", choices=ROUNDINGS
     )
-    storage: str = _flag(
+    corpus: str | None = _setting(
+        None, "text file (default: data/gatsby_clean.txt if it exists, else the built-in corpus)"
+    )
+    out: str | None = _setting(
+        None, "trace file (default: tensors/Lil_Gatsby/1.12b_training_data_sigmaSIGMA.safetensors)"
+    )
+    device: str = _setting("auto", "auto takes cuda, then mps, then cpu", choices=DEVICES)
+    engine: str = _setting(
+        "auto", "how steps are run; auto takes graph on cuda, native on a cpu, else torch", choices=ENGINES
+    )
+    storage: str = _setting(
         "auto",
-        "where the recording grows: in memory, or straight in the file; auto streams if it is more than half of memory",
+        "keep the recording in memory, or stream it to the file; auto streams if it needs more than half of the memory",
         choices=STORAGES,
     )
-    overwrite: bool = _flag(False, "replace a trace of another run")
-    quiet: bool = _flag(False, "print nothing but errors")
+    overwrite: bool = _setting(False, "replace a trace of another run")
+    quiet: bool = _setting(False, "print nothing but errors")
 
     def __post_init__(self) -> None:
         for name in ("sigma", "lr", "weight_decay", "eps", "init_scale"):
@@ -94,6 +100,7 @@ class TrainConfig:
         self.model_config()
 
     def model_config(self) -> GPTConfig:
+        """Return the settings of the network."""
         return GPTConfig(**{entry.name: getattr(self, entry.name) for entry in fields(GPTConfig)})
 
     @property
@@ -102,11 +109,11 @@ class TrainConfig:
         return Path(self.out or f"tensors/Lil_Gatsby/1.12b_training_data_sigma{self.sigma:.0e}.safetensors")
 
     def learning_rate(self, step: int) -> float:
-        """Return the rate of ``step``, counted from 1."""
+        """Return the learning rate of ``step``, counted from 1."""
         return self.lr * (1 - (step - 1) / self.steps) if self.lr_schedule == "linear" else self.lr
 
 
-def kind_of(setting: str) -> type:
-    """Return the type of a field of :class:`TrainConfig`: bool, int, float or str."""
-    kind = get_type_hints(TrainConfig)[setting]
-    return kind if kind in (bool, int, float) else str
+def setting_type(name: str) -> type:
+    """Return the type of a setting of :class:`TrainConfig`: bool, int, float or str (also for ``str | None``)."""
+    annotated = get_type_hints(TrainConfig)[name]
+    return annotated if annotated in (bool, int, float) else str

@@ -1,20 +1,20 @@
-"""The errors bhfast raises for what a user can mend; the programs print them without a traceback."""
+"""The errors that a user can fix; the programs print them without a traceback."""
 
 
 class BhfastError(Exception):
-    """Base of all of them. The text says what, which argument, what was wanted, what came, and the way out."""
+    """Base of all errors. The message says what is wrong, in which argument, what was expected, and what to do."""
 
 
 class ConfigError(BhfastError, ValueError):
-    """A setting that is out of range, unknown, or at odds with another."""
+    """A setting is unknown, out of range, or contradicts another."""
 
 
 class CorpusError(BhfastError, ValueError):
-    """A corpus that is missing, too short, or holds bytes outside the vocabulary."""
+    """A corpus is missing, too short, or has bytes outside the vocabulary."""
 
 
 class TraceError(BhfastError, ValueError):
-    """A trace file that is truncated, corrupted, foreign, or lacks what was asked of it."""
+    """A trace is truncated, corrupted, not a trace, or lacks what is asked of it."""
 
 
 class RecordingWarning(UserWarning):
@@ -22,8 +22,8 @@ class RecordingWarning(UserWarning):
 
 
 class StorageError(BhfastError):
-    """No room or no permission for a recording: memory, disk, folder, or a file that must not be replaced."""
+    """A recording cannot be stored: no memory, disk space or permission, or a file that must not be replaced."""
 
 
 class DamageError(TraceError):
-    """A trace file that is not as it was written: truncated, or with bytes changed."""
+    """A trace file is not as it was written: truncated, or with bytes changed."""

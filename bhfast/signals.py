@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM around a recording: they end it, and never tear it."""
+"""SIGINT and SIGTERM during a recording: they end it between two steps, never in the middle of one."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def deferred_signals(*, redeliver: bool = False) -> Iterator[list[signal.Signals]]:
-    """Collect SIGINT and SIGTERM inside the block instead of dying of them.
+    """Collect SIGINT and SIGTERM inside the block instead of acting on them.
 
     Args:
-        redeliver: whether they are raised again after the block.
+        redeliver: whether to raise them again after the block.
 
     Yields:
-        The signals received. Outside the main thread, where Python takes no handlers, it stays empty.
+        The signals received so far. Outside the main thread, where Python cannot install handlers, it stays empty.
     """
     received: list[signal.Signals] = []
 
@@ -36,13 +36,13 @@ def deferred_signals(*, redeliver: bool = False) -> Iterator[list[signal.Signals
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Let SIGTERM raise SystemExit inside the block, as Ctrl-C raises KeyboardInterrupt, if it would just kill."""
+    """Make SIGTERM raise SystemExit inside the block if it would otherwise kill the process without cleaning up."""
 
-    def leave(number: int, frame: FrameType | None) -> None:
+    def exit_with(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
     is_deadly = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    with _handlers({signal.SIGTERM: leave} if is_deadly else {}):
+    with _handlers({signal.SIGTERM: exit_with} if is_deadly else {}):
         yield
 
 

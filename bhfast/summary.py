@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from bhfast.errors import TraceError
+from bhfast.lattice import pairwise_distances
 from bhfast.trace import Trace
 
 WINDOW = 1000  # steps whose losses are averaged
-ROWS = 256  # vectors whose distances are computed at once
 REFERENCE = {
     "recorded_steps": (torch.int64, "R"),
     "embeddings": (torch.bfloat16, "RVD"),
@@ -21,18 +21,8 @@ REFERENCE = {
 }  # dtype and axes: records, tokens, dimensions
 
 
-def max_pairwise_distance(vectors: Tensor) -> float:
-    """Return the largest L2 distance between two rows of ``[V, D]``, in float32.
-
-    It is computed from differences, not from products, so that identical vectors are at distance 0 exactly.
-    """
-    x = vectors.float()
-    mode = "donot_use_mm_for_euclid_dist"
-    return max(torch.cdist(rows, x, compute_mode=mode).max().item() for rows in x.split(ROWS))
-
-
 def window_means(steps: Tensor, losses: Tensor) -> list[float]:
-    """Return the mean loss of each 1000 steps; the last may be of fewer.
+    """Return the mean loss of each 1,000 steps; the last window may be shorter.
 
     Args:
         steps: int64 ``[R]``, from 1.
@@ -42,13 +32,18 @@ def window_means(steps: Tensor, losses: Tensor) -> list[float]:
     return [losses[windows == window].double().mean().item() for window in windows.unique()]
 
 
-def require_reference(trace: Trace) -> None:
-    """Raise TraceError if it is not a trace of the reference run."""
+def final_loss(steps: Tensor, losses: Tensor) -> float:
+    """Return the mean loss of the last 1,000 steps, or of all if there are fewer. Arguments as :func:`window_means`."""
+    return losses[steps > steps[-1:] - WINDOW].double().mean().item()
+
+
+def require_reference_trace(trace: Trace) -> None:
+    """Raise TraceError if ``trace`` is not of the reference run."""
     optional = "token_counts"
     if missing := [name for name in REFERENCE if name not in trace and name != optional]:
-        raise TraceError(f"{trace.path} is no trace of the reference run: it has no {', '.join(missing)}")
+        raise TraceError(f"{trace.path} is not a trace of the reference run: it has no {', '.join(missing)}")
     if odd := _odd(trace):
-        raise TraceError(f"{trace.path} is no trace of the reference run: {odd}")
+        raise TraceError(f"{trace.path} is not a trace of the reference run: {odd}")
 
 
 def _odd(trace: Trace) -> str | None:
@@ -69,20 +64,20 @@ def _odd(trace: Trace) -> str | None:
     return None
 
 
-def figures(trace: Trace) -> str:
-    """Return the verification figures of a reference run's trace: one line for each that its records hold.
+def verification_figures(trace: Trace) -> str:
+    """Return the verification figures of a reference run, one per line, as far as its records go.
 
     Raises:
-        TraceError: it is not a trace of the reference run.
+        TraceError: ``trace`` is not of the reference run.
     """
-    require_reference(trace)
+    require_reference_trace(trace)
     at = {int(step): record for record, step in enumerate(trace.steps)}
     last = max(at)
     lines = []
     for step in dict.fromkeys((min(at), last)):
         vectors = trace["embeddings"][at[step]]
         centroid = vectors.float().mean(dim=0).norm().item()
-        distance = max_pairwise_distance(vectors)
+        distance = pairwise_distances(vectors).largest
         lines.append(f"step {step:,}: centroid norm {centroid:.6f}, largest pairwise distance {distance:.6f}")
     if 1 in at:
         norms = trace["grads"][at[1]].float().norm(dim=1)

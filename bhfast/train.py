@@ -2,8 +2,8 @@
 
     python -m bhfast.train --sigma 0
 
-:func:`train` reads from top to bottom. Called from Python, ``bhfast.train(bhfast.TrainConfig(sigma=0.0, steps=200))``
-does what the program does.
+:func:`train` reads from top to bottom: choose, build, record the start, run, report. From Python,
+``bhfast.train(bhfast.TrainConfig(sigma=0.0, steps=200))`` does the same as the program.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -23,42 +23,43 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from tqdm import tqdm
 
-from bhfast.config import TrainConfig, kind_of
-from bhfast.corpus import load_corpus, window_offsets
+from bhfast.cli import run_program
+from bhfast.config import TrainConfig, setting_type
+from bhfast.corpus import Corpus, load_corpus, window_offsets
 from bhfast.engines.choose import make_engine, select_engine
-from bhfast.engines.job import Job
-from bhfast.errors import BhfastError
-from bhfast.experiment import _bits_depend_on, _describe, _require_same_settings
+from bhfast.engines.job import Engine, Job
+from bhfast.experiment import experiment_metadata, machine_metadata, require_same_experiment
 from bhfast.machine import select_device
 from bhfast.model import TiedGPT, build_model
 from bhfast.ops import extension
 from bhfast.optim import FusedAdam
-from bhfast.progress import PROGRESS_EVERY, _Watch, printer
+from bhfast.progress import PROGRESS_EVERY, ProgressMonitor, status_printer
 from bhfast.recording.null import NullRecorder
 from bhfast.recording.recorder import Recorder
 from bhfast.signals import deferred_signals
-from bhfast.summary import figures
+from bhfast.summary import verification_figures
 from bhfast.trace import open_trace
 from bhfast.trace.format import format_bytes
 from bhfast.version import __version__
 
-KEYS = {"param": "embeddings", "grad": "grads", "exp_avg": "momentum", "exp_avg_sq": "variance"}
-BURST_SECONDS = 0.05  # between two looks at signals and progress
+TENSOR_NAMES = {"param": "embeddings", "grad": "grads", "exp_avg": "momentum", "exp_avg_sq": "variance"}
+BURST_SECONDS = 0.05  # how long the engine runs between two checks for signals
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run leaves.
+    """The result of a run.
 
     Attributes:
         path: the trace; None if nothing was recorded.
         steps: how many were done: fewer than asked for if the run was interrupted.
-        steps_per_second: over the training loop, recording included.
+        steps_per_second: of the training loop, recording included.
         losses: float32 ``[steps]``.
         model: the trained network.
-        signal: what interrupted the run, SIGINT or SIGTERM; None if it ran to its end.
+        signal: SIGINT or SIGTERM, if one of them interrupted the run; None if it ran to its end.
     """
 
     path: Path | None
@@ -76,34 +77,65 @@ class TrainResult:
 def train(config: TrainConfig | None = None, *, progress: Callable[[int, float], None] | None = None) -> TrainResult:
     """Train and record one run.
 
-    Ctrl-C and SIGTERM end it after the steps under way, with a valid trace of the steps so far; the result's ``steps``
-    says how many. Any other exception in the loop ends it likewise, and is raised. Outside the main thread, where
-    Python takes no handlers, signals do what they did before.
+    Ctrl-C and SIGTERM end it after the steps under way, with a valid trace of the steps so far; ``steps`` of the result
+    says how many. Any other exception in the loop also leaves such a trace, and is raised. Outside the main thread,
+    where Python cannot install signal handlers, signals do what they did before.
 
     Args:
-        progress: called many times a second with the steps done and the latest loss known, which may be of an earlier
-            step and is NaN before there is one; at the end with the last of both.
+        config: the settings; None for those of the reference run.
+        progress: called many times a second with the steps done and the latest known loss, which may be of an earlier
+            step, and is NaN before the first is known; at the end with the last of both.
 
     Raises:
         BhfastError: a setting is wrong, or something needed is missing; nothing was lost.
     """
     config = config or TrainConfig()
-    say = printer(config.quiet)
+    print_status = status_printer(config.quiet)
 
     device, device_reason = select_device(config.device)
     engine_name, engine_reason = select_engine(config.engine, device, config.model_config())
     backend, backend_reason = extension.backend(device)
     corpus = load_corpus(config.corpus, vocab_size=config.vocab_size, window=config.context + 1)
-    say(f"corpus   {corpus.name}: {len(corpus.data):,} bytes")
+    print_status(f"corpus   {corpus.name}: {len(corpus.data):,} bytes")
     if corpus.name.endswith("(built in)"):
-        say("         for the reference run: python -m bhfast.corpus gatsby")
-    say(f"device   {device.type} ({device_reason})")
-    say(f"engine   {engine_name} ({engine_reason}); operations: {backend} ({backend_reason})")
+        print_status("         for the reference run: python -m bhfast.corpus gatsby")
+    print_status(f"device   {device.type} ({device_reason})")
+    print_status(f"engine   {engine_name} ({engine_reason}); operations: {backend} ({backend_reason})")
 
     model, center = build_model(
         config.model_config(), sigma=config.sigma, init_scale=config.init_scale, seed=config.seed, device=device
     )
-    optimizer = FusedAdam(
+    optimizer = _make_optimizer(config, model)
+    recorder = _make_recorder(config, model, optimizer, _metadata(config, corpus, device, engine_name))
+    offsets = window_offsets(
+        len(corpus.data), config.context + 1, config.steps * config.grad_accum * config.batch_size, config.seed
+    ).view(config.steps, config.grad_accum, config.batch_size)
+    lrs = [config.learning_rate(step) for step in range(1, config.steps + 1)]
+
+    with deferred_signals() as signals, recorder:
+        print_status(f"storage  {recorder.description}")
+        _record_start(recorder, config, center, corpus)
+        engine = make_engine(
+            engine_name, Job(model, optimizer, recorder.slots, corpus.data, offsets, lrs, config.target_offset)
+        )
+        steps, seconds = _run(engine, config, signals, progress)
+
+    if signals:
+        print_status(f"interrupted by {signals[0].name} at step {steps:,} of {config.steps:,}")
+    print_status(f"{steps:,} steps in {seconds:.1f} s: {steps / seconds:.1f} steps/s")
+    _report_recording(recorder, print_status)
+    return TrainResult(
+        path=recorder.path,
+        steps=steps,
+        steps_per_second=steps / seconds,
+        losses=engine.losses[:steps].cpu(),
+        model=model,
+        signal=signals[0] if signals else None,
+    )
+
+
+def _make_optimizer(config: TrainConfig, model: TiedGPT) -> FusedAdam:
+    return FusedAdam(
         _param_groups(model, config.weight_decay),
         lr=config.lr,
         betas=(config.beta1, config.beta2),
@@ -111,93 +143,29 @@ def train(config: TrainConfig | None = None, *, progress: Callable[[int, float],
         rounding=config.adam_rounding,
         max_grad_norm=config.max_grad_norm,
     )
-    metadata = {
-        "records": "record k: gradient (unclipped), loss and logits of step k; embeddings and moments after step k",
-        **_describe(config, corpus, device, engine_name),
-        "corpus": corpus.name,
-        "seed": str(config.seed),
-        **_bits_depend_on(engine_name),
-        "adam_rounding": config.adam_rounding,
-        "bhfast_version": __version__,
-        "torch_version": torch.__version__,
-    }
-    recorder = _make_recorder(config, model, optimizer, metadata)
-    offsets = window_offsets(
-        len(corpus.data), config.context + 1, config.steps * config.grad_accum * config.batch_size, config.seed
-    ).view(config.steps, config.grad_accum, config.batch_size)
-    lrs = [config.learning_rate(step) for step in range(1, config.steps + 1)]
-
-    with deferred_signals() as signals, recorder:
-        say(f"storage  {recorder.description}")
-        recorder.constants.update(_constants(config, center, corpus.data))
-        zero = torch.zeros((), device=device)
-        recorder.slots.log(
-            losses=torch.full((), math.nan, dtype=torch.bfloat16, device=device),
-            logits=torch.zeros(config.vocab_size, dtype=torch.bfloat16, device=device),
-            learning_rates=torch.zeros((), dtype=torch.float64),
-            clip_coefs=zero,
-            grad_norms=zero,
-        )
-        engine = make_engine(
-            engine_name, Job(model, optimizer, recorder.slots, corpus.data, offsets, lrs, config.target_offset)
-        )
-        step, burst = 0, 1
-        start = time.perf_counter()
-        with _frozen_heap(), tqdm(total=config.steps, unit="step", disable=True if config.quiet else None) as bar:
-            watch = _Watch(engine, bar, progress)
-            while step < config.steps and not signals:
-                burst = min(burst, config.steps - step)
-                begun = time.perf_counter()
-                engine.run(burst)
-                step += burst
-                bar.update(burst)
-                watch.look(step)
-                if time.perf_counter() - begun < BURST_SECONDS / 2:
-                    burst = min(2 * burst, PROGRESS_EVERY)
-            watch.look(step, wait=True)
-        elapsed = time.perf_counter() - start
-
-    if signals:
-        say(f"interrupted by {signals[0].name} at step {step:,} of {config.steps:,}")
-    say(f"{step:,} steps in {elapsed:.1f} s: {step / elapsed:.1f} steps/s")
-    if waits := recorder.stats().waits:
-        say(f"the run had to wait for the recording {waits:,} times")
-    if recorder.path is not None:
-        say(f"saved steps 0 to {recorder.saved_steps:,}, {format_bytes(recorder.path.stat().st_size)}: {recorder.path}")
-        say(figures(open_trace(recorder.path)))
-    return TrainResult(
-        path=recorder.path,
-        steps=step,
-        steps_per_second=step / elapsed,
-        losses=engine.losses[:step].cpu(),
-        model=model,
-        signal=signals[0] if signals else None,
-    )
 
 
 def _param_groups(model: TiedGPT, weight_decay: float) -> list[dict[str, Any]]:
+    """Return one group of all parameters, or with weight decay two, of which the second is exempt from it."""
     if not weight_decay:
         return [{"params": list(model.parameters()), "weight_decay": 0.0}]
-    params = dict(model.named_parameters())
-    plain = [param for name, param in params.items() if name.endswith("bias") or "ln_" in name]
-    decayed = [param for name, param in params.items() if not (name.endswith("bias") or "ln_" in name)]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    decayed: list[Parameter] = []
+    exempt: list[Parameter] = []
+    for name, param in model.named_parameters():
+        (exempt if name.endswith("bias") or "ln_" in name else decayed).append(param)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
 
 
-def _constants(config: TrainConfig, center: Tensor, corpus: Tensor) -> dict[str, Tensor]:
-    scalars = {
-        "init_scale": config.init_scale,
-        "sigma": config.sigma,
-        "learning_rate": config.lr,
-        "weight_decay": config.weight_decay,
-        "adam_beta1": config.beta1,
-        "adam_beta2": config.beta2,
-    }
+def _metadata(config: TrainConfig, corpus: Corpus, device: torch.device, engine_name: str) -> dict[str, str]:
     return {
-        "bh_center": center,
-        **{name: torch.tensor(value, dtype=torch.float32) for name, value in scalars.items()},
-        "adam_epsilon": torch.tensor(config.eps, dtype=torch.float64),
-        "token_counts": corpus.long().bincount(minlength=config.vocab_size),
+        "records": "record k: gradient (unclipped), loss and logits of step k; embeddings and moments after step k",
+        **experiment_metadata(config, corpus, device, engine_name),
+        "corpus": corpus.name,
+        "seed": str(config.seed),
+        **machine_metadata(engine_name),
+        "adam_rounding": config.adam_rounding,
+        "bhfast_version": __version__,
+        "torch_version": torch.__version__,
     }
 
 
@@ -207,7 +175,7 @@ def _make_recorder(
     if not config.record_every:
         return NullRecorder()
     if config.path.is_file() and not config.overwrite:
-        _require_same_settings(config.path, metadata)
+        require_same_experiment(config.path, metadata)
     return Recorder(
         optimizer,
         {"wte": model.wte.weight},
@@ -215,20 +183,82 @@ def _make_recorder(
         path=config.path,
         every=config.record_every,
         storage=config.storage,
-        keys=KEYS,
+        keys=TENSOR_NAMES,
         metadata=metadata,
         overwrite=config.overwrite or config.path.is_file(),
     )
 
 
+def _record_start(recorder: Recorder | NullRecorder, config: TrainConfig, center: Tensor, corpus: Corpus) -> None:
+    """Record what stays the same in all steps, and as record 0 the start: no loss yet, and zeros."""
+    scalars = {
+        "init_scale": config.init_scale,
+        "sigma": config.sigma,
+        "learning_rate": config.lr,
+        "weight_decay": config.weight_decay,
+        "adam_beta1": config.beta1,
+        "adam_beta2": config.beta2,
+    }
+    recorder.constants.update(
+        bh_center=center,
+        **{name: torch.tensor(value, dtype=torch.float32) for name, value in scalars.items()},
+        adam_epsilon=torch.tensor(config.eps, dtype=torch.float64),
+        token_counts=corpus.data.long().bincount(minlength=config.vocab_size),
+    )
+    zero = torch.zeros((), device=center.device)
+    recorder.slots.log(
+        losses=torch.full((), math.nan, dtype=torch.bfloat16, device=center.device),
+        logits=torch.zeros(config.vocab_size, dtype=torch.bfloat16, device=center.device),
+        learning_rates=torch.zeros((), dtype=torch.float64),
+        clip_coefs=zero,
+        grad_norms=zero,
+    )
+
+
+def _run(
+    engine: Engine,
+    config: TrainConfig,
+    signals: Sequence[signal.Signals],
+    progress: Callable[[int, float], None] | None,
+) -> tuple[int, float]:
+    """Run all steps, or as many as are done when a signal comes; return how many, and the seconds they took.
+
+    Steps run in bursts. Their length is doubled until one takes about ``BURST_SECONDS``.
+    """
+    step, burst = 0, 1
+    start = time.perf_counter()
+    with _frozen_heap(), tqdm(total=config.steps, unit="step", disable=True if config.quiet else None) as bar:
+        monitor = ProgressMonitor(engine, bar, progress)
+        while step < config.steps and not signals:
+            burst = min(burst, config.steps - step)
+            begun = time.perf_counter()
+            engine.run(burst)
+            step += burst
+            bar.update(burst)
+            monitor.update(step)
+            if time.perf_counter() - begun < BURST_SECONDS / 2:
+                burst = min(2 * burst, PROGRESS_EVERY)
+        monitor.update(step, wait=True)
+    return step, time.perf_counter() - start
+
+
 @contextmanager
 def _frozen_heap() -> Iterator[None]:
-    """Keep the garbage collector from walking all that torch has loaded, over and over, during the loop."""
+    """Hide what is loaded so far from the garbage collector, which would walk through all of torch during the loop."""
     gc.freeze()
     try:
         yield
     finally:
         gc.unfreeze()
+
+
+def _report_recording(recorder: Recorder | NullRecorder, print_status: Callable[[str], None]) -> None:
+    if waits := recorder.stats().waits:
+        print_status(f"the run had to wait for the recording {waits:,} times")
+    if recorder.path is not None:
+        size = format_bytes(recorder.path.stat().st_size)
+        print_status(f"saved steps 0 to {recorder.saved_steps:,}, {size}: {recorder.path}")
+        print_status(verification_figures(open_trace(recorder.path)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -243,23 +273,23 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     for entry in fields(TrainConfig):
-        flag, text, kind = f"--{entry.name.replace('_', '-')}", entry.metadata["help"], kind_of(entry.name)
-        if kind is bool:
+        flag, text, value_type = f"--{entry.name.replace('_', '-')}", entry.metadata["help"], setting_type(entry.name)
+        if value_type is bool:
             parser.add_argument(flag, action="store_true", help=text)
         else:
             default = entry.default if entry.default is not None else argparse.SUPPRESS
-            parser.add_argument(flag, type=kind, default=default, choices=entry.metadata.get("choices"), help=text)
-    args = parser.parse_args(argv)
-    try:
-        result = train(TrainConfig(**vars(args)))
-    except BhfastError as error:
-        print(f"bhfast train: error: {error}", file=sys.stderr)
-        return 2
+            choices = entry.metadata.get("choices")
+            parser.add_argument(flag, type=value_type, default=default, choices=choices, help=text)
+    return run_program(parser, _train_with_flags, argv)
+
+
+def _train_with_flags(args: argparse.Namespace) -> int:
+    result = train(TrainConfig(**vars(args)))
     return 128 + result.signal if result.signal else 0
 
 
 class _CallableModule(ModuleType):
-    """Lets ``bhfast.train(...)`` be both this module and the function it is named after."""
+    """Makes ``bhfast.train`` both this module and the function it is named after."""
 
     def __call__(
         self, config: TrainConfig | None = None, *, progress: Callable[[int, float], None] | None = None

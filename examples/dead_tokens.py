@@ -21,7 +21,8 @@ result = bhfast.train(bhfast.TrainConfig(sigma=1e-3, steps=args.steps, out="dead
 trace = bhfast.open_trace(result.path)
 dead = trace["token_counts"] == 0
 life = lattice.life(trace["embeddings"][:, dead], trace.steps)
-print(f"{life.frozen(args.steps).sum()} of {dead.sum()} dead tokens froze, the last one in step {life.late.max()}")
+frozen = life.frozen(args.steps)
+print(f"{frozen.sum()} of {dead.sum()} dead tokens froze, the last one in step {life.last_late_step.max()}")
 
 phases = life.phase(trace.steps)
 names = ("early", "midlife", "late", "frozen")

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bhfast import lattice
-from bhfast.lattice import crowds, motion
+from bhfast.lattice import adjacency, motion
 
 EVERY_VALUE = torch.arange(1 << 16).to(torch.uint16).view(torch.bfloat16)
 FINITE = EVERY_VALUE[EVERY_VALUE.isfinite()]
@@ -42,7 +42,7 @@ def vectors_near(points: list[list[int]]) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Cells
+# Coordinates
 
 
 def test_every_coordinate_is_one_from_the_next() -> None:
@@ -86,7 +86,7 @@ def test_other_dtypes_have_another_lattice(function) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Crowds
+# Adjacency
 
 places = st.one_of(st.integers(-3, 3), st.integers(125, 131))
 points = st.integers(1, 4).flatmap(lambda dim: st.lists(st.lists(places, min_size=dim, max_size=dim), max_size=40))
@@ -121,16 +121,16 @@ def slow_components(count: int, pairs: list[tuple[int, int]]) -> list[int]:
 @pytest.mark.parametrize("leaf", [2, 256])
 @settings(deadline=None)
 @given(points, st.booleans())
-def test_crowds(leaf: int, c: list[list[int]], collide: bool) -> None:
+def test_cells_neighbours_and_components(leaf: int, c: list[list[int]], collide: bool) -> None:
     vectors = vectors_near(c) if c else torch.empty(0, 3, dtype=torch.bfloat16)
     vectors[vectors == 0] *= -1  # to be taken for zeros all the same
     c = [tuple(point) for point in c]
-    nothing = mock.patch.object(crowds, "_multiples", lambda dim: torch.zeros(dim, dtype=torch.int64))
-    with mock.patch.object(crowds, "LEAF", leaf), nothing if collide else mock.MagicMock():
+    nothing = mock.patch.object(adjacency, "_hash_factors", lambda dim: torch.zeros(dim, dtype=torch.int64))
+    with mock.patch.object(adjacency, "LEAF_SIZE", leaf), nothing if collide else mock.MagicMock():
         found, near = lattice.cells(vectors), lattice.neighbours(vectors)
     assert tuple(x.tolist() for x in found) == slow_cells(c)
     pairs = [tuple(pair) for pair in near.pairs.tolist()]
-    assert dict(zip(pairs, near.axes.tolist(), strict=True)) == slow_neighbours(c)
+    assert dict(zip(pairs, near.axis_counts.tolist(), strict=True)) == slow_neighbours(c)
     assert lattice.components(len(c), near.pairs).tolist() == slow_components(len(c), pairs)
 
 
@@ -170,7 +170,7 @@ def test_what_is_planted_in_many_dimensions_is_found(generator) -> None:
         vectors[end] = vectors_near(point.tolist())
         wanted[min(start, end), max(start, end)] = axes
     near = lattice.neighbours(vectors)
-    assert {tuple(p): a for p, a in zip(near.pairs.tolist(), near.axes.tolist(), strict=True)} == wanted
+    assert {tuple(p): a for p, a in zip(near.pairs.tolist(), near.axis_counts.tolist(), strict=True)} == wanted
     found = lattice.cells(vectors)
     assert found.multiplicity[found.black_holes].tolist() == [40]
     assert sorted(hole.tolist()) == (found.cell == found.black_holes[0]).nonzero()[:, 0].tolist()
@@ -201,9 +201,9 @@ def test_life() -> None:
     )
     steps = torch.tensor([0, 10, 20, 30, 40, 50])
     found = lattice.life(path, steps)
-    assert found.early.tolist() == [10, 20, 0, 30]
-    assert found.midlife.tolist() == [10, 40, 0, 30]
-    assert found.late.tolist() == [30, 50, 0, 30]
+    assert found.last_early_step.tolist() == [10, 20, 0, 30]
+    assert found.last_midlife_step.tolist() == [10, 40, 0, 30]
+    assert found.last_late_step.tolist() == [30, 50, 0, 30]
     assert found.frozen(50).tolist() == [True, False, True, True]
     assert found.phase(steps)[:, 0].tolist() == [0, 0, 2, 2, 3, 3]
     assert found.phase(steps)[:, 1].tolist() == [0, 0, 0, 1, 1, 2]
@@ -219,27 +219,51 @@ def test_streaming_sees_every_record(seed: int, values: int) -> None:
     which = torch.randint(tokens, (records, tokens), generator=generator)
     path = vectors[which]
     steps = torch.arange(records) * 3
-    with mock.patch.object(motion, "VALUES", values):
+    with mock.patch.object(motion, "CHUNK", values):
         life, escape = lattice.life(path, steps), lattice.escape_steps(path, steps)
     for token in range(tokens):
         sizes = [lattice.norms(lattice.displacement(a, b)) for a, b in itertools.pairwise(path[:, token])]
-        for ends, limit in ((life.early, lambda s: s.l2 > math.sqrt(2)), (life.late, lambda s: s.l1 > 0)):
+        for ends, limit in (
+            (life.last_early_step, lambda s: s.l2 > math.sqrt(2)),
+            (life.last_late_step, lambda s: s.l1 > 0),
+        ):
             assert ends[token] == max([0, *(3 * (i + 1) for i, size in enumerate(sizes) if limit(size))])
         inside = []
         for record in path:
             same = [i for i in range(tokens) if (record[i] == record[token]).all()]
             counts = [sum(bool((a == b).all()) for b in record) for a in record]
-            rivals = {lattice.keys(record[i]).item() for i in range(tokens) if counts[i] == max(counts)}
+            rivals = {lattice.fingerprints(record[i]).item() for i in range(tokens) if counts[i] == max(counts)}
             largest = len(same) == max(counts) > 1
-            inside.append(largest and lattice.keys(record[token]).item() == min(rivals))
+            inside.append(largest and lattice.fingerprints(record[token]).item() == min(rivals))
         out = max([-1, *(i for i, is_in in enumerate(inside) if is_in)]) + 1
         assert escape[token] == (-1 if out == records else 3 * out)
     slow = [len({tuple(lattice.coordinate(v).tolist()) for v in record}) for record in path]
-    assert lattice.distinct(path).tolist() == slow
-    with mock.patch.object(motion, "VALUES", values):
-        assert lattice.per_record(lattice.distinct, path).tolist() == slow
+    assert lattice.count_distinct(path).tolist() == slow
+    with mock.patch.object(motion, "CHUNK", values):
+        assert lattice.per_record(lattice.count_distinct, path).tolist() == slow
         moved = lattice.per_record(lambda part: (part[1:] != part[:-1]).any(-1), path, overlap=1)
     assert torch.equal(moved, (path[1:] != path[:-1]).any(-1))
+
+
+def test_pairwise_distances(generator) -> None:
+    one = torch.randn(64, generator=generator).bfloat16()
+    assert lattice.pairwise_distances(one.expand(300, 64)) == (0, 0)
+    vectors = torch.randn(300, 8, generator=generator).bfloat16()
+    apart = [(a.double() - b.double()).norm().item() for a, b in itertools.combinations(vectors, 2)]
+    found = lattice.pairwise_distances(vectors)
+    assert found.largest == pytest.approx(max(apart), rel=1e-6)
+    assert found.mean == pytest.approx(sum(apart) / len(apart), rel=1e-6)
+    far = torch.zeros(300, 2)
+    far[299] = torch.tensor([3.0, 4.0])
+    assert lattice.pairwise_distances(far).largest == 5
+    assert lattice.pairwise_distances(far[:1]) == (0, 0)
+
+
+@pytest.mark.parametrize("row", [0, 299])
+def test_distances_to_what_is_not_a_number_are_not_numbers(row: int) -> None:
+    vectors = torch.ones(300, 2)
+    vectors[row, 0] = torch.nan
+    assert all(math.isnan(distance) for distance in lattice.pairwise_distances(vectors))
 
 
 def test_the_cloud(generator) -> None:

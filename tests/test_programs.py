@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -13,12 +15,15 @@ import pytest
 import bhfast
 from bhfast import __main__ as console
 from bhfast import doctor
+from bhfast.cli import run_program
+from bhfast.errors import BhfastError
 
 PACKAGE = Path(bhfast.__file__).parent
-# The plan of rooms, from bottom to top: each imports only from those above it in this table, and of these only what it
-# names. "bhfast" is what users import: bhfast/__init__.py.
+ROOT = Path(__file__).parents[1]
+# The plan of rooms: each one imports exactly those named, which all stand above it. "bhfast" is bhfast/__init__.py.
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
+    "cli": {"errors"},
     "version": set(),
     "signals": set(),
     "lattice": set(),
@@ -35,20 +40,21 @@ ROOMS: dict[str, set[str]] = {
     "replay": {"ops", "trace"},
     "verify": {"errors", "replay", "trace"},
     "recover": {"errors", "storage"},
-    "summary": {"errors", "trace"},
+    "summary": {"errors", "lattice", "trace"},
     "engines": {"errors", "model", "ops", "optim", "recording"},
     "config": {"engines", "errors", "model", "ops", "storage"},
     "experiment": {"config", "corpus", "engines", "errors", "machine", "ops", "trace"},
     "progress": {"engines"},
     "train": {
-        *("config", "corpus", "engines", "errors", "experiment", "machine", "model", "ops", "optim"),
+        *("cli", "config", "corpus", "engines", "experiment", "machine", "model", "ops", "optim"),
         *("progress", "recording", "signals", "summary", "trace", "version"),
     },
     "bhfast": {"config", "errors", "optim", "recording", "trace", "train", "version"},
     "sweep": {
-        *("bhfast", "config", "errors", "experiment", "machine", "progress", "signals", "storage", "trace", "train"),
+        *("bhfast", "cli", "config", "errors", "experiment", "machine", "progress", "signals", "storage"),
+        *("summary", "trace", "train"),
     },
-    "report": {"errors", "lattice", "summary", "sweep", "trace", "version"},
+    "report": {"cli", "errors", "lattice", "summary", "sweep", "trace", "version"},
     "doctor": {"engines", "machine", "ops", "optim", "trace", "version"},
     "__main__": set(),
 }
@@ -94,6 +100,47 @@ def test_rooms_import_downward() -> None:
         assert others <= set(order[: order.index(room)]), room
 
 
+needs_documents = pytest.mark.skipif(
+    not (ROOT / "CONTRIBUTING.md").exists() or not (ROOT / "docs").exists(),
+    reason="this copy of the tree has no CONTRIBUTING.md and docs/",
+)
+
+
+@needs_documents
+def test_contributing_has_the_same_plan() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| [^|]* \|([^|]*)\|$", text, flags=re.MULTILINE)
+    assert [(room, set(re.findall(r"\w+", others))) for room, others in rows] == list(ROOMS.items())
+
+
+@needs_documents
+def test_links_between_documents_lead_somewhere() -> None:
+    documents = [path for folder in (".", "docs", "data", "benchmarks") for path in (ROOT / folder).glob("*.md")]
+    assert len(documents) > 5
+    for document in documents:
+        for target in re.findall(r"\]\(([^):]+)\)", document.read_text()):
+            path, _, heading = target.partition("#")
+            linked = document.parent / path if path else document
+            assert linked.exists(), f"{document} links to {target}"
+            if heading:
+                headings = re.findall(r"^#+ (.*)$", linked.read_text(), flags=re.MULTILINE)
+                assert heading in [text.lower().replace(" ", "-") for text in headings], f"{document} links to {target}"
+
+
+def test_an_error_of_the_user_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    def program(args: argparse.Namespace) -> int:
+        if args.file == "bad":
+            raise BhfastError("bad is not a file; name another")
+        return 7
+
+    parser = argparse.ArgumentParser(prog="bhfast fly")
+    parser.add_argument("file")
+    assert run_program(parser, program, ["good"]) == 7
+    assert capsys.readouterr() == ("", "")
+    assert run_program(parser, program, ["bad"]) == 2
+    assert capsys.readouterr() == ("", "bhfast fly: error: bad is not a file; name another\n")
+
+
 def test_import_is_light_and_silent() -> None:
     code = "import sys, bhfast; print('torch' in sys.modules); bhfast.FusedAdam; print('torch' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -123,7 +170,7 @@ def test_console_script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         assert console.main() == code
     printed = capsys.readouterr()
     assert bhfast.__version__ in printed.out
-    assert "there is no program 'fly'; there are\n  train" in printed.err
+    assert "there is no program 'fly'; choose from\n  train" in printed.err
 
 
 def test_programs_run_as_modules() -> None:

@@ -18,25 +18,11 @@ from safetensors.torch import save_file
 from bhfast import lattice
 from bhfast.config import TrainConfig
 from bhfast.report import main
-from bhfast.report.survey import Survey, survey
+from bhfast.report.survey import Survey, survey_trace
 from bhfast.report.sweep import survey_sweep
-from bhfast.summary import figures, max_pairwise_distance, window_means
+from bhfast.summary import final_loss, verification_figures, window_means
 from bhfast.trace import open_trace
 from bhfast.train import TrainResult, train
-
-
-def test_identical_vectors_are_at_distance_zero(generator) -> None:
-    one = torch.randn(64, generator=generator).bfloat16()
-    assert max_pairwise_distance(one.expand(300, 64)) == 0.0
-
-
-def test_largest_distance(generator) -> None:
-    vectors = torch.randn(300, 8, generator=generator).bfloat16()
-    wanted = max((a.double() - b.double()).norm().item() for a in vectors[::7] for b in vectors)
-    assert max_pairwise_distance(vectors) >= wanted * (1 - 1e-6)
-    far = torch.zeros(300, 2)
-    far[299] = torch.tensor([3.0, 4.0])
-    assert max_pairwise_distance(far) == 5.0
 
 
 def test_losses_are_averaged_by_thousands() -> None:
@@ -44,9 +30,15 @@ def test_losses_are_averaged_by_thousands() -> None:
     assert window_means(steps, torch.tensor([1.0, 3.0, 5.0, 7.0, 9.0])) == [2.0, 6.0, 9.0]
 
 
+def test_final_loss_is_of_the_last_thousand_steps() -> None:
+    losses = torch.tensor([1.0, 3.0, 5.0, 7.0, 9.0]).bfloat16()
+    assert final_loss(torch.arange(500, 2501, 500), losses) == 8.0  # of steps 2,000 and 2,500; 1,500 is too long ago
+    assert final_loss(torch.arange(1, 6), losses) == 5.0
+
+
 def test_figures_of_a_run(run: TrainResult) -> None:
     trace = open_trace(run.path)
-    lines = figures(trace).splitlines()
+    lines = verification_figures(trace).splitlines()
     centroid = trace["embeddings"][-1].float().mean(0).norm().item()
     assert lines[0].endswith("largest pairwise distance 0.000000")
     assert lines[1].startswith(f"step 130: centroid norm {centroid:.6f}")
@@ -64,7 +56,7 @@ def test_program(run: TrainResult, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "largest pairwise distance" in capsys.readouterr().out
     save_file({"x": torch.ones(1)}, tmp_path / "foreign")
     assert main([str(tmp_path / "foreign")]) == 2
-    assert "is no trace of the reference run: it has no recorded_steps" in capsys.readouterr().err
+    assert "is not a trace of the reference run: it has no recorded_steps" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -73,7 +65,7 @@ def test_program(run: TrainResult, tmp_path: Path, capsys: pytest.CaptureFixture
 
 @pytest.fixture(scope="module")
 def found(run: TrainResult) -> Survey:
-    return survey(open_trace(run.path))
+    return survey_trace(open_trace(run.path))
 
 
 def test_trained_and_dead_tokens(found: Survey) -> None:
@@ -90,7 +82,7 @@ def test_survey_of_every_record(found: Survey) -> None:
         assert found.distinct[name].tolist() == [len({tuple(v) for v in record[group].tolist()}) for record in w]
     for k, (before, after) in enumerate(itertools.pairwise(w)):
         sizes = torch.stack(lattice.norms(lattice.displacement(before, after)), 1)
-        assert torch.equal(found.moves["trained"][k], sizes[found.groups["trained"]].median(0).values)
+        assert torch.equal(found.median_displacements["trained"][k], sizes[found.groups["trained"]].median(0).values)
     spread = [(x.double() - x.double().mean(0)).square().mean().item() for x in g]
     torch.testing.assert_close(found.gradient_temperature, torch.tensor(spread, dtype=torch.float64))
     moved = w[1:].double() - w[:-1].double()
@@ -99,22 +91,22 @@ def test_survey_of_every_record(found: Survey) -> None:
     for name in ("grads", "momentum", "variance"):
         wanted = [x.double().square().sum().sqrt().item() for x in found.trace[name]]
         torch.testing.assert_close(found.norms[name], torch.tensor(wanted, dtype=torch.float64))
-    assert torch.equal(found.moments, torch.arange(131))
-    assert torch.equal(found.distance_moments[[0, -1]], torch.tensor([0, 130]))
+    assert torch.equal(found.radius_records, torch.arange(131))
+    assert torch.equal(found.distance_records[[0, -1]], torch.tensor([0, 130]))
     last = w[-1].double()
     apart = torch.stack([(last - v).norm(dim=1) for v in last])
-    assert found.largest[-1].item() == pytest.approx(apart.max().item(), rel=1e-6)
-    assert found.mean[-1].item() == pytest.approx(apart.sum().item() / (128 * 127), rel=1e-6)
+    assert found.largest_distances[-1].item() == pytest.approx(apart.max().item(), rel=1e-6)
+    assert found.mean_distances[-1].item() == pytest.approx(apart.sum().item() / (128 * 127), rel=1e-6)
     torch.testing.assert_close(found.radii[-1], (last - last.mean(0)).norm(dim=1))
-    assert found.centroid[0].item() == pytest.approx(found.trace["bh_center"].double().norm().item(), rel=1e-6)
+    assert found.centroid_norms[0].item() == pytest.approx(found.trace["bh_center"].double().norm().item(), rel=1e-6)
 
 
 def test_the_cloud_is_seen_along_its_longest_axes(found: Survey) -> None:
     assert [shot.step for shot in found.snapshots] == [0, 1, 2, 10, 100, 130]
-    assert found.snapshots[0].view.abs().max() == 0
+    assert found.snapshots[0].projection.abs().max() == 0
     last = found.trace["embeddings"][-1].double()
     variances = torch.linalg.eigvalsh(torch.cov(last.T)).flip(0)
-    torch.testing.assert_close(found.snapshots[-1].view.var(0), variances[:2])
+    torch.testing.assert_close(found.snapshots[-1].projection.var(0), variances[:2])
 
 
 def test_results(found: Survey, run: TrainResult) -> None:
@@ -128,15 +120,15 @@ def test_results(found: Survey, run: TrainResult) -> None:
 
 
 def test_frozen_tokens_have_a_step(found: Survey) -> None:
-    late = torch.where(found.groups["dead"], 77, 130)
-    stopped = replace(found, life=found.life._replace(late=late))
+    last_moves = torch.where(found.groups["dead"], 77, 130)
+    stopped = replace(found, life=found.life._replace(last_late_step=last_moves))
     assert (stopped.freeze_step("dead"), stopped.freeze_step("trained")) == (77, None)
 
 
 def test_many_records_are_thinned_towards_the_end() -> None:
-    from bhfast.report.survey import _moments
+    from bhfast.report.survey import _log_spaced
 
-    some = _moments(10_001, 1000)
+    some = _log_spaced(10_001, 1000)
     assert some[:20].tolist() == list(range(20))
     assert some[-1] == 10_000
     assert len(some) <= 1000
@@ -216,7 +208,7 @@ def test_sweep_by_series(sweep: Path) -> None:
     found = survey_sweep(sweep)
     assert found.axis == "sigma"
     assert {name: len(runs) for name, runs in found.series().items()} == {"lr 0.001": 6, "lr 0.01": 5}
-    wanted = survey(open_trace(sweep.parent / "sigma0_seed2_lr0.001.safetensors")).results()
+    wanted = survey_trace(open_trace(sweep.parent / "sigma0_seed2_lr0.001.safetensors")).results()
     assert next(run for run in found.runs if run.name == "sigma0_seed2_lr0.001").results == wanted
     assert replace(found, grid={"sigma": [0], "seed": [1, 2], "lr": [1, 2]}).axis == "lr"
 

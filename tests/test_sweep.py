@@ -1,4 +1,4 @@
-"""Sweeps: the grid, what stays when something goes wrong, and that many processes leave what one does."""
+"""Sweeps: the grid, what remains when something goes wrong, and that many processes leave what one does."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ import torch
 from bhfast.config import TrainConfig
 from bhfast.errors import ConfigError
 from bhfast.sweep import main, pool, sweep
-from bhfast.sweep.grid import plan, rank_and_world, read_grid, read_grid_file
-from bhfast.sweep.pool import divide
-from bhfast.sweep.results import Register
+from bhfast.sweep.grid import expand_grid, parse_grid, rank_and_world, read_grid_file
+from bhfast.sweep.pool import divide_machine
+from bhfast.sweep.results import SweepResults
 from bhfast.sweep.worker import Worker, run_task
 from bhfast.trace import open_trace
 from bhfast.train import train
@@ -77,7 +77,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def names(**grid: object) -> list[str]:
-    return [run.name for run in plan(read_grid(grid, "grid"), "out")]
+    return [run.name for run in expand_grid(parse_grid(grid, "grid"), "out")]
 
 
 def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
@@ -89,7 +89,7 @@ def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def register(folder: Path) -> dict[str, dict[str, object]]:
+def entries(folder: Path) -> dict[str, dict[str, object]]:
     return {run["name"]: run for run in json.loads((folder / "sweep.json").read_text())["runs"]}
 
 
@@ -148,7 +148,7 @@ def test_a_value_given_twice_is_run_once() -> None:
 
 
 def test_runs_have_the_settings_of_the_grid() -> None:
-    run = plan(read_grid({"sigma": [0, 1], "weight-decay": 1}, "grid"), "folder")[1]
+    run = expand_grid(parse_grid({"sigma": [0, 1], "weight-decay": 1}, "grid"), "folder")[1]
     out = "folder/sigma1_seed42.safetensors"
     assert run.config == TrainConfig(sigma=1.0, weight_decay=1.0, storage="stream", quiet=True, out=out)
     assert run.settings == {"sigma": 1.0, "seed": 42}
@@ -159,12 +159,12 @@ def test_runs_have_the_settings_of_the_grid() -> None:
     [
         ({"sgima": 0}, r"f\.toml: there is no setting 'sgima'; there are sigma, steps, seed,"),
         ({"out": "x"}, "there is no setting 'out'"),
-        ({"sigma": "x"}, r"f\.toml: sigma must be a number, or a list of such, got 'x'"),
-        ({"seed": [1, 2.5]}, r"seed must be an integer, or a list of such, got \[1, 2\.5\]"),
+        ({"sigma": "x"}, r"f\.toml: sigma must be a number or a list of numbers, got 'x'"),
+        ({"seed": [1, 2.5]}, r"seed must be an integer or a list of integers, got \[1, 2\.5\]"),
         ({"seed": True}, "seed must be an integer"),
         ({"seed": []}, "seed must be an integer"),
         ({"sigma": {"from": 1}}, "sigma must be a number"),
-        ({"batch-size": 1, "batch_size": 2}, "batch_size stands twice"),
+        ({"batch-size": 1, "batch_size": 2}, "batch_size is given twice"),
         ({"sigma": [0, -1]}, r"sigma must be finite and at least 0, got -1\.0"),
         ({"record_every": [1, 0]}, "record_every must be at least 1 in a sweep, got 0"),
         ({"engine": ["auto", "warp"]}, "engine must be one of"),
@@ -174,22 +174,22 @@ def test_runs_have_the_settings_of_the_grid() -> None:
 )
 def test_refuses_a_bad_grid(grid: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        plan(read_grid(grid, "f.toml"), "out")
+        expand_grid(parse_grid(grid, "f.toml"), "out")
 
 
-def test_refuses_a_file_that_is_no_grid(tmp_path: Path) -> None:
+def test_refuses_a_file_that_is_not_a_grid(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot read the grid .*: No such file"):
         read_grid_file(tmp_path / "gone")
     (tmp_path / "bad").write_text("sigma = ")
-    with pytest.raises(ConfigError, match="bad is no TOML"):
+    with pytest.raises(ConfigError, match="bad is not TOML"):
         read_grid_file(tmp_path / "bad")
 
 
 @pytest.mark.usefixtures("in_process")
-def test_flags_go_before_the_file(flags: list[str], tmp_path: Path) -> None:
+def test_flags_override_the_file(flags: list[str], tmp_path: Path) -> None:
     (tmp_path / "grid.toml").write_text("sigma = [0, 1e-4]\nseed = 43\nhidden-dim = 32\nsteps = 7")
     assert main([*flags, "--grid", str(tmp_path / "grid.toml"), "--seed", "1", "2", "--quiet"]) == 0
-    runs = register(tmp_path / "out")
+    runs = entries(tmp_path / "out")
     assert [*runs] == [f"sigma{sigma}_seed{seed}" for sigma in ("0", "0.0001") for seed in (1, 2)]
     config = open_trace(tmp_path / "out" / "sigma0.0001_seed2.safetensors").config
     assert [config[name] for name in ("sigma", "seed", "hidden_dim", "steps")] == [1e-4, 2, 32, 20]
@@ -199,7 +199,10 @@ def test_flags_go_before_the_file(flags: list[str], tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--sigma", "nan"], "sigma must be finite and at least 0, got nan"),
-        (["--record-every", "0"], "record_every must be at least 1 in a sweep, got 0: what it leaves are its traces"),
+        (
+            ["--record-every", "0"],
+            "record_every must be at least 1 in a sweep, got 0: all that a sweep leaves are its traces",
+        ),
         (["--jobs", "0"], "jobs must be at least 1, got 0"),
     ],
 )
@@ -209,11 +212,11 @@ def test_user_errors_are_one_line(arguments: list[str], message: str, flags: lis
     assert not (tmp_path / "out").exists()
 
 
-def test_a_register_of_something_else_is_not_replaced(flags: list[str], tmp_path: Path, capsys) -> None:
+def test_a_file_of_something_else_is_not_replaced(flags: list[str], tmp_path: Path, capsys) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "sweep.json").write_text("{}")
     assert main(flags) == 2
-    assert "sweep.json is no register of a sweep; delete it" in capsys.readouterr().err
+    assert "sweep.json is not of a sweep; delete it" in capsys.readouterr().err
     assert (tmp_path / "out" / "sweep.json").read_text() == "{}"
 
 
@@ -260,7 +263,7 @@ def test_a_run_that_fails_does_not_stop_the_rest(flags: list[str], tmp_path: Pat
     arguments = [*flags, "--corpus", text, gone, "--seed", "1", "--lr", "1e-3", "1e38", "--lr-schedule", "constant"]
     assert main([*arguments, "--jobs", "1"]) == 1
     printed = capsys.readouterr()
-    runs = list(register(out).values())
+    runs = list(entries(out).values())
     assert [run["state"] for run in runs] == ["failed", "failed", "done", "failed"]
     assert "holds a run with other settings (" in runs[0]["error"]
     assert "cannot read the corpus" in runs[1]["error"]
@@ -270,7 +273,7 @@ def test_a_run_that_fails_does_not_stop_the_rest(flags: list[str], tmp_path: Pat
     assert "1 run done, 0 kept, 3 failed in" in printed.out
 
     assert main([*arguments, "--jobs", "1", "--overwrite", "--quiet"]) == 1
-    assert [run["state"] for run in register(out).values()] == ["done", "failed", "done", "failed"]
+    assert [run["state"] for run in entries(out).values()] == ["done", "failed", "done", "failed"]
     assert identity(other) != before
     assert capsys.readouterr().out == ""
 
@@ -279,7 +282,7 @@ def test_a_run_that_fails_does_not_stop_the_rest(flags: list[str], tmp_path: Pat
 def test_what_is_done_is_kept(flags: list[str], tmp_path: Path, capsys) -> None:
     out = tmp_path / "out"
     assert main([*flags, "--sigma", "0", "1e-4", "--quiet"]) == 0
-    before, first = traces(out), register(out)
+    before, first = traces(out), entries(out)
     kept, redone = (out / f"sigma{sigma}_seed42.safetensors" for sigma in ("0", "0.0001"))
     seen = identity(kept)
     redone.unlink()
@@ -292,14 +295,14 @@ def test_what_is_done_is_kept(flags: list[str], tmp_path: Path, capsys) -> None:
     assert identity(kept) == seen
     assert not partial.exists()
     assert before.items() < traces(out).items()
-    assert register(out)["sigma0_seed42"] == first["sigma0_seed42"]
+    assert entries(out)["sigma0_seed42"] == first["sigma0_seed42"]
 
     assert main([*flags, "--seed", "43", "--quiet"]) == 0  # another sweep
-    assert [*register(out)] == ["sigma0_seed43", "sigma0_seed42", "sigma0.0001_seed42", "sigma0.001_seed42"]
+    assert [*entries(out)] == ["sigma0_seed43", "sigma0_seed42", "sigma0.0001_seed42", "sigma0.001_seed42"]
     (out / "sweep.json").unlink()
     assert main([*flags, "--quiet"]) == 0
     assert identity(kept) == seen
-    entry = register(out)["sigma0_seed42"]
+    entry = entries(out)["sigma0_seed42"]
     assert entry == {**first["sigma0_seed42"], "steps_per_second": None, "seconds": None}
 
     assert main([*flags, "--quiet", "--overwrite"]) == 0
@@ -324,7 +327,7 @@ def test_two_ranks_leave_what_one_process_does(flags: list[str], tmp_path: Path)
     assert len(there) == 9
     assert there == traces(one)
     figures = ("name", "file", "settings", "state", "steps", "first_loss", "last_loss", "mean_loss")
-    for a, b in zip(register(tmp_path / "out").values(), register(one).values(), strict=True):
+    for a, b in zip(entries(tmp_path / "out").values(), entries(one).values(), strict=True):
         assert [a[name] for name in figures] == [b[name] for name in figures]
         assert a["state"] == "done"
 
@@ -357,16 +360,16 @@ def test_knows_its_share(environment: dict[str, str], share: tuple[int, int]) ->
     ],
 )
 def test_refuses_a_share_that_is_none(environment: dict[str, str]) -> None:
-    with pytest.raises(ConfigError, match="name no share of the runs"):
+    with pytest.raises(ConfigError, match="do not name a share of the runs"):
         rank_and_world(environment)
 
 
-def test_no_update_of_the_register_is_lost(tmp_path: Path) -> None:
-    runs = plan(read_grid({"seed": range(40)}, "grid"), tmp_path)
-    Register(tmp_path).begin({}, runs, runs, anew=False)
+def test_no_update_of_the_results_is_lost(tmp_path: Path) -> None:
+    runs = expand_grid(parse_grid({"seed": range(40)}, "grid"), tmp_path)
+    SweepResults(tmp_path).begin({}, runs, runs, restart=False)
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda run: Register(tmp_path).enter(run, state="done"), runs))
-    assert [run["state"] for run in register(tmp_path).values()] == ["done"] * 40
+        list(pool.map(lambda run: SweepResults(tmp_path).update(run, state="done"), runs))
+    assert [run["state"] for run in entries(tmp_path).values()] == ["done"] * 40
 
 
 @pytest.mark.usefixtures("in_process")
@@ -398,7 +401,7 @@ def test_each_worker_has_a_gpu(environment: dict[str, str], jobs, gpus: list[str
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
     monkeypatch.setattr("bhfast.machine.select_device", lambda name: (torch.device("cuda"), ""))
-    assert divide(plan(read_grid({"seed": range(5)}, "grid"), "out"), jobs).gpus == gpus
+    assert divide_machine(expand_grid(parse_grid({"seed": range(5)}, "grid"), "out"), jobs).gpus == gpus
 
 
 @pytest.mark.usefixtures("in_process")
@@ -407,7 +410,7 @@ def test_a_slurm_task_does_its_share_alone(flags: list[str], tmp_path: Path, mon
     monkeypatch.setenv("SLURM_ARRAY_TASK_MIN", "1")
     monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "2")
     assert main([*flags, "--seed", "1", "2", "3", "--quiet"]) == 0
-    assert [run["state"] for run in register(tmp_path / "out").values()] == ["waiting", "done", "waiting"]
+    assert [run["state"] for run in entries(tmp_path / "out").values()] == ["waiting", "done", "waiting"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -431,19 +434,19 @@ def test_a_sweep_that_is_ended_goes_on(number: signal.Signals, flags: list[str],
     printed, errors = sweeping.communicate(timeout=60)
     wait_for(lambda: not any(map(is_alive, workers)), seconds=10)
     assert list(traces(out)) == [done.name]
-    assert [run["state"] for run in register(out).values()] == ["done", "waiting"]
+    assert [run["state"] for run in entries(out).values()] == ["done", "waiting"]
     if number == signal.SIGKILL:
         assert sweeping.returncode == -number
         assert partial.exists()
     else:
         assert sweeping.returncode == 128 + number
-        assert f"interrupted by {number.name}; the same command goes on with the rest" in printed
+        assert f"interrupted by {number.name}; the same command continues with the rest" in printed
         assert errors == ""
         assert not partial.exists()
 
     assert main([*flags, *steps, "--quiet"]) == 0
     assert identity(done) == before
-    assert [run["state"] for run in register(out).values()] == ["done", "done"]
+    assert [run["state"] for run in entries(out).values()] == ["done", "done"]
     assert verify(cut).difference is None
     assert sorted(path.name for path in out.iterdir()) == sorted([done.name, cut.name, "sweep.json", "sweep.lock"])
 
@@ -465,5 +468,5 @@ def test_a_worker_that_dies_fails_its_run_alone(flags: list[str], tmp_path: Path
     _, errors = sweeping.communicate(timeout=60)
     assert sweeping.returncode == 1
     assert errors == f"bhfast sweep: error: sigma0_seed42_steps{LONG}: the process ended by signal 9\n"
-    assert [run["state"] for run in register(out).values()] == ["done", "failed", "done"]
+    assert [run["state"] for run in entries(out).values()] == ["done", "failed", "done"]
     assert len(traces(out)) == 2

@@ -358,7 +358,7 @@ def test_knows_what_is_no_whole_run(settings: TrainConfig, monkeypatch: pytest.M
 
 def test_a_file_of_something_else_is_not_replaced(settings: TrainConfig) -> None:
     settings.path.write_text("thesis")
-    with pytest.raises(StorageError, match="exists and is no trace of bhfast; pass --overwrite to replace it"):
+    with pytest.raises(StorageError, match="exists and is not a trace of bhfast; pass --overwrite to replace it"):
         rerun(settings)
     assert settings.path.read_text() == "thesis"
 

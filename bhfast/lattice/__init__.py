@@ -1,32 +1,44 @@
-"""Where vectors are on the bfloat16 lattice, how far they move, who is near whom, and when they stop.
+"""Vectors on the bfloat16 lattice: where they are, how far they move, which of them are near, when they stop.
 
-Everything takes plain tensors, so also those of a trace, of which it reads what it needs.
+Every function takes ordinary tensors, and tensors of a trace, of which only the part in use is read.
 
-``cells``: values of one tensor as points of a lattice. ``crowds``: vectors at one point, and at neighbouring ones.
-``motion``: what happens from record to record.
+``coordinates``: single values as points of the lattice. ``adjacency``: vectors at the same point or at adjacent points.
+``cloud``: all vectors of one record together. ``motion``: what changes from record to record.
 """
 
-from bhfast.lattice.cells import Norms, coordinate, displacement, norms, ulp
-from bhfast.lattice.crowds import Cells, Neighbours, cells, components, keys, neighbours
-from bhfast.lattice.motion import Life, centroid, chunks, distinct, escape_steps, life, per_record, radii, temperature
+from bhfast.lattice.adjacency import Cells, Neighbours, cells, components, fingerprints, neighbours
+from bhfast.lattice.cloud import (
+    PairwiseDistances,
+    centroid,
+    count_distinct,
+    count_distinct_values,
+    pairwise_distances,
+    radii,
+    temperature,
+)
+from bhfast.lattice.coordinates import Norms, coordinate, displacement, norms, ulp
+from bhfast.lattice.motion import Life, chunks, escape_steps, life, per_record
 
 __all__ = [
     "Cells",
     "Life",
     "Neighbours",
     "Norms",
+    "PairwiseDistances",
     "cells",
     "centroid",
     "chunks",
     "components",
     "coordinate",
+    "count_distinct",
+    "count_distinct_values",
     "displacement",
-    "distinct",
     "escape_steps",
-    "keys",
+    "fingerprints",
     "life",
     "neighbours",
     "norms",
+    "pairwise_distances",
     "per_record",
     "radii",
     "temperature",

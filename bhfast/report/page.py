@@ -1,4 +1,4 @@
-"""A page that needs nothing but itself: pictures, tables, words."""
+"""A self-contained HTML page: a table, text, and pictures."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ td + td, th + th { text-align: right; }
 
 @dataclass(frozen=True)
 class Page:
-    """What stands on a page, from top to bottom.
+    """The content of a report, from top to bottom.
 
     Attributes:
-        title: its heading.
+        title: the heading.
         summary: a sentence or two.
-        table: rows of cells, the first of them headings; the first column names the row.
-        text: lines shown as they are; None for nothing.
-        pictures: drawn one at a time.
+        text: preformatted lines; None for none.
+        table: rows of cells. The first row has the headings, the first column the names of the rows.
+        pictures: saved one at a time, so an iterator need not hold them all.
     """
 
     title: str
@@ -46,10 +46,10 @@ class Page:
     pictures: Iterable[Picture]
 
     def write(self, folder: Path) -> None:
-        """Write ``index.html``, with all pictures inside, and each of these as PNG; older ones are replaced.
+        """Write ``index.html``, with all pictures inside, and each picture as a PNG; replace older ones.
 
         Raises:
-            BhfastError: the folder cannot be written.
+            BhfastError: the folder cannot be written to.
         """
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""All numbers that a report of one trace shows, from one walk through its records in flat memory."""
+"""All numbers in the report of one trace, from one walk through its records in constant memory."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from torch import Tensor
 
 from bhfast import lattice
 from bhfast.errors import TraceError
-from bhfast.summary import ROWS, require_reference
+from bhfast.summary import final_loss, require_reference_trace
 from bhfast.trace import Trace
 
-SNAPSHOTS = (0, 1, 2, 10, 100, 1000)  # steps, and the last one
-LINES = 400  # tokens whose radius is shown
-MOMENTS = 1000  # records, at most, of a curve that need not show each
-DISTANCES = 1e10  # products that pairwise distances may take
-SHOWN = {
-    "σ": "sigma",
-    "seed": "seed",
-    "learning rate": "lr",
-    "batch": "batch_size",
-}  # settings, by what they are called
+SNAPSHOTS = (0, 1, 2, 10, 100, 1000)  # steps; the last step is added to them
+MAX_SAMPLES = 1000  # records at which radii are taken; distances at half as many
+MIN_DISTANCE_SAMPLES = 8
+DISTANCE_BUDGET = 1e10  # differences of coordinates that all pairwise distances may take
+SETTINGS_IN_SUMMARY = {"σ": "sigma", "seed": "seed", "learning rate": "lr", "batch": "batch_size"}
 
 
 class Snapshot(NamedTuple):
-    """The cloud at a step, on the first two principal axes of the last one; float64 ``[V, 2]``, about its centroid."""
+    """The vectors at a step, relative to their centroid, on the first two principal axes of the last record.
+
+    Attributes:
+        step: the step.
+        projection: float64 ``[V, 2]``.
+    """
 
     step: int
-    view: Tensor
+    projection: Tensor
 
 
 @dataclass(frozen=True)
@@ -40,22 +40,23 @@ class Survey:
 
     Attributes:
         trace: the trace.
-        groups: bool ``[V]`` each: ``trained`` tokens, which occur in the corpus, and ``dead`` ones; or ``all``, where
-            the trace does not say. No group is empty.
+        groups: masks, bool ``[V]``: ``trained`` tokens, which occur in the corpus, and ``dead`` ones; or only ``all``,
+            if the trace does not say which occur. No group is empty.
         steps: int64 ``[R]``.
-        losses: float32 ``[R]``, the first is NaN.
-        distinct: for each group, and for ``all``, how many different vectors it has: int64 ``[R]``.
-        moves: for each group, the medians over its tokens of the L1, L2 and L∞ of displacements, in ulp: float64
-            ``[R - 1, 3]``.
-        life, escape: see :mod:`bhfast.lattice`.
-        norms: Frobenius norms of ``grads``, ``momentum``, ``variance``: float64 ``[R]``.
+        losses: float32 ``[R]``; the first is NaN.
+        distinct: for each group, and for ``all``, the number of distinct vectors: int64 ``[R]``.
+        median_displacements: for each group, the medians over its tokens of the L1, L2 and L∞ norms of displacements,
+            in ulp: float64 ``[R - 1, 3]``.
+        life, escape_steps: see :mod:`bhfast.lattice`.
+        norms: Frobenius norms of ``grads``, ``momentum`` and ``variance``: float64 ``[R]`` each.
         gradient_temperature, update_temperature: float64 ``[R]`` and ``[R - 1]``.
-        moments: records at which radii and distances were taken: int64 ``[M]``, and ``[N]``, roughly equidistant in
-            the logarithm of the step.
-        radii: distance from the centroid: float64 ``[M, V]``.
-        centroid: its distance from the origin: float64 ``[M]``.
-        largest, mean: of pairwise distances: float64 ``[N]``.
-        snapshots: the cloud at some steps.
+        radius_records: indices of the records at which radii were taken: int64 ``[M]``. If these are not all records,
+            they are evenly spaced in the logarithm of the step.
+        radii: distances from the centroid: float64 ``[M, V]``.
+        centroid_norms: distance of the centroid from the origin: float64 ``[M]``.
+        distance_records: as ``radius_records``, for pairwise distances: int64 ``[N]``.
+        largest_distances, mean_distances: over all pairs of tokens: float64 ``[N]``.
+        snapshots: projections of all vectors at some steps.
     """
 
     trace: Trace
@@ -63,50 +64,50 @@ class Survey:
     steps: Tensor
     losses: Tensor
     distinct: dict[str, Tensor]
-    moves: dict[str, Tensor]
+    median_displacements: dict[str, Tensor]
     life: lattice.Life
-    escape: Tensor
+    escape_steps: Tensor
     norms: dict[str, Tensor]
     gradient_temperature: Tensor
     update_temperature: Tensor
-    moments: Tensor
+    radius_records: Tensor
     radii: Tensor
-    centroid: Tensor
-    distance_moments: Tensor
-    largest: Tensor
-    mean: Tensor
+    centroid_norms: Tensor
+    distance_records: Tensor
+    largest_distances: Tensor
+    mean_distances: Tensor
     snapshots: list[Snapshot]
 
     @property
-    def last(self) -> int:
+    def last_step(self) -> int:
         """The last step recorded."""
         return int(self.steps[-1])
 
     def freeze_step(self, group: str) -> int | None:
         """Return the last step in which a token of the group moved; None if one still moved in the last step."""
-        late = int(self.life.late[self.groups[group]].max())
-        return late if late < self.last else None
+        last_move = int(self.life.last_late_step[self.groups[group]].max())
+        return last_move if last_move < self.last_step else None
 
     def results(self) -> dict[str, float | int | None]:
-        """Return the answers of this run, one number each; None where there is none."""
-        answers: dict[str, float | int | None] = {
-            "mean loss of the last 1,000 steps": self.losses[1:][self.steps[1:] > self.last - 1000].mean().item(),
-            "largest pairwise distance": self.largest[-1].item(),
+        """Return the results of this run, one number each; None for a step that has not come yet."""
+        results: dict[str, float | int | None] = {
+            "mean loss of the last 1,000 steps": final_loss(self.steps[1:], self.losses[1:]),
+            "largest pairwise distance": self.largest_distances[-1].item(),
             "mean radius": self.radii[-1].mean().item(),
             "distinct vectors": int(self.distinct["all"][-1]),
-            "tokens in the black hole": int((self.escape < 0).sum()),
+            "tokens in the black hole": int((self.escape_steps < 0).sum()),
         }
         for name, group in self.groups.items():
-            answers[f"{name} tokens"] = int(group.sum())
-            answers[f"{name} tokens, distinct vectors"] = int(self.distinct[name][-1])
-            answers[f"{name} tokens, frozen"] = int(self.life.frozen(self.last)[group].sum())
-            answers[f"{name} tokens, all frozen since step"] = self.freeze_step(name)
-        return answers
+            results[f"{name} tokens"] = int(group.sum())
+            results[f"{name} tokens, distinct vectors"] = int(self.distinct[name][-1])
+            results[f"{name} tokens, frozen"] = int(self.life.frozen(self.last_step)[group].sum())
+            results[f"{name} tokens, all frozen since step"] = self.freeze_step(name)
+        return results
 
     def table(self) -> list[tuple[str, str]]:
-        """Return the answers as rows of text, below a heading."""
+        """Return the results as rows of text, below a heading."""
         return [
-            (f"at step {self.last:,}", ""),
+            (f"at step {self.last_step:,}", ""),
             *((name, format_result(value)) for name, value in self.results().items()),
         ]
 
@@ -115,85 +116,65 @@ class Survey:
         config = self.trace.config
         corpus = Path(self.trace.metadata.get("corpus", "an unknown corpus")).name
         settings = ", ".join(
-            f"{name} {config[key]:g}" for name, key in SHOWN.items() if isinstance(config.get(key), int | float)
+            f"{name} {config[key]:g}"
+            for name, key in SETTINGS_IN_SUMMARY.items()
+            if isinstance(config.get(key), int | float)
         )
         engine = self.trace.metadata.get("engine", "unknown")
+        tokens, dim = self.trace["embeddings"].shape[1:]
         return (
-            f"{self.last:,} steps on {corpus}, {len(self.steps):,} records of {len(self.life.late):,} tokens in "
-            f"{self.trace['embeddings'].shape[2]} dimensions; {settings}; engine {engine}."
+            f"{self.last_step:,} steps on {corpus}, {len(self.steps):,} records of {tokens:,} tokens in {dim} "
+            f"dimensions; {settings}; engine {engine}."
         )
 
 
 def format_result(value: float | int | None) -> str:
-    """Return a number for people."""
+    """Format one of :meth:`Survey.results`; a dash for None."""
     return "–" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
 
 
-def survey(trace: Trace) -> Survey:
+def survey_trace(trace: Trace) -> Survey:
     """Walk through a trace of the reference run.
 
     Raises:
-        TraceError: it is no such trace.
+        TraceError: ``trace`` is not of the reference run.
     """
-    require_reference(trace)
+    require_reference_trace(trace)
     if len(trace.steps) < 2:
         raise TraceError(f"{trace.path} has one record, the start of a run: there is nothing to draw")
     embeddings, steps = trace["embeddings"], trace.steps.as_subclass(Tensor)
     groups = _groups(trace)
-    masks = groups if "all" in groups else {"all": torch.ones(embeddings.shape[1], dtype=torch.bool), **groups}
-
-    def counts(part: Tensor) -> Tensor:
-        own = lattice.keys(part)
-        return torch.stack([_distinct(own[:, mask]) for mask in masks.values()], dim=1)
-
-    def sizes(part: Tensor) -> Tensor:
-        moved = torch.stack(lattice.norms(lattice.displacement(part[:-1], part[1:])), dim=-1)
-        return torch.stack([moved[:, mask].median(dim=1).values for mask in groups.values()], dim=1)
-
-    distinct = lattice.per_record(counts, embeddings)
-    moves = lattice.per_record(sizes, embeddings, overlap=1)
-    norms = {
-        name: lattice.per_record(lambda part: part.double().flatten(1).norm(dim=1), trace[name])
-        for name in ("grads", "momentum", "variance")
-    }
-    moments = _moments(len(steps), MOMENTS)
-    radii = torch.empty(len(moments), embeddings.shape[1], dtype=torch.float64)
-    centroid = torch.empty(len(moments), dtype=torch.float64)
-    for i, record in enumerate(moments.tolist()):
-        vectors = embeddings[record].as_subclass(Tensor)
-        middle = lattice.centroid(vectors)
-        radii[i], centroid[i] = lattice.radii(vectors, middle), middle.norm()
-    size = embeddings.shape[1] ** 2 * embeddings.shape[2]
-    some = _moments(len(steps), int(min(MOMENTS / 2, max(8, DISTANCES / size))))
-    pairs = torch.tensor([_distances(embeddings[i].as_subclass(Tensor)) for i in some.tolist()], dtype=torch.float64)
+    radius_records = _log_spaced(len(steps), MAX_SAMPLES)
+    radii, centroid_norms = _radii(embeddings, radius_records)
+    differences = embeddings.shape[1] ** 2 * embeddings.shape[2]  # for the distances of one record
+    samples = max(MIN_DISTANCE_SAMPLES, DISTANCE_BUDGET / differences)
+    distance_records = _log_spaced(len(steps), int(min(MAX_SAMPLES / 2, samples)))
+    largest_distances, mean_distances = _distances(embeddings, distance_records)
     return Survey(
         trace=trace,
         groups=groups,
         steps=steps,
         losses=trace["losses"].float(),
-        distinct=dict(zip(masks, distinct.unbind(1), strict=True)),
-        moves=dict(zip(groups, moves.unbind(1), strict=True)),
+        distinct=_distinct(embeddings, groups),
+        median_displacements=_median_displacements(embeddings, groups),
         life=lattice.life(embeddings, steps),
-        escape=lattice.escape_steps(embeddings, steps),
-        norms=norms,
+        escape_steps=lattice.escape_steps(embeddings, steps),
+        norms={
+            name: lattice.per_record(lambda chunk: chunk.double().flatten(1).norm(dim=1), trace[name])
+            for name in ("grads", "momentum", "variance")
+        },
         gradient_temperature=lattice.per_record(lattice.temperature, trace["grads"]),
         update_temperature=lattice.per_record(
-            lambda part: lattice.temperature(part[1:].double() - part[:-1].double()), embeddings, overlap=1
+            lambda chunk: lattice.temperature(chunk[1:].double() - chunk[:-1].double()), embeddings, overlap=1
         ),
-        moments=moments,
+        radius_records=radius_records,
         radii=radii,
-        centroid=centroid,
-        distance_moments=some,
-        largest=pairs[:, 0],
-        mean=pairs[:, 1],
+        centroid_norms=centroid_norms,
+        distance_records=distance_records,
+        largest_distances=largest_distances,
+        mean_distances=mean_distances,
         snapshots=_snapshots(embeddings, steps),
     )
-
-
-def _distinct(own: Tensor) -> Tensor:
-    """Count different keys in each row of ``[R, V]``."""
-    order = own.sort(1).values
-    return (order[:, 1:] != order[:, :-1]).sum(1) + 1
 
 
 def _groups(trace: Trace) -> dict[str, Tensor]:
@@ -203,21 +184,48 @@ def _groups(trace: Trace) -> dict[str, Tensor]:
     return {name: mask for name, mask in (("trained", occurs), ("dead", ~occurs)) if mask.any()}
 
 
-def _moments(records: int, most: int) -> Tensor:
-    """Return records, both ends among them: all if they are few, else denser at the start."""
+def _distinct(embeddings: Tensor, groups: dict[str, Tensor]) -> dict[str, Tensor]:
+    masks = {"all": torch.ones(embeddings.shape[1], dtype=torch.bool), **groups}
+
+    def counts(chunk: Tensor) -> Tensor:
+        fingerprints = lattice.fingerprints(chunk)
+        return torch.stack([lattice.count_distinct_values(fingerprints[:, mask]) for mask in masks.values()], dim=1)
+
+    return dict(zip(masks, lattice.per_record(counts, embeddings).unbind(1), strict=True))
+
+
+def _median_displacements(embeddings: Tensor, groups: dict[str, Tensor]) -> dict[str, Tensor]:
+    def medians(chunk: Tensor) -> Tensor:
+        norms = torch.stack(lattice.norms(lattice.displacement(chunk[:-1], chunk[1:])), dim=-1)
+        return torch.stack([norms[:, mask].median(dim=1).values for mask in groups.values()], dim=1)
+
+    found = lattice.per_record(medians, embeddings, overlap=1)
+    return dict(zip(groups, found.unbind(1), strict=True))
+
+
+def _log_spaced(records: int, most: int) -> Tensor:
+    """Return indices of at most so many records, both ends included: all if they are few, else denser at the start."""
     if records <= most:
         return torch.arange(records)
     return torch.logspace(0, math.log10(records), most, dtype=torch.float64).round().long().unique() - 1
 
 
-def _distances(vectors: Tensor) -> tuple[float, float]:
-    """Return the largest and the mean distance of two tokens, from differences, not from products."""
-    x = vectors.float()
-    largest, total = 0.0, 0.0
-    for rows in x.split(ROWS):
-        apart = torch.cdist(rows, x, compute_mode="donot_use_mm_for_euclid_dist")
-        largest, total = max(largest, apart.max().item()), total + apart.sum(dtype=torch.float64).item()
-    return largest, total / max(1, len(x) * (len(x) - 1))
+def _radii(embeddings: Tensor, records: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the distances of tokens from the centroid, ``[M, V]``, and of the centroid from the origin, ``[M]``."""
+    radii = torch.empty(len(records), embeddings.shape[1], dtype=torch.float64)
+    centroid_norms = torch.empty(len(records), dtype=torch.float64)
+    for i, record in enumerate(records.tolist()):
+        vectors = embeddings[record].as_subclass(Tensor)
+        centroid = lattice.centroid(vectors)
+        radii[i], centroid_norms[i] = lattice.radii(vectors, centroid), centroid.norm()
+    return radii, centroid_norms
+
+
+def _distances(embeddings: Tensor, records: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the largest and the mean pairwise distance in each of these records, ``[N]`` each."""
+    found = [lattice.pairwise_distances(embeddings[record].as_subclass(Tensor)) for record in records.tolist()]
+    largest, mean = torch.tensor(found, dtype=torch.float64).unbind(1)
+    return largest, mean
 
 
 def _snapshots(embeddings: Tensor, steps: Tensor) -> list[Snapshot]:

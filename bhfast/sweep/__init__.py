@@ -1,5 +1,5 @@
-"""A grid of experiments: what its runs are, who runs them, and how they went."""
+"""A grid of experiments: which runs it has, the workers that run them, and their results."""
 
-from bhfast.sweep.program import SweepResult as SweepResult
+from bhfast.sweep.program import SweepSummary as SweepSummary
 from bhfast.sweep.program import main as main
 from bhfast.sweep.program import sweep as sweep

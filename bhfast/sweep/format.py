@@ -1,4 +1,4 @@
-"""What marks a ``sweep.json``."""
+"""What identifies a ``sweep.json``."""
 
 from __future__ import annotations
 

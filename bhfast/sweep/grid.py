@@ -1,4 +1,4 @@
-"""The runs of a grid, and which of them are this process's."""
+"""The runs of a grid, and this process's share of them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from typing import Any
 import bhfast
 from bhfast.errors import ConfigError
 
-FIXED = ("out", "overwrite", "quiet")  # the same for all runs
-DEFAULTS = {
-    "storage": "stream"
-}  # sooner done, in less memory, where runs follow one another: benchmarks/results/cpu.json
+NOT_IN_GRID = ("out", "overwrite", "quiet")  # the sweep sets these itself
+# Where runs follow one another, streaming is faster and needs less memory: benchmarks/results/cpu.json
+SWEEP_DEFAULTS = {"storage": "stream"}
 ALWAYS_NAMED = ("sigma", "seed")
-FIGURES = ("first_loss", "last_loss", "mean_loss", "steps_per_second", "seconds")
+RESULT_FIELDS = ("first_loss", "last_loss", "mean_loss", "steps_per_second", "seconds")
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,8 @@ class Run:
 
     Attributes:
         name: of the trace, without its suffix.
-        settings: those that the name tells.
-        config: all of them.
+        settings: those that are part of the name.
+        config: all settings.
     """
 
     name: str
@@ -39,56 +38,58 @@ class Run:
 
     @property
     def path(self) -> Path:
+        """The trace file."""
         return self.config.path
 
-    def waiting(self) -> dict[str, Any]:
-        """Return the entry in ``sweep.json`` of a run that is still to be done."""
+    def waiting_entry(self) -> dict[str, Any]:
+        """Return the entry of this run in ``sweep.json`` before it is run."""
         return {
             "name": self.name,
             "file": self.path.name,
-            "settings": {name: plain(value) for name, value in self.settings.items()},
+            "settings": {name: json_value(value) for name, value in self.settings.items()},
             "state": "waiting",
             "error": None,
             "steps": self.config.steps,
-            **dict.fromkeys(FIGURES),
+            **dict.fromkeys(RESULT_FIELDS),
         }
 
 
-def read_grid(grid: Mapping[str, Any], source: str) -> dict[str, list[Any]]:
-    """Check a grid; return all values as lists, without repetitions.
+def parse_grid(grid: Mapping[str, Any], source: str) -> dict[str, list[Any]]:
+    """Check a grid; return the values of each setting as a list without repetitions.
 
     Args:
-        grid: by setting, with ``-`` or ``_`` in its name, a value or several.
-        source: where it comes from, for messages.
+        grid: a value or a sequence of values for each setting. Names may have ``-`` for ``_``.
+        source: where the grid comes from, for error messages.
 
     Raises:
-        ConfigError: there is no such setting, or a value is of the wrong kind.
+        ConfigError: a setting is unknown, or a value has the wrong type.
     """
-    from bhfast.config import kind_of
+    from bhfast.config import setting_type
 
-    names = [entry.name for entry in fields(bhfast.TrainConfig) if entry.name not in FIXED]
+    names = [entry.name for entry in fields(bhfast.TrainConfig) if entry.name not in NOT_IN_GRID]
     checked: dict[str, list[Any]] = {}
     for key, given in grid.items():
         name = key.replace("-", "_")
         if name not in names:
             raise ConfigError(f"{source}: there is no setting {key!r}; there are {', '.join(names)}")
         if name in checked:
-            raise ConfigError(f"{source}: {name} stands twice")
-        kind = kind_of(name)
+            raise ConfigError(f"{source}: {name} is given twice")
+        value_type = setting_type(name)
         values = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
-        taken = (int, float) if kind is float else kind
-        if not values or not all(isinstance(value, taken) and not isinstance(value, bool) for value in values):
-            what = {int: "an integer", float: "a number", str: "a text"}[kind]
-            raise ConfigError(f"{source}: {name} must be {what}, or a list of such, got {given!r}")
-        checked[name] = list(dict.fromkeys(map(kind, values)))
+        accepted = (int, float) if value_type is float else value_type
+        if not values or not all(isinstance(value, accepted) and not isinstance(value, bool) for value in values):
+            wanted = {int: "an integer or a list of integers", float: "a number or a list of numbers"}
+            kind = wanted.get(value_type, "a string or a list of strings")
+            raise ConfigError(f"{source}: {name} must be {kind}, got {given!r}")
+        checked[name] = list(dict.fromkeys(map(value_type, values)))
     return checked
 
 
 def read_grid_file(path: str | os.PathLike[str]) -> dict[str, list[Any]]:
-    """Read a grid from a TOML file, see :func:`read_grid`.
+    """Read a grid from a TOML file, see :func:`parse_grid`.
 
     Raises:
-        ConfigError: it is not there, no TOML, or not a grid.
+        ConfigError: the file is missing, is not TOML, or is not a grid.
     """
     try:
         with open(path, "rb") as file:
@@ -96,50 +97,55 @@ def read_grid_file(path: str | os.PathLike[str]) -> dict[str, list[Any]]:
     except OSError as error:
         raise ConfigError(f"cannot read the grid {path}: {error.strerror}") from None
     except ValueError as error:  # UnicodeDecodeError included
-        raise ConfigError(f"the grid {path} is no TOML: {error}") from None
-    return read_grid(grid, str(path))
+        raise ConfigError(f"the grid {path} is not TOML: {error}") from None
+    return parse_grid(grid, str(path))
 
 
-def plan(grid: Mapping[str, list[Any]], out_dir: str | os.PathLike[str]) -> list[Run]:
-    """Return the runs of a grid, in its order: the last setting varies fastest.
+def expand_grid(grid: Mapping[str, list[Any]], out_dir: str | os.PathLike[str]) -> list[Run]:
+    """Return a run for every combination of values.
+
+    Settings are in the order of :class:`bhfast.TrainConfig`; the last one varies fastest.
 
     Args:
-        grid: as :func:`read_grid` returns it. The order of settings is that of :class:`bhfast.TrainConfig`.
+        grid: as :func:`parse_grid` returns it.
+        out_dir: folder for the traces.
 
     Raises:
-        ConfigError: a setting is out of range, nothing would be recorded, or two runs would have one name.
+        ConfigError: a setting is out of range, nothing would be recorded, or two runs would have the same name.
     """
     if 0 in grid.get("record_every", ()):
-        raise ConfigError("record_every must be at least 1 in a sweep, got 0: what it leaves are its traces")
+        raise ConfigError("record_every must be at least 1 in a sweep, got 0: all that a sweep leaves are its traces")
     order = [entry.name for entry in fields(bhfast.TrainConfig) if entry.name in grid]
     varied = [*ALWAYS_NAMED, *(name for name in order if name not in ALWAYS_NAMED and len(grid[name]) > 1)]
     runs: dict[str, Run] = {}
     for values in itertools.product(*(grid[name] for name in order)):
-        config = bhfast.TrainConfig(**{**DEFAULTS, **dict(zip(order, values, strict=True))}, quiet=True)
+        config = bhfast.TrainConfig(**{**SWEEP_DEFAULTS, **dict(zip(order, values, strict=True))}, quiet=True)
         settings = {name: getattr(config, name) for name in varied}
-        name = "_".join(f"{setting}{_in_a_name(value)}" for setting, value in settings.items())
+        name = "_".join(f"{setting}{_file_name_part(value)}" for setting, value in settings.items())
         if name in runs:
-            raise ConfigError(f"two runs would be called {name}; give files with different names, or sweep twice")
+            raise ConfigError(f"two runs would be called {name}; use files with different names, or two sweeps")
         runs[name] = Run(name, settings, replace(config, out=str(Path(out_dir) / f"{name}.safetensors")))
     return list(runs.values())
 
 
-def _in_a_name(value: Any) -> str:
+def _file_name_part(value: Any) -> str:
     if isinstance(value, str):
         return re.sub(r"[^\w.+-]", "-", Path(value).stem)
     return repr(value).removesuffix(".0")
 
 
-def plain(value: Any) -> Any:
-    """Return a value for JSON, which knows no infinity."""
+def json_value(value: Any) -> Any:
+    """Return a setting as JSON can hold it: infinities and NaN as strings."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def rank_and_world(environment: Mapping[str, str]) -> tuple[int, int]:
-    """Return which of how many processes this is, as torchrun, a Slurm array or srun tells it; else 0 of 1.
+    """Return the rank of this process and the number of processes, as set by torchrun, a Slurm array or srun.
+
+    Without any of these, that is 0 of 1.
 
     Raises:
-        ConfigError: what they tell makes no sense.
+        ConfigError: the variables contradict each other.
     """
     for rank_name, world_name, first_name, step_name in (
         ("RANK", "WORLD_SIZE", "", ""),
@@ -157,7 +163,7 @@ def rank_and_world(environment: Mapping[str, str]) -> tuple[int, int]:
             fits = False
         if not fits:
             raise ConfigError(
-                f"{rank_name}={number} and {world_name}={world} name no share of the runs"
+                f"{rank_name}={number} and {world_name}={world} do not name a share of the runs"
                 + (f" (from {first} in steps of {step})" if first_name else "")
             )
         return rank, int(world)

@@ -1,4 +1,4 @@
-"""Workers at work on the runs of a sweep."""
+"""The workers that run a sweep, side by side."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from tqdm import tqdm
 from bhfast.errors import ConfigError, StorageError
 from bhfast.signals import deferred_signals
 from bhfast.sweep.grid import Run
-from bhfast.sweep.results import Register
+from bhfast.sweep.results import SweepResults
 from bhfast.sweep.worker import Worker
 
 
 @dataclass(frozen=True)
-class Machine:
-    """What workers run on.
+class WorkerResources:
+    """What each worker may use.
 
     Attributes:
-        gpus: by worker the GPU it has to itself, None elsewhere.
-        threads: of each.
+        gpus: the GPU of each worker, as in ``CUDA_VISIBLE_DEVICES``; None without GPUs.
+        threads: how many CPU threads each worker has.
     """
 
     gpus: list[str | None]
     threads: int
 
 
-def divide(runs: Sequence[Run], jobs: int | None) -> Machine:
-    """Divide this machine among workers.
+def divide_machine(runs: Sequence[Run], jobs: int | None) -> WorkerResources:
+    """Divide this process's share of the machine among workers.
 
     Args:
-        jobs: how many there shall be; None: one for each GPU if a run needs any, else one for each core. There are
-            never more than runs.
+        runs: what there is to run.
+        jobs: how many workers; None: one per GPU if a run uses one, else one per core. There are never more than runs.
 
     Raises:
-        ConfigError: a device is not available here, or ``jobs`` is not positive.
+        ConfigError: a device is not available here, or ``jobs`` is below 1.
     """
     import torch
 
@@ -55,75 +55,84 @@ def divide(runs: Sequence[Run], jobs: int | None) -> Machine:
     devices = {select_device(device)[0].type for device in {run.config.device for run in runs}}
     gpus: Sequence[str | None] = [None]
     if "cuda" in devices:
-        named = os.environ.get("CUDA_VISIBLE_DEVICES")
-        there = named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
-        gpus = there[local::processes] or [there[local % len(there)]]
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        all_gpus = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
+        gpus = all_gpus[local::processes] or [all_gpus[local % len(all_gpus)]]
     jobs = min(jobs or (cores if devices <= {"cpu"} else len(gpus)), max(1, len(runs)))
-    return Machine(
+    return WorkerResources(
         [gpus[worker % len(gpus)] for worker in range(jobs)],
         threads=max(1, cores // jobs),
     )
 
 
-class Crew:
-    """Workers at work: a thread for each gives it the next run when it is done with one.
+class WorkerPool:
+    """Workers, each with a thread that gives it one run after another.
 
-    Entering starts them. Leaving ends all at once, and removes what the runs under way have written.
+    Entering starts them. Leaving kills all workers at once, and removes what their unfinished runs have written.
+
+    Args:
+        first_worker: a worker that has been started already.
+        runs: what to run, in this order.
+        resources: what each worker may use; also says how many there are.
+        results: gets the result of each run.
+        overwrite: whether to run again what is done, and to replace traces of other experiments.
+        hide_bars: passed to tqdm as ``disable``: None hides the bars unless there is a terminal.
+        print_status: prints a line.
 
     Attributes:
-        entries: of runs that are done or failed, by name.
-        kept: the names of those whose traces were there already.
+        entries: the entries in ``sweep.json`` of the runs that are done or failed, by name.
+        kept: the names of those whose traces existed.
     """
 
     def __init__(
         self,
-        first: Worker,
+        first_worker: Worker,
         runs: Sequence[Run],
-        machine: Machine,
-        register: Register,
+        resources: WorkerResources,
+        results: SweepResults,
         *,
         overwrite: bool,
-        bars_off: bool | None,
-        say: Callable[[str], None],
+        hide_bars: bool | None,
+        print_status: Callable[[str], None],
     ) -> None:
         self.entries: dict[str, dict[str, Any]] = {}
         self.kept: set[str] = set()
         self._runs = runs
-        self._machine = machine
-        self._register = register
+        self._resources = resources
+        self._results = results
         self._overwrite = overwrite
-        self._bars_off = bars_off
-        self._say = say
-        self._lock = threading.Lock()  # on what follows, on the attributes above, and on printing
-        self._waiting = iter(runs)
-        self._workers = {0: first}
-        self._is_over = False
+        self._hide_bars = hide_bars
+        self._print_status = print_status
+        self._lock = threading.Lock()  # for what follows, for the attributes above, and for printing
+        self._remaining = iter(runs)
+        self._workers = {0: first_worker}
+        self._is_closing = False
 
-    def __enter__(self) -> Crew:
+    def __enter__(self) -> WorkerPool:
         with ExitStack() as stack:
             steps = sum(run.config.steps for run in self._runs)
-            self._bar = stack.enter_context(tqdm(total=steps, unit="step", disable=self._bars_off))
+            self._bar = stack.enter_context(tqdm(total=steps, unit="step", disable=self._hide_bars))
             self._signals = stack.enter_context(deferred_signals())
-            pool = stack.enter_context(ThreadPoolExecutor(len(self._machine.gpus)))
-            stack.callback(self._end)
-            self._threads = {pool.submit(self._work, number) for number in range(len(self._machine.gpus))}
+            threads = stack.enter_context(ThreadPoolExecutor(len(self._resources.gpus)))
+            stack.callback(self._close)
+            self._threads = {threads.submit(self._work, number) for number in range(len(self._resources.gpus))}
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)
 
-    def _end(self) -> None:
+    def _close(self) -> None:
         with self._lock:
-            self._is_over = True
+            self._is_closing = True
             for worker in self._workers.values():
                 worker.kill()
 
     def wait(self) -> signal.Signals | None:
-        """Wait until all runs are done or failed, or for a signal; return it.
+        """Wait until every run is done or failed, or a signal arrives; return the signal.
 
         Raises:
-            StorageError: the register cannot be written any more.
+            StorageError: the results cannot be written any more.
         """
         threads = self._threads
         while threads and not self._signals:
@@ -133,40 +142,38 @@ class Crew:
         return self._signals[0] if self._signals else None
 
     def _work(self, number: int) -> None:
-        from bhfast.storage.output import OutputFile
-
+        """Give worker ``number`` one run after another, and write down the results."""
         with ExitStack() as stack:
             while True:
                 with self._lock:
-                    run = None if self._is_over else next(self._waiting, None)
+                    run = None if self._is_closing else next(self._remaining, None)
                     if run is None:
                         return
                     worker = self._workers.get(number)
                     if worker is None or not worker.is_alive:
                         worker = self._workers[number] = stack.enter_context(Worker())
                 outcome = self._run(worker, number, run)
-                if self._is_over and outcome["state"] != "done":  # it was ended, and is to be done again
-                    with suppress(StorageError), OutputFile(run.path, overwrite=True):
-                        pass
+                if self._is_closing and outcome["state"] != "done":  # killed with its worker: it stays waiting
+                    _remove_partial(run)
                     return
                 is_kept = outcome.pop("is_kept", False)
-                entry = self._register.enter(run, **outcome)
+                entry = self._results.update(run, **outcome)
                 with self._lock:
                     self.entries[run.name] = entry
                     self.kept |= {run.name} if is_kept else set()
                     if self._bar.disable:
-                        self._say(f"[{len(self.entries)}/{len(self._runs)}] {outcome_line(entry, is_kept)}")
+                        self._print_status(f"[{len(self.entries)}/{len(self._runs)}] {outcome_line(entry, is_kept)}")
 
     def _run(self, worker: Worker, number: int, run: Run) -> dict[str, Any]:
-        """Return the outcome of a run, showing how it goes on."""
+        """Run one run to its end, showing its progress; return the outcome."""
         task = asdict(run.config) | {"overwrite": self._overwrite}
-        replies = worker.run(config=task, threads=self._machine.threads, gpu=self._machine.gpus[number])
+        replies = worker.run(config=task, threads=self._resources.threads, gpu=self._resources.gpus[number])
         steps, done = run.config.steps, 0
         with tqdm(
-            total=steps, desc=run.name, unit="step", position=number + 1, leave=False, disable=self._bars_off
+            total=steps, desc=run.name, unit="step", position=number + 1, leave=False, disable=self._hide_bars
         ) as bar:
             for reply in replies:
-                now = reply.get("step", steps)  # the last one has none
+                now = reply.get("step", steps)  # the last reply, the outcome, has no step
                 with self._lock:
                     if "loss" in reply:
                         bar.set_postfix(loss=f"{reply['loss']:.4f}", refresh=False)
@@ -176,14 +183,22 @@ class Crew:
         return reply
 
 
+def _remove_partial(run: Run) -> None:
+    """Remove the partial file of a run whose worker was killed, unless another process is writing it."""
+    from bhfast.storage.output import OutputFile
+
+    with suppress(StorageError), OutputFile(run.path, overwrite=True):
+        pass  # leaving it removes the partial file
+
+
 def outcome_line(entry: Mapping[str, Any], is_kept: bool) -> str:
-    """Return how a run went, from its entry in ``sweep.json``."""
+    """Return in one line how a run went, from its entry in ``sweep.json``."""
     if entry["state"] == "failed":
         return f"{entry['name']}: failed"
-    speed = "kept" if is_kept else f"{figure(entry['steps_per_second'], 1)} steps/s"
-    return f"{entry['name']}: mean loss {figure(entry['mean_loss'], 4)}, {speed}"
+    speed = "kept" if is_kept else f"{format_number(entry['steps_per_second'], 1)} steps/s"
+    return f"{entry['name']}: mean loss {format_number(entry['mean_loss'], 4)}, {speed}"
 
 
-def figure(value: float | None, digits: int) -> str:
-    """Return a number with so many digits after the point; a dash for None."""
+def format_number(value: float | None, digits: int) -> str:
+    """Return a number with ``digits`` digits after the point; a dash for None."""
     return "-" if value is None else f"{value:.{digits}f}"

@@ -1,4 +1,4 @@
-"""What is known of the runs in a folder."""
+"""``sweep.json``: the results of the runs in a folder."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 
 from bhfast.errors import StorageError
 from bhfast.sweep.format import FORMAT
-from bhfast.sweep.grid import Run, plain
+from bhfast.sweep.grid import Run, json_value
 
 
-class Register:
-    """``sweep.json``: how each run of the sweeps in a folder went. Any number of processes may update it.
+class SweepResults:
+    """The results of all sweeps in a folder, kept in its ``sweep.json``. Several processes may update it at a time.
 
-    Raises:
-        StorageError: the folder cannot be written to, or ``sweep.json`` there is something else.
+    Every method raises :class:`bhfast.errors.StorageError` if the folder cannot be written to, or if the
+    ``sweep.json`` there is not of a sweep.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -27,8 +27,8 @@ class Register:
         self._lock = Path(folder) / "sweep.lock"
 
     @contextmanager
-    def _update(self) -> Iterator[dict[str, Any]]:
-        """Yield what is in the file, and write what the block makes of it."""
+    def _locked(self) -> Iterator[dict[str, Any]]:
+        """Yield the content of the file for the block to change, then replace the file."""
         from bhfast.storage.files import sync_folder
 
         try:
@@ -59,34 +59,37 @@ class Register:
         except (ValueError, KeyError, TypeError):
             fits = False
         if not fits:
-            raise StorageError(f"{self.path} is no register of a sweep; delete it, or choose another --out-dir")
+            raise StorageError(f"{self.path} is not of a sweep; delete it, or choose another folder with --out-dir")
         return content
 
-    def begin(self, grid: Mapping[str, list[Any]], runs: Sequence[Run], share: Sequence[Run], anew: bool) -> None:
-        """Enter a sweep: its runs come first, in order, then those of others that are known here.
+    def begin(self, grid: Mapping[str, list[Any]], runs: Sequence[Run], share: Sequence[Run], restart: bool) -> None:
+        """Add a sweep: its runs come first, in order, then those of earlier sweeps.
 
         Args:
-            share: the runs of this process. They are waiting from now on, but those done already only if ``anew``.
+            grid: the values of each setting.
+            runs: all runs of the sweep.
+            share: the runs of this process, which are marked as waiting.
+            restart: whether this includes runs that are done.
         """
         mine = {run.name for run in share}
-        with self._update() as content:
+        with self._locked() as content:
             known = {run["name"]: run for run in content["runs"]}
-            stays = {
-                name: run for name, run in known.items() if name not in mine or (run["state"] == "done" and not anew)
+            kept = {
+                name: run for name, run in known.items() if name not in mine or (run["state"] == "done" and not restart)
             }
-            own = {run.name: stays.get(run.name, run.waiting()) for run in runs}
-            content["grid"] = {name: [plain(value) for value in values] for name, values in grid.items()}
+            own = {run.name: kept.get(run.name, run.waiting_entry()) for run in runs}
+            content["grid"] = {name: [json_value(value) for value in values] for name, values in grid.items()}
             content["runs"] = [*own.values(), *(run for name, run in known.items() if name not in own)]
 
-    def enter(self, run: Run, **outcome: Any) -> dict[str, Any]:
-        """Enter how a run went; return its entry. The speed of a trace that was there already stays."""
-        entry = {**run.waiting(), **outcome}
-        with self._update() as content:
-            for place, known in enumerate(content["runs"]):
+    def update(self, run: Run, **outcome: Any) -> dict[str, Any]:
+        """Write how a run went; return its entry. If its trace was kept, its speed is kept as well."""
+        entry = {**run.waiting_entry(), **outcome}
+        with self._locked() as content:
+            for i, known in enumerate(content["runs"]):
                 if known["name"] == run.name:
                     if "seconds" not in outcome and known["state"] == entry["state"] == "done":
                         entry |= {name: known.get(name) for name in ("steps_per_second", "seconds")}
-                    content["runs"][place] = entry
+                    content["runs"][i] = entry
                     return entry
             content["runs"].append(entry)
         return entry

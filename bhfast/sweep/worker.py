@@ -1,7 +1,7 @@
-"""Processes that run experiments, one after another, so that torch is imported once in each.
+"""Processes that run experiments one after another, so that each imports torch only once.
 
-A :class:`Worker` writes tasks to the process, a line of JSON each, and reads what it says of them. The process ends by
-itself when the one that started it is gone, whatever it is doing; nothing but a ``NAME.partial`` is left of its run.
+A :class:`Worker` writes tasks to its process, each as a line of JSON, and reads the replies. The process exits when the
+one that started it is gone, even in the middle of a run, of which only ``NAME.partial`` is left then.
 """
 
 from __future__ import annotations
@@ -21,14 +21,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-WINDOW = 1000  # steps whose losses are averaged
-
 
 class Worker:
-    """The near side of a process that runs experiments. Leaving the block kills it.
+    """A process that runs experiments, as its parent sees it. Leaving the block kills it.
 
     Attributes:
-        started_at: on the clock of :func:`time.monotonic`.
+        started_at: when it was started, by :func:`time.monotonic`.
     """
 
     def __init__(self) -> None:
@@ -38,7 +36,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            process_group=0,  # a terminal's Ctrl-C is not for it
+            process_group=0,  # so that Ctrl-C in a terminal does not reach it
         )
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -49,13 +47,13 @@ class Worker:
         """Run one experiment, see :func:`run_task`.
 
         Yields:
-            ``step`` and ``loss`` while it runs; then its outcome, which has ``state``: ``done``, or ``failed`` with
+            ``step`` and ``loss`` while it runs; at the end its outcome: ``state`` is ``done``, or ``failed`` with an
             ``error``.
         """
         try:
             print(json.dumps(task), file=self.tasks, flush=True)
         except BrokenPipeError:
-            pass  # it has died; there will be no reply
+            pass  # it has died; the loop below finds that out
         for line in self.replies:
             if not line.endswith("\n"):
                 break
@@ -69,9 +67,11 @@ class Worker:
 
     @property
     def is_alive(self) -> bool:
+        """Whether the process is running."""
         return self.process.poll() is None
 
     def kill(self) -> None:
+        """End the process at once."""
         self.process.kill()
 
     def __enter__(self) -> Worker:
@@ -86,20 +86,20 @@ class Worker:
         try:
             self.tasks.close()
         except BrokenPipeError:
-            pass  # a task that it never read
+            pass  # it never read the last task
 
 
-def run_task(task: dict[str, Any], say: Callable[..., None]) -> dict[str, Any]:
-    """Run one experiment, unless its complete trace is there.
+def run_task(task: dict[str, Any], reply: Callable[..., None]) -> dict[str, Any]:
+    """Run one experiment, unless its complete trace exists.
 
     Args:
-        task: ``config``, the fields of a :class:`bhfast.TrainConfig`; ``threads`` to run it with; ``gpu``, the number
-            of the only one it may use, or None.
-        say: called with ``step=`` and ``loss=`` while it runs.
+        task: ``config``, the fields of a :class:`bhfast.TrainConfig`; ``threads``, how many to use; ``gpu``, the only
+            one it may use, as in ``CUDA_VISIBLE_DEVICES``, or None.
+        reply: called with ``step=`` and ``loss=`` while it runs.
 
     Returns:
-        ``state`` is ``done``; ``is_kept``, whether the trace was there; ``first_loss``, ``last_loss`` and
-        ``mean_loss``; ``seconds`` and ``steps_per_second``, if it was run.
+        ``state``, which is ``done``; ``is_kept``, whether the trace existed; ``first_loss``, ``last_loss`` and
+        ``mean_loss``; and if it was run, ``seconds`` and ``steps_per_second``.
     """
     import torch
 
@@ -112,66 +112,64 @@ def run_task(task: dict[str, Any], say: Callable[..., None]) -> dict[str, Any]:
         os.environ["CUDA_VISIBLE_DEVICES"] = task["gpu"]  # read when CUDA is first used
     config = TrainConfig(**task["config"])
     if not config.overwrite and is_run_of(config.path, config):
-        return {"state": "done", "is_kept": True, **losses(config.path)}
+        return {"state": "done", "is_kept": True, **_losses(config.path)}
     begun = time.monotonic()
-    # What an interrupted run left is in nobody's way.
+    # Overwrite the partial file of an interrupted run.
     config = TrainConfig(**{**task["config"], "overwrite": config.overwrite or not config.path.exists()})
-    result = train(config, progress=lambda step, loss: say(step=step, loss=loss))
+    result = train(config, progress=lambda step, loss: reply(step=step, loss=loss))
     seconds = time.monotonic() - begun
     speed = {"steps_per_second": result.steps_per_second, "seconds": seconds}
-    return {"state": "done", "is_kept": False, **losses(config.path), **speed}
+    return {"state": "done", "is_kept": False, **_losses(config.path), **speed}
 
 
-def losses(path: Path) -> dict[str, float | None]:
-    """Return the first, the last and the mean of a trace's losses; None for what is not finite.
-
-    The mean is of those recorded in the last 1000 steps.
-    """
+def _losses(path: Path) -> dict[str, float | None]:
+    """Return the first and the last loss of a trace, and the mean of the last 1,000 steps; None if not finite."""
+    from bhfast.summary import final_loss
     from bhfast.trace import open_trace
 
     trace = open_trace(path)
-    steps, recorded = trace.steps[1:], trace["losses"][1:].double()
+    losses = trace["losses"][1:]
     values = {
-        "first_loss": recorded[0].item(),
-        "last_loss": recorded[-1].item(),
-        "mean_loss": recorded[steps > steps[-1] - WINDOW].mean().item(),
+        "first_loss": losses[0].item(),
+        "last_loss": losses[-1].item(),
+        "mean_loss": final_loss(trace.steps[1:], losses),
     }
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def _serve(tasks: queue.SimpleQueue[dict[str, Any]], replies: IO[str]) -> None:
-    """Run task after task, outside the main thread: there a run takes no signal as a wish to save what it has."""
+    """Run task after task. In this thread, which is not the main one, signals do not end a run with a shorter trace."""
 
-    def say(**reply: Any) -> None:
+    def reply(**message: Any) -> None:
         try:
-            print(json.dumps(reply), file=replies, flush=True)
+            print(json.dumps(message), file=replies, flush=True)
         except BrokenPipeError:
-            os._exit(1)  # nobody is listening; an exception would end the run, and save a part of it
+            os._exit(1)  # nobody is listening; an exception would end the run with a shorter trace
 
     try:
-        import bhfast.train  # noqa: F401 - while the first task is on its way
+        import bhfast.train  # noqa: F401 - while waiting for the first task
         from bhfast.errors import BhfastError
 
         while True:
             task = tasks.get()
             try:
-                outcome = run_task(task, say)
+                outcome = run_task(task, reply)
             except BhfastError as error:
                 outcome = {"state": "failed", "error": str(error)}
             except Exception as error:
                 traceback.print_exc()
                 outcome = {"state": "failed", "error": f"{type(error).__name__}: {error}"}
-            say(**outcome)
+            reply(**outcome)
     except BaseException:
         traceback.print_exc()
         os._exit(1)
 
 
 def main() -> None:
-    """Be the far side: run the tasks that come from stdin until it is closed."""
+    """Run the tasks that come from stdin, until it is closed. This is the worker's own process."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what is printed must not come among the replies
+    os.dup2(2, 1)  # keep what a run prints out of the replies
     tasks: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     threading.Thread(target=_serve, args=(tasks, replies), daemon=True).start()
     for line in sys.stdin:
