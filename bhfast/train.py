@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 from bhfast.config import TrainConfig, kind_of
 from bhfast.corpus import load_corpus, window_offsets
+from bhfast.engines.base import TrainingRun
 from bhfast.engines.choose import make_engine, select_engine
-from bhfast.engines.job import Job
 from bhfast.errors import BhfastError
 from bhfast.experiment import _bits_depend_on, _describe, _require_same_settings
 from bhfast.machine import select_device
@@ -139,7 +139,8 @@ def train(config: TrainConfig | None = None, *, progress: Callable[[int, float],
             grad_norms=zero,
         )
         engine = make_engine(
-            engine_name, Job(model, optimizer, recorder, corpus.data, offsets, lrs, config.target_offset)
+            engine_name,
+            TrainingRun(model, optimizer, recorder, corpus.data, offsets, lrs, config.target_offset),
         )
         step, burst = 0, 1
         start = time.perf_counter()

@@ -497,7 +497,7 @@ def test_an_extension_that_does_not_load_is_told_from_one_that_is_not_built(monk
     monkeypatch.setattr(module.importlib, "import_module", missing)
     assert "not built" in module._load()[1]
     monkeypatch.setattr(module.importlib, "import_module", broken)
-    assert module._load() == (None, "the extension does not load: undefined symbol: _ZN3c10; build it anew")
+    assert module._load() == (None, "the extension does not load: undefined symbol: _ZN3c10; rebuild it")
 
 
 @pytest.mark.parametrize("operation", ["clip_coefficient", "adam_", "record_"])
@@ -508,7 +508,13 @@ def test_what_backend_says_is_what_runs(operation: str, extension) -> None:
     assert has_kernel(f"bhfast::{operation}", "CUDA") == (module.backend("cuda")[0] == "CUDA")
 
 
+def test_norm_block_is_the_same_in_cpp(extension) -> None:
+    assert extension.norm_block == arithmetic.NORM_BLOCK
+
+
 def test_instruction_sets(extension) -> None:
     assert extension.instruction_sets()[-1] == "portable"
-    with pytest.raises(ValueError, match=r"must be an instruction set of this machine \(.*portable\), got 'sse'"):
+    with pytest.raises(
+        ValueError, match=r"instruction_set must be one that this machine supports \(.*portable\), got 'sse'"
+    ):
         extension.use_instruction_set("sse")

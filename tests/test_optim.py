@@ -241,7 +241,7 @@ def test_what_is_changed_between_steps_counts(change, generator) -> None:
                     case "load":
                         optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
             if forget:
-                optimizer._known.clear()
+                optimizer._cached.clear()
             optimizer.step()
         results.append([*ours, *(x for state in optimizer.state.values() for x in state.values())])
     for one, other in zip(*results, strict=True):
