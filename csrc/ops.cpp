@@ -157,20 +157,9 @@ class ContiguousMemory {
 // -------------------------------------------------------------------------------------------------------------------
 // Operations
 
-void adam_op(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs,
-             const Tensor& coefficients, const std::optional<Tensor>& clip_coef, std::string_view rounding,
-             TensorList rings, at::IntArrayRef ring_of, const std::optional<Tensor>& step, int64_t every) {
-  if (params.empty()) return;
+std::vector<AdamTensors> take_adam_tensors(ContiguousMemory& memory, TensorList params, TensorList grads,
+                                           TensorList exp_avgs, TensorList exp_avg_sqs) {
   const Tensor& first = params[0];
-  const Dtype dtype = dtype_of("params", 0, first);
-  check_length("grads", grads.size(), "params", params.size());
-  check_length("exp_avgs", exp_avgs.size(), "params", params.size());
-  check_length("exp_avg_sqs", exp_avg_sqs.size(), "params", params.size());
-  TORCH_CHECK_VALUE(rounding == "per-op" || rounding == "opmath", "rounding must be per-op or opmath, got ", rounding);
-  check_length("ring_of", ring_of.size(), "rings", rings.size());
-
-  const c10::DeviceGuard guard(first.device());
-  ContiguousMemory memory;
   std::vector<AdamTensors> list;
   list.reserve(params.size());
   for (size_t i = 0; i < params.size(); ++i) {
@@ -188,6 +177,24 @@ void adam_op(TensorList params, TensorList grads, TensorList exp_avgs, TensorLis
                     {},
                     params[i].numel()});
   }
+  return list;
+}
+
+void adam_op(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs,
+             const Tensor& coefficients, const std::optional<Tensor>& clip_coef, std::string_view rounding,
+             TensorList rings, at::IntArrayRef ring_of, const std::optional<Tensor>& step, int64_t every) {
+  if (params.empty()) return;
+  const Tensor& first = params[0];
+  const Dtype dtype = dtype_of("params", 0, first);
+  check_length("grads", grads.size(), "params", params.size());
+  check_length("exp_avgs", exp_avgs.size(), "params", params.size());
+  check_length("exp_avg_sqs", exp_avg_sqs.size(), "params", params.size());
+  TORCH_CHECK_VALUE(rounding == "per-op" || rounding == "opmath", "rounding must be per-op or opmath, got ", rounding);
+  check_length("ring_of", ring_of.size(), "rings", rings.size());
+
+  const c10::DeviceGuard guard(first.device());
+  ContiguousMemory memory;
+  std::vector<AdamTensors> list = take_adam_tensors(memory, params, grads, exp_avgs, exp_avg_sqs);
 
   StepScalars s{};
   check_scalars("coefficients", coefficients, at::kFloat, kCoefficientCount, first);

@@ -127,13 +127,11 @@ def adam_(
         rounding: ``"per-op"`` or ``"opmath"``.
         rings: where to record; may be empty. Each ``[slots, *shape]``, contiguous, all with as many slots.
         ring_of: what each ring records: 4 times the parameter's index, plus the field's index in ``FIELDS``.
-        step: int64 scalar, counted from 1, on the CPU or on the parameters' device; required with rings. If it is a
-            multiple of ``every``, the record goes to slot ``step / every % slots``.
-        every: see ``step``.
+        step: int64 scalar, counted from 1, on the CPU or on the parameters' device; required with rings.
+        every: record the steps that are a multiple of this, to slot ``step / every % slots``.
 
     Raises:
-        TypeError, ValueError: an argument is not as described. The message says which, what was expected and what it
-            got.
+        TypeError, ValueError: an argument is not as described.
     """
     _check_adam(params, grads, exp_avgs, exp_avg_sqs, coefficients, clip_coef, rounding, rings, ring_of, step, every)
     if not params:
