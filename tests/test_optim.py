@@ -79,7 +79,7 @@ def test_float32_is_near_torch_adamw(generator) -> None:
 
 @pytest.mark.skipif(not arithmetic._addcmul_is_fused(), reason="torch's AdamW has other bits on a CPU without FMA")
 def test_state_dict_goes_both_ways(generator) -> None:
-    """FusedAdam, AdamW, FusedAdam, three steps each, with the state saved to a file between: the bits of torch alone."""
+    """FusedAdam, AdamW, FusedAdam, three steps each, with the state saved in a file between: torch's bits."""
     ours, theirs = twins(generator)
     a, b = FusedAdam(ours), torch.optim.AdamW(theirs, foreach=False, fused=False)
     other = torch.optim.AdamW(ours, foreach=False, fused=False)
