@@ -21,15 +21,15 @@ from setuptools import setup
 SOURCES = [
     "csrc/module.cpp",
     "csrc/ops.cpp",
-    "csrc/cpu/kernels.cpp",
-    "csrc/cpu/run.cpp",
+    "csrc/cpu/operations.cpp",
+    "csrc/instruction_sets/avx2.cpp",
+    "csrc/instruction_sets/avx512.cpp",
+    "csrc/instruction_sets/avx512bf16.cpp",
+    "csrc/instruction_sets/dispatch.cpp",
+    "csrc/instruction_sets/portable.cpp",
     "csrc/native/binding.cpp",
     "csrc/native/engine.cpp",
-    "csrc/native/update.cpp",
-    "csrc/native/instruction_sets/avx2.cpp",
-    "csrc/native/instruction_sets/avx512.cpp",
-    "csrc/native/instruction_sets/avx512bf16.cpp",
-    "csrc/native/instruction_sets/portable.cpp",
+    "csrc/native/optimizer_step.cpp",
 ]
 CUDA_SOURCES = ["csrc/cuda/adam.cu", "csrc/cuda/norm.cu", "csrc/cuda/record.cu"]
 HEADERS = sorted(map(str, Path("csrc").rglob("*.h")))

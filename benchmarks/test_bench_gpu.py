@@ -20,8 +20,8 @@ from conftest import SUMMARY, need_cuda, race
 
 from bhfast.config import TrainConfig
 from bhfast.corpus import Corpus
+from bhfast.engines.base import Engine, TrainingRun
 from bhfast.engines.choose import make_engine
-from bhfast.engines.job import Engine, Job
 from bhfast.train import train
 
 STEPS = {"trainer": 200, "torch": 300, "native": 3000, "graph": 3000}  # a second or two each
@@ -63,9 +63,9 @@ def followed(work: Callable[[], None], tick: Callable[[], None]) -> Callable[[],
     return both
 
 
-def make_ticking_engine(tick: Callable[[], None], name: str, job: Job) -> Engine:
+def make_ticking_engine(tick: Callable[[], None], name: str, run: TrainingRun) -> Engine:
     """Make an engine that calls ``tick`` after each step; the native one then runs them one at a time."""
-    engine = make_engine(name, job)
+    engine = make_engine(name, run)
     if name == "graph":
         engine._replay = followed(engine._replay, tick)
     elif name == "torch":

@@ -1,4 +1,4 @@
-"""Corpora: text as ASCII bytes, and the windows a run reads from it.
+"""Corpora: text as ASCII bytes, and the windows that a run reads from it.
 
 python -m bhfast.corpus gatsby --out data/gatsby_clean.txt               downloads The Great Gatsby and cleans it
 python -m bhfast.corpus gatsby --raw 64317-0.txt --out gatsby_clean.txt  cleans a file you have
@@ -32,7 +32,7 @@ class Corpus:
     """A text to train on.
 
     Attributes:
-        name: for people: where it came from.
+        name: human-readable: where the text came from.
         data: uint8 ``[bytes]``.
         sha256: of the bytes, in hexadecimal.
     """
@@ -43,14 +43,15 @@ class Corpus:
 
 
 def load_corpus(path: str | os.PathLike[str] | None, *, vocab_size: int, window: int) -> Corpus:
-    """Load a corpus: ``path``; or if that is None ``data/gatsby_clean.txt``, if it is there; or the built-in one.
+    """Load the corpus ``path``. If that is None, load ``data/gatsby_clean.txt`` if it exists, else the built-in corpus.
 
     Args:
-        vocab_size: every byte must be below it.
-        window: the least number of bytes there must be.
+        path: a file of text, or None.
+        vocab_size: every byte must be below this.
+        window: the corpus must have at least as many bytes.
 
     Raises:
-        CorpusError: the file is missing, empty, shorter than a window, or has a byte out of the vocabulary.
+        CorpusError: the file is missing, empty, shorter than a window, or has a byte outside of the vocabulary.
     """
     if path is not None:
         name, path = str(path), Path(path)
@@ -78,19 +79,20 @@ def load_corpus(path: str | os.PathLike[str] | None, *, vocab_size: int, window:
 
 
 def builtin_path() -> Path:
-    """Return where the built-in corpus is: in the installed package, or beside it in a checkout."""
+    """Return the path of the built-in corpus: in the installed package, or next to it in a checkout."""
     package = Path(__file__).parent
     installed = package / "data" / BUILTIN_NAME
     return installed if installed.is_file() else package.parent / "data" / BUILTIN_NAME
 
 
 def window_offsets(corpus_size: int, window: int, count: int, seed: int) -> Tensor:
-    """Return where each of ``count`` windows starts: every start once in random order, then all anew.
+    """Return where each of ``count`` windows starts: all starts in random order, reshuffled when they are used up.
 
     Args:
         corpus_size: bytes in the corpus.
         window: bytes in a window.
-        seed: the order is a function of it and the sizes alone.
+        count: how many windows.
+        seed: the order depends only on this and the sizes.
 
     Returns:
         int64 ``[count]``.
@@ -106,10 +108,10 @@ def window_offsets(corpus_size: int, window: int, count: int, seed: int) -> Tens
 
 
 def clean_gutenberg(raw: str) -> str:
-    """Return a Project Gutenberg text as plain ASCII: without the licence around it, one paragraph a line.
+    """Return a Project Gutenberg text as plain ASCII, without the license around it, one paragraph per line.
 
     Raises:
-        CorpusError: the START and END markers are not there.
+        CorpusError: the START or END marker is missing.
         ConfigError: the unidecode library is not installed.
     """
     try:
@@ -124,10 +126,10 @@ def clean_gutenberg(raw: str) -> str:
 
 
 def download(url: str) -> str:
-    """Fetch a text in UTF-8.
+    """Download a UTF-8 text.
 
     Raises:
-        CorpusError: there is no network, or no such file.
+        CorpusError: there is no network, or no such file there.
     """
     try:
         with urllib.request.urlopen(url, timeout=30) as response:

@@ -1,4 +1,4 @@
-"""What this machine has, and what bhfast makes of it.
+"""Reports the hardware, and which device, engine and kernels bhfast uses.
 
 python -m bhfast.doctor
 """
@@ -24,7 +24,7 @@ PACKAGES = ("numpy", "safetensors", "tqdm", "unidecode", "pytest", "pytest-bench
 
 
 def self_test() -> str | None:
-    """Compare three steps of FusedAdam with torch's AdamW on the CPU; return what is wrong, or None."""
+    """Compare three steps of FusedAdam with torch's AdamW on the CPU; return the difference, or None."""
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(1000, generator=generator).bfloat16()
     ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
@@ -42,7 +42,9 @@ def self_test() -> str | None:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the report; return 1 if the self-test failed."""
-    parser = argparse.ArgumentParser(prog="bhfast doctor", description="Say what this machine has.")
+    parser = argparse.ArgumentParser(
+        prog="bhfast doctor", description="Report the hardware, and what bhfast will use of it."
+    )
     parser.parse_args(argv)
     device, device_reason = select_device("auto")
     engine, engine_reason = select_engine("auto", device)

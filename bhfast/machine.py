@@ -1,4 +1,4 @@
-"""What this machine has: a device to train on, and free memory."""
+"""This machine's device to train on, and its free memory."""
 
 from __future__ import annotations
 
@@ -13,22 +13,25 @@ from bhfast.errors import ConfigError
 def select_device(name: str) -> tuple[torch.device, str]:
     """Return the device to train on, and why.
 
+    Args:
+        name: ``auto``, ``cuda``, ``mps`` or ``cpu``.
+
     Raises:
-        ConfigError: the device asked for is not there.
+        ConfigError: this machine does not have that device.
     """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        first = next(device for device, ready in there.items() if ready)
+        first = next(device for device, ready in available.items() if ready)
         return torch.device(first), "the first there is of cuda, mps and cpu"
-    if not there[name]:
+    if not available[name]:
         raise ConfigError(
-            f"device {name} is not available here; use --device {' or '.join(d for d in there if there[d])}"
+            f"device {name} is not available here; use --device {' or '.join(d for d in available if available[d])}"
         )
     return torch.device(name), "as asked"
 
 
 def available_memory() -> int:
-    """Return how many bytes of memory this process may still take: the machine's, or its control group's if less."""
+    """Return how many more bytes this process can allocate: limited by the machine, or by its control group."""
     limits = []
     try:
         with open("/proc/meminfo") as file:
@@ -41,5 +44,5 @@ def available_memory() -> int:
         used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         limits.append(int((group / "memory.max").read_text()) - int(used["anon"]))
     except (OSError, KeyError, ValueError):
-        pass  # no control group, or one without a limit ("max")
+        pass  # no control group, or no limit ("max")
     return min(limits)

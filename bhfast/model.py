@@ -1,4 +1,4 @@
-"""The network: GPT-2's architecture, small, with tied embeddings, in bfloat16; and its black-hole start."""
+"""The network, a small GPT-2 with tied embeddings in bfloat16, and its initialization from a black hole."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NO_TARGET = -100
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Sizes of the network. The defaults make 116,480 parameters."""
+    """The sizes of the network. With the defaults it has 116,480 parameters."""
 
     vocab_size: int = 128
     hidden_dim: int = 64
@@ -45,14 +45,14 @@ class Attention(nn.Module):
         time, dim = len(mask), x.size(1)
         heads = self.c_attn(x).view(-1, time, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
         q, k, v = heads.reshape(3, -1, time, dim // self.heads)  # each [B * H, T, D / H]
-        # Written out: at these sizes it is faster on a CPU than scaled_dot_product_attention, forward and backward.
+        # At these sizes, on a CPU, this is faster than scaled_dot_product_attention, forward and backward.
         scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=1 / math.sqrt(dim // self.heads))
         mixed = scores.softmax(-1) @ v
         return self.c_proj(mixed.view(-1, self.heads, time, dim // self.heads).transpose(1, 2).reshape(-1, dim))
 
 
 class MLP(nn.Module):
-    """Two linear layers, four times as wide in between, with the tanh form of GELU."""
+    """Two linear layers with four times the width between them, and GELU in its tanh form."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Block(nn.Module):
 class TiedGPT(nn.Module):
     """GPT-2's network. The token embedding ``wte`` is also the output layer, which has no bias.
 
-    Parameters bear GPT-2's names; linear weights are ``[out, in]`` (the transpose of Hugging Face's ``Conv1D``).
+    Parameters have GPT-2's names; linear weights are ``[out, in]`` (the transpose of Hugging Face's ``Conv1D``).
     """
 
     mask: Tensor
@@ -109,8 +109,8 @@ def window_loss(logits: Tensor, window: Tensor, target_offset: int) -> Tensor:
     """Return the mean cross-entropy in float32 of predicting byte t + ``target_offset`` at position t.
 
     Args:
-        logits: ``[B, T, V]``, of the first T bytes of ``window``.
-        window: ``[B, T + 1]`` int64. Positions whose target lies beyond it are left out of the mean.
+        logits: ``[B, T, V]``, for the first T bytes of ``window``.
+        window: int64 ``[B, T + 1]``. Positions whose target is outside of it do not count.
         target_offset: 1 is next-byte training; 2 is the reference experiment.
     """
     targets = F.pad(window[:, target_offset:], (0, target_offset - 1), value=NO_TARGET)  # [B, T]
@@ -120,17 +120,24 @@ def window_loss(logits: Tensor, window: Tensor, target_offset: int) -> Tensor:
 def build_model(
     config: GPTConfig, *, sigma: float, init_scale: float, seed: int, device: torch.device | str = "cpu"
 ) -> tuple[TiedGPT, Tensor]:
-    """Return the network at its black-hole start, in bfloat16 on ``device``, and the black hole's centre.
+    """Return the network with all tokens in a black hole, in bfloat16 on ``device``, and the black hole's center.
 
     Every token starts at ``center + noise``, with ``center = bf16(init_scale * N(0, 1))`` and
-    ``noise = bf16(sigma * N(0, 1))``, the sum in bfloat16. The rest starts as GPT-2's does: N(0, 0.02) for weights and
-    positions, scaled by 1/sqrt(2 * layers) for the projections into the residual stream; biases 0, layer norms 1.
+    ``noise = bf16(sigma * N(0, 1))``, added in bfloat16. The rest is initialized like GPT-2: weights and positions from
+    N(0, 0.02), divided by sqrt(2 * layers) for the projections into the residual stream; biases 0; layer norms 1.
 
-    All random numbers come from one CPU generator, centre first, so that every device starts from the same bits. The
-    noise is drawn for ``sigma = 0`` too: runs of one seed differ in nothing but its scale.
+    All random numbers come from one CPU generator, the center first, so that every device starts from the same bits.
+    The noise is also drawn for ``sigma = 0``: runs with the same seed differ only in its scale.
+
+    Args:
+        config: the sizes.
+        sigma: standard deviation of the tokens around the center.
+        init_scale: standard deviation of the center's coordinates.
+        seed: of the generator.
+        device: where to put the network.
 
     Returns:
-        The network, and the centre: ``[D]`` bfloat16 on the CPU.
+        The network, and the center: bfloat16 ``[D]`` on the CPU.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -140,7 +147,7 @@ def build_model(
     center = normal(config.hidden_dim, std=init_scale)
     noise = normal(config.vocab_size, config.hidden_dim, std=sigma)
 
-    with torch.random.fork_rng(devices=[]):  # torch's own initialisation must not move the caller's generator
+    with torch.random.fork_rng(devices=[]):  # torch's own initialization must not advance the global generator
         model = TiedGPT(config).bfloat16()
     with torch.no_grad():
         for name, param in model.named_parameters():
@@ -153,11 +160,11 @@ def build_model(
             else:
                 is_residual = name.endswith("c_proj.weight")
                 param.copy_(normal(*param.shape, std=0.02 / math.sqrt(2 * config.layers) if is_residual else 0.02))
-    return _side_by_side(model.to(device)), center
+    return _make_adjacent(model.to(device)), center
 
 
-def _side_by_side(model: TiedGPT) -> TiedGPT:
-    """Make all parameters views of one tensor, so that an optimizer can pass over them as one."""
+def _make_adjacent(model: TiedGPT) -> TiedGPT:
+    """Make all parameters views of one tensor, so that an optimizer can update them as one."""
     params = list(model.parameters())
     flat = torch._utils._flatten_dense_tensors([p.detach() for p in params])
     for param, piece in zip(params, torch._utils._unflatten_dense_tensors(flat, params), strict=True):

@@ -1,4 +1,4 @@
-"""FusedAdam: AdamW with clipping inside, bit-exact by specification, a drop-in for ``torch.optim.AdamW``."""
+"""FusedAdam: a drop-in for ``torch.optim.AdamW`` with built-in clipping, specified to the bit."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from bhfast.errors import BhfastError, ConfigError
 from bhfast.ops import arithmetic, checks, kernels
 
 DTYPES = (torch.bfloat16, torch.float32)
-ALIGNMENT = 16  # bytes that a CUDA thread reads at once: kBytes in csrc/cuda/launch.h
+ALIGNMENT = 16  # bytes; kAccessBytes in csrc/cuda/launch.h
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """AdamW whose arithmetic is specified to the bit (see :mod:`bhfast.ops`), all parameters in one pass.
+    """AdamW with arithmetic specified to the bit (see :mod:`bhfast.ops`), which updates all parameters in one pass.
 
     ``state_dict`` is interchangeable with ``torch.optim.AdamW``'s in both directions, with ``exp_avg`` and
     ``exp_avg_sq`` in the parameter's dtype. (Loading float32 moments for bfloat16 parameters rounds them:
     ``torch.optim.Optimizer.load_state_dict`` casts.) Learning-rate schedulers and parameter groups work as in torch.
     bfloat16 needs no loss scaling, so ``torch.amp.GradScaler`` is not supported.
 
-    Gradients are never written to: clipping happens on each value on its way into Adam. After ``step()``,
-    ``grad_norm`` and ``clip_coef`` hold the global gradient norm before clipping and the coefficient applied, as
-    float32 scalars; NaN if ``max_grad_norm`` is None.
+    Gradients are never modified: Adam clips each value as it reads it. After ``step()``, ``grad_norm`` and
+    ``clip_coef`` hold the global gradient norm before clipping and the coefficient applied, as float32 scalars; NaN if
+    ``max_grad_norm`` is None.
 
     Args:
         params: parameters or parameter groups; bfloat16 or float32, dense.
@@ -39,7 +39,7 @@ class FusedAdam(torch.optim.Optimizer):
         eps: added to the denominator.
         weight_decay: decoupled, as in AdamW.
         rounding: ``"per-op"`` (every operation rounds, as torch's unfused AdamW does) or ``"opmath"`` (float32 inside).
-        max_grad_norm: clip the global gradient norm, over all groups, to this. None: no clipping, no norm.
+        max_grad_norm: clip the global gradient norm, over all groups, to this. None: no clipping, and no norm.
 
     Raises:
         ConfigError: a hyperparameter is out of range, or a loaded state asks for ``amsgrad`` or ``maximize``.
@@ -73,19 +73,19 @@ class FusedAdam(torch.optim.Optimizer):
         self.grad_norm = torch.tensor(math.nan)
         self.clip_coef = torch.tensor(math.nan)
         self._recording: _Recording | None = None
-        self._known: dict[int, list[_Batch]] = {}  # by group, as of the last step
+        self._cached: dict[int, list[_Batch]] = {}  # of each group, from the last step
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("rounding", "max_grad_norm", "grad_norm", "clip_coef")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._known = {}
-        self.__dict__.setdefault("_recording", None)  # a copy is not recorded; load_state_dict, too, comes here
+        self._cached = {}
+        self.__dict__.setdefault("_recording", None)  # a copy is not recorded; load_state_dict also ends up here
         super().__setstate__(state)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        # torch's is wrapped so that torch.compile passes it by; the wrapper imports torch.compile, which takes a second
+        # torch wraps its method to disable torch.compile. The wrapper imports torch.compile, which takes a second.
         inspect.unwrap(torch.optim.Optimizer.add_param_group)(self, param_group)
         for param in self.param_groups[-1]["params"]:
             if param.dtype not in DTYPES:
@@ -101,35 +101,35 @@ class FusedAdam(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
 
     def record_into(self, rings: Mapping[Tensor, Mapping[str, Tensor]], step: Tensor, every: int) -> Callable[[], None]:
-        """Record in the same pass over the tensors that updates them, from the next step on.
+        """Record every step from now on, in the same pass over the tensors that updates them.
 
         Args:
-            rings: for each parameter, for each field (``param``, ``grad``, ``exp_avg``, ``exp_avg_sq``) the ring it
-                goes to: ``[slots, *shape]``, contiguous, on the parameter's device. A parameter that gets no gradient
-                is not updated, so not recorded.
-            step: int64 scalar on the CPU or on that device, which whoever records counts up before each step.
-            every: steps that are a multiple of this are recorded, to slot ``step / every % slots``.
+            rings: for each parameter, the ring of each field to record (``param``, ``grad``, ``exp_avg``,
+                ``exp_avg_sq``): ``[slots, *shape]``, contiguous, on the parameter's device. A parameter without a
+                gradient is neither updated nor recorded.
+            step: int64 scalar, on the CPU or on that device; the caller increments it before each step.
+            every: record the steps that are a multiple of this, to slot ``step / every % slots``.
 
         Returns:
             A function that ends the recording.
 
         Raises:
-            BhfastError: somebody records already.
+            BhfastError: the optimizer is already being recorded.
         """
         if self._recording is not None:
             raise BhfastError("this optimizer is being recorded already; close the other recorder first")
         self._recording = _Recording(dict(rings), step, every)
-        self._known.clear()
+        self._cached.clear()
 
         def end() -> None:
             self._recording = None
-            self._known.clear()
+            self._cached.clear()
 
         return end
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Perform one optimization step; return the closure's loss, if there is a closure."""
+        """Perform one optimization step; return the closure's loss, or None without a closure."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -143,10 +143,13 @@ class FusedAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def schedule(self, lrs: Sequence[float]) -> list[Schedule]:
-        """Return what the next ``len(lrs)`` steps need, for whoever performs them: see :meth:`scheduled_step`.
+        """Return what is needed to perform the next ``len(lrs)`` steps elsewhere, or with :meth:`scheduled_step`.
+
+        Args:
+            lrs: the learning rate of each step.
 
         Returns:
-            One entry for each set of parameters that is updated as one, of those that now have gradients.
+            One entry for each set of parameters that is updated together. Parameters without a gradient are left out.
         """
         schedules = []
         for batch in self._batches():
@@ -158,24 +161,24 @@ class FusedAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def scheduled_step(self, schedules: Sequence[Schedule], index: Tensor) -> None:
-        """Perform a step without the host: what a CUDA graph captures.
+        """Perform a step without reading values on the host, so that a CUDA graph can capture it.
 
-        Steps and moments advance, but not ``state["step"]``: see :meth:`count`.
+        Parameters and moments are updated, but not ``state["step"]``: see :meth:`count`.
 
         Args:
             schedules: from :meth:`schedule`.
-            index: int64 scalar on the device: which row of the coefficients this step uses.
+            index: int64 scalar on the device: which row of the coefficients to use.
         """
         self._update(self._batches(), [own.coefficients.index_select(0, index.view(1))[0] for own in schedules])
 
     @torch.no_grad()
     def count(self, steps: int) -> None:
-        """Add the ``steps`` that somebody else has performed to ``state["step"]``."""
+        """Add ``steps``, which were performed elsewhere, to ``state["step"]``."""
         for batch in self._batches():
             batch.count(steps)
 
     def _update(self, batches: Sequence[_Batch], coefficients: Sequence[Tensor]) -> None:
-        """Clip and update all ``batches``, each with its coefficients."""
+        """Clip and update all ``batches``, each with its own coefficients."""
         clip_coef = None
         if self.max_grad_norm is not None and batches:
             grads = [grad for batch in batches for grad in batch.grads]
@@ -194,17 +197,17 @@ class FusedAdam(torch.optim.Optimizer):
             )
 
     def _batches(self) -> list[_Batch]:
-        """Return the parameters that have a gradient, those together that are updated as one."""
+        """Return the parameters that have a gradient, grouped by what can be updated together."""
         batches = []
         for i, group in enumerate(self.param_groups):
             grads = [p.grad for p in group["params"]]
-            known = self._known.get(i, [])
-            if len(known) != 1 or not known[0].take(group, grads, self.state):
-                known = self._known[i] = self._sort(group)
-            batches += known
+            cached = self._cached.get(i, [])
+            if len(cached) != 1 or not cached[0].reuse(group, grads, self.state):
+                cached = self._cached[i] = self._make_batches(group)
+            batches += cached
         return batches
 
-    def _sort(self, group: dict[str, Any]) -> list[_Batch]:
+    def _make_batches(self, group: dict[str, Any]) -> list[_Batch]:
         params = [p for p in group["params"] if p.grad is not None]
         self._allocate([p for p in params if not self.state[p]])
         kinds: dict[Any, list[Tensor]] = defaultdict(list)
@@ -213,9 +216,9 @@ class FusedAdam(torch.optim.Optimizer):
         return [_Batch(group, alike, self.state, self._recording) for alike in kinds.values()]
 
     def _allocate(self, params: list[Tensor]) -> None:
-        """Set up the state of new parameters in one block of memory, each tensor aligned for the CUDA kernels.
+        """Allocate the state of new parameters in one block of memory, each tensor aligned for the CUDA kernels.
 
-        Tensors whose sizes are multiples of the alignment lie side by side, which pure torch updates faster.
+        If all sizes are multiples of the alignment, the tensors are adjacent, which makes pure torch faster.
         """
         kinds = defaultdict(list)
         for p in params:
@@ -233,10 +236,10 @@ class FusedAdam(torch.optim.Optimizer):
 
 
 class Schedule(NamedTuple):
-    """Parameters that are updated as one, over some steps to come; see :func:`bhfast.ops.kernels.adam_`.
+    """Parameters that are updated together in some future steps; see :func:`bhfast.ops.kernels.adam_`.
 
     Attributes:
-        params, exp_avgs, exp_avg_sqs: equally long.
+        params, exp_avgs, exp_avg_sqs: of one length.
         coefficients: float32 ``[steps, 7]``, on the parameters' device.
         rings, ring_of: where the steps are recorded.
     """
@@ -258,7 +261,7 @@ class _Recording(NamedTuple):
 
 
 class _Batch:
-    """Parameters of one group, dtype, device and number of steps done, which are updated as one."""
+    """Parameters that are updated together: of one group, dtype and device, after the same number of steps."""
 
     def __init__(
         self,
@@ -269,10 +272,10 @@ class _Batch:
     ) -> None:
         self.group = group
         self.params = params
-        self.grads: list[Any] = [p.grad for p in params]  # all Tensors: params are those that have one
+        self.grads: list[Any] = [p.grad for p in params]  # all are tensors: params without a gradient are left out
         self.states = [state[p] for p in params]
-        self.recording: tuple[Any, ...] = ((), (), None, 1)  # the last arguments of kernels.adam_
-        self._everyone = list(state.values())
+        self.recording: tuple[Any, ...] = ((), (), None, 1)  # rings, ring_of, step and every of kernels.adam_
+        self._all_states = list(state.values())
         self._steps = [own["step"] for own in self.states]
         self._row = arithmetic.row_view(self._steps)
         if recording is not None:
@@ -284,18 +287,18 @@ class _Batch:
             if rings:
                 self.recording = (*zip(*rings, strict=True), recording.step, recording.every)
 
-    def take(
+    def reuse(
         self, group: dict[str, Any], grads: list[Tensor | None], state: Mapping[Tensor, dict[str, Tensor]]
     ) -> bool:
-        """Take the gradients of another step of all the group's parameters, unless anything else has changed."""
+        """Take new gradients and return True, unless anything else about the group has changed since the last step."""
         steps = [own["step"] for own in self.states]
         if (
             group is self.group
             and self._row is not None
             and _are_same(group["params"], self.params)
-            and _are_same(list(state.values()), self._everyone)
+            and _are_same(list(state.values()), self._all_states)
             and _are_same(steps, self._steps)
-            and len(set(self._row.tolist())) == 1  # nobody has moved some of them on
+            and len(set(self._row.tolist())) == 1  # all step counts are still equal
             and all(map(is_not, grads, repeat(None)))
         ):
             self.grads = grads
@@ -306,7 +309,7 @@ class _Batch:
         return int(self._steps[0].item())
 
     def count(self, steps: int) -> None:
-        """Add to the number of steps done."""
+        """Add to the number of steps done, of each parameter."""
         if self._row is None:
             torch._foreach_add_(self._steps, steps)
         else:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bhfast.engines.job import Engine
+from bhfast.engines.base import Engine
 
 PROGRESS_EVERY = 100  # steps
 

@@ -29,8 +29,8 @@ from tqdm import tqdm
 from bhfast.cli import run_program
 from bhfast.config import TrainConfig, setting_type
 from bhfast.corpus import Corpus, load_corpus, window_offsets
+from bhfast.engines.base import Engine, TrainingRun
 from bhfast.engines.choose import make_engine, select_engine
-from bhfast.engines.job import Engine, Job
 from bhfast.experiment import experiment_metadata, machine_metadata, require_same_experiment
 from bhfast.machine import select_device
 from bhfast.model import TiedGPT, build_model
@@ -116,7 +116,7 @@ def train(config: TrainConfig | None = None, *, progress: Callable[[int, float],
         print_status(f"storage  {recorder.description}")
         _record_start(recorder, config, center, corpus)
         engine = make_engine(
-            engine_name, Job(model, optimizer, recorder.slots, corpus.data, offsets, lrs, config.target_offset)
+            engine_name, TrainingRun(model, optimizer, recorder.slots, corpus.data, offsets, lrs, config.target_offset)
         )
         steps, seconds = _run(engine, config, signals, progress)
 

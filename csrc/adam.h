@@ -1,8 +1,8 @@
-// The arithmetic of bhfast for one element, compiled for the host and for CUDA devices alike.
+// The arithmetic of bhfast for one element, for the host and for CUDA devices.
 //
-// It is bhfast/ops/arithmetic.py, operation by operation: each one is IEEE 754 round-to-nearest-even in float32, a
-// fused multiply-add is written out as fmaf, and the compiler must not contract or reorder (-ffp-contract=off,
-// -fmad=false).
+// It follows bhfast/ops/arithmetic.py operation by operation. Each operation is IEEE 754 round-to-nearest-even in
+// float32, fused multiply-adds are written as fmaf, and the compiler must neither contract nor reorder
+// (-ffp-contract=off, -fmad=false).
 #pragma once
 
 #include <cmath>
@@ -38,17 +38,17 @@ template <>
 BHFAST_INLINE float rounded<bfloat16>(float x) {
   const uint32_t bits = __builtin_bit_cast(uint32_t, x);
 #ifdef __CUDA_ARCH__
-  // A GPU's NaN has all bits set, and would overflow below. A CPU's takes its bits from one of its operands, and here
-  // the lower half of every operand that can be NaN is zero (see plain_nan), so it needs no test.
+  // A GPU's NaN has all bits set, and would overflow below. A CPU's NaN has the bits of one of its operands, and the
+  // lower half of any operand that can be NaN is zero here (see plain_nan), so a CPU needs no test.
   if (x != x) return __builtin_bit_cast(float, 0x7fc00000);
 #endif
   return __builtin_bit_cast(float, (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000);
 }
 
-// Any NaN as the one whose lower half is zero.
+// Replace any NaN by the one whose lower half is zero.
 BHFAST_INLINE float plain_nan(float x) { return x == x ? x : __builtin_bit_cast(float, 0x7fc00000); }
 
-// Store a value that is one of T. (Of the bits alone: compilers do not vectorize copies of a struct.)
+// Store a value that T can represent. (Only the bits are assigned: compilers do not vectorize copies of a struct.)
 BHFAST_INLINE void store(float& to, float x) { to = x; }
 
 BHFAST_INLINE void store(bfloat16& to, float x) {
@@ -67,8 +67,8 @@ struct Coefficients {
 };
 
 // One step of AdamW on one element of tensors of T. Every operation rounds to Op: to bfloat16 for bfloat16 tensors with
-// per-op rounding, to float otherwise. The gradient is multiplied with clip_coef, and rounded to T, on its way in.
-// kDecays may be false if c.decay is 1.
+// per-op rounding, to float otherwise. First the gradient is multiplied by clip_coef and rounded to T. kDecays may be
+// false if c.decay is 1.
 template <class T, class Op, bool kDecays = true>
 BHFAST_INLINE void adam_element(T& param, const T& grad, T& exp_avg, T& exp_avg_sq, float clip_coef,
                                 const Coefficients& c) {
@@ -89,7 +89,7 @@ BHFAST_INLINE void adam_element(T& param, const T& grad, T& exp_avg, T& exp_avg_
   store(exp_avg_sq, result(v));
 }
 
-// min(1, max_norm / (norm + 1e-6)), rounded to the gradients' dtype. Not fminf, which would hide a NaN.
+// min(1, max_norm / (norm + 1e-6)), rounded to the gradients' dtype; NaN if the norm is. (fminf would ignore a NaN.)
 BHFAST_INLINE float clip_coefficient(float norm, float max_norm, bool to_bfloat16) {
   const float ratio = max_norm / (norm + 1e-6f);
   const float coefficient = ratio > 1 ? 1 : plain_nan(ratio);

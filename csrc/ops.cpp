@@ -1,5 +1,5 @@
-// The operations that bhfast/ops/kernels.py declares, for tensors of the CPU and of CUDA: checks, then raw pointers for
-// the kernels.
+// The operations that bhfast/ops/kernels.py declares, for CPU and CUDA tensors. Each checks its arguments, then passes
+// raw pointers to the kernels.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
@@ -7,11 +7,11 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>
 
-#include "cpu/kernels.h"
+#include "cpu/operations.h"
 #ifdef BHFAST_CUDA
 #include "cuda/kernels.h"
 #endif
-#ifdef BHFAST_CUDA_ON_CPU  // the CUDA kernels executed by a CPU, on its own tensors: tests/cuda_on_cpu
+#ifdef BHFAST_CUDA_ON_CPU  // the CUDA kernels, executed by the CPU on its own tensors: tests/cuda_on_cpu
 #include <machine.h>
 #define BHFAST_LIBRARY bhfast_cuda_on_cpu
 #else
@@ -24,24 +24,24 @@ namespace {
 using at::Tensor;
 using at::TensorList;
 
-// Whether the CUDA kernels take the tensor, whether a number of a step is read here, and where kernels are launched.
+// Whether the CUDA kernels handle the tensor, whether the host can read a scalar, and the stream to launch on.
 #if defined(BHFAST_CUDA_ON_CPU)
 bool for_cuda(const Tensor&) { return true; }
-bool is_value(const Tensor&) { return cuda_on_cpu::numbers_by_value; }
+bool host_can_read(const Tensor&) { return cuda_on_cpu::scalars_by_value; }
 cudaStream_t stream_of(const Tensor&) { return nullptr; }
 #elif defined(BHFAST_CUDA)
 bool for_cuda(const Tensor& t) { return t.is_cuda(); }
-bool is_value(const Tensor& t) { return t.is_cpu(); }
+bool host_can_read(const Tensor& t) { return t.is_cpu(); }
 cudaStream_t stream_of(const Tensor& t) {
   const c10::impl::VirtualGuardImpl guard(t.device().type());
   return static_cast<cudaStream_t>(guard.getStream(t.device()).native_handle());
 }
 #else
-bool is_value(const Tensor&) { return true; }
+bool host_can_read(const Tensor&) { return true; }
 #endif
 
 // -------------------------------------------------------------------------------------------------------------------
-// Checks: those of bhfast/ops/checks.py, in its words
+// Checks: the same as in bhfast/ops/checks.py, with the same messages
 
 std::string name_of(at::ScalarType dtype) {
   switch (dtype) {
@@ -75,8 +75,8 @@ void check_length(const char* name, size_t length, const char* like, size_t want
   TORCH_CHECK_VALUE(length == wanted, name, " must be as many as ", like, " (", wanted, "), got ", length);
 }
 
-// A number on the host, or in the memory of the parameters' device.
-void check_number(const char* name, const Tensor& t, at::ScalarType dtype, int64_t numel, const Tensor& param) {
+// Check one or several scalars, on the host or on the parameters' device.
+void check_scalars(const char* name, const Tensor& t, at::ScalarType dtype, int64_t numel, const Tensor& param) {
   TORCH_CHECK_TYPE(t.scalar_type() == dtype, name, " must be ", name_of(dtype), ", got ", name_of(t.scalar_type()));
   TORCH_CHECK_VALUE(t.numel() == numel, name, " must have ", numel, " elements, got ", t.numel());
   TORCH_CHECK_VALUE(t.is_contiguous(), name, " must be contiguous");
@@ -103,46 +103,48 @@ Dtype dtype_of(const char* name, size_t i, const Tensor& t) {
 }
 
 // -------------------------------------------------------------------------------------------------------------------
-// Numbers
+// Scalars and tensors as the kernels take them
 
+// Read the value if the host can, else point to it.
 template <class T>
-void take(const Tensor& t, T& value, const T*& at) {
+void take(const Tensor& t, T& value, const T*& device_pointer) {
   const T* data = static_cast<const T*>(t.const_data_ptr());
-  if (is_value(t)) {
+  if (host_can_read(t)) {
     value = *data;
   } else {
-    at = data;
+    device_pointer = data;
   }
 }
 
-void take_step(StepNumbers& n, const Tensor& step, int64_t every, const Tensor& ring, const Tensor& like) {
-  check_number("step", step, at::kLong, 1, like);
+void take_step(StepScalars& s, const Tensor& step, int64_t every, const Tensor& ring, const Tensor& like) {
+  check_scalars("step", step, at::kLong, 1, like);
   TORCH_CHECK_VALUE(every > 0, "every must be at least 1, got ", every);
-  take(step, n.step, n.step_at);
-  n.every = every;
-  n.slots = ring.dim() ? ring.size(0) : 0;
+  take(step, s.step, s.device_step);
+  s.every = every;
+  s.slots = ring.dim() ? ring.size(0) : 0;
 }
 
-// torch's autograd must see that a tensor was written to.
+// Tell autograd that a tensor was written to.
 void mark_written(const Tensor& t) {
   if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
 }
 
-// Tensors as blocks of memory: themselves if they are contiguous, else copies, which `put_back` copies back.
-class Blocks {
+// Gives out pointers to contiguous memory: of the tensor itself if it is contiguous, else of a copy.
+class ContiguousMemory {
  public:
   const void* read(const Tensor& t) { return t.is_contiguous() ? t.const_data_ptr() : copy(t).const_data_ptr(); }
 
   void* update(const Tensor& t) {
     mark_written(t);
     if (t.is_contiguous()) return t.data_ptr();
-    const Tensor& block = copy(t);
-    updated_.emplace_back(t, block);
-    return block.data_ptr();
+    const Tensor& contiguous = copy(t);
+    updated_.emplace_back(t, contiguous);
+    return contiguous.data_ptr();
   }
 
-  void put_back() const {
-    for (const auto& [tensor, block] : updated_) tensor.copy_(block);
+  // Copy the copies that were updated back to their tensors.
+  void copy_back() const {
+    for (const auto& [tensor, contiguous] : updated_) tensor.copy_(contiguous);
   }
 
  private:
@@ -154,6 +156,29 @@ class Blocks {
 
 // -------------------------------------------------------------------------------------------------------------------
 // Operations
+
+std::vector<AdamTensors> take_adam_tensors(ContiguousMemory& memory, TensorList params, TensorList grads,
+                                           TensorList exp_avgs, TensorList exp_avg_sqs) {
+  const Tensor& first = params[0];
+  std::vector<AdamTensors> list;
+  list.reserve(params.size());
+  for (size_t i = 0; i < params.size(); ++i) {
+    TORCH_CHECK_TYPE(params[i].scalar_type() == first.scalar_type(), "params[", i, "] must be ",
+                     name_of(first.scalar_type()), " like params[0], got ", name_of(params[i].scalar_type()));
+    TORCH_CHECK_VALUE(params[i].device() == first.device(), "params[", i, "] must be on ", first.device(),
+                      " like params[0], got ", params[i].device());
+    check_like("grads", i, grads[i], params[i]);
+    check_like("exp_avgs", i, exp_avgs[i], params[i]);
+    check_like("exp_avg_sqs", i, exp_avg_sqs[i], params[i]);
+    list.push_back({memory.update(params[i]),
+                    memory.read(grads[i]),
+                    memory.update(exp_avgs[i]),
+                    memory.update(exp_avg_sqs[i]),
+                    {},
+                    params[i].numel()});
+  }
+  return list;
+}
 
 void adam_op(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs,
              const Tensor& coefficients, const std::optional<Tensor>& clip_coef, std::string_view rounding,
@@ -168,61 +193,45 @@ void adam_op(TensorList params, TensorList grads, TensorList exp_avgs, TensorLis
   check_length("ring_of", ring_of.size(), "rings", rings.size());
 
   const c10::DeviceGuard guard(first.device());
-  Blocks blocks;
-  std::vector<AdamTensors> list;
-  list.reserve(params.size());
-  for (size_t i = 0; i < params.size(); ++i) {
-    TORCH_CHECK_TYPE(params[i].scalar_type() == first.scalar_type(), "params[", i, "] must be ",
-                     name_of(first.scalar_type()), " like params[0], got ", name_of(params[i].scalar_type()));
-    TORCH_CHECK_VALUE(params[i].device() == first.device(), "params[", i, "] must be on ", first.device(),
-                      " like params[0], got ", params[i].device());
-    check_like("grads", i, grads[i], params[i]);
-    check_like("exp_avgs", i, exp_avgs[i], params[i]);
-    check_like("exp_avg_sqs", i, exp_avg_sqs[i], params[i]);
-    list.push_back({blocks.update(params[i]),
-                    blocks.read(grads[i]),
-                    blocks.update(exp_avgs[i]),
-                    blocks.update(exp_avg_sqs[i]),
-                    {},
-                    params[i].numel()});
-  }
+  ContiguousMemory memory;
+  std::vector<AdamTensors> list = take_adam_tensors(memory, params, grads, exp_avgs, exp_avg_sqs);
 
-  StepNumbers n{};
-  check_number("coefficients", coefficients, at::kFloat, sizeof(Coefficients) / sizeof(float), first);
-  take(coefficients, n.coefficients, n.coefficients_at);
-  n.clip_coef = 1;
+  StepScalars s{};
+  check_scalars("coefficients", coefficients, at::kFloat, kCoefficientCount, first);
+  take(coefficients, s.coefficients, s.device_coefficients);
+  s.clip_coef = 1;
   if (clip_coef) {
-    check_number("clip_coef", *clip_coef, at::kFloat, 1, first);
-    take(*clip_coef, n.clip_coef, n.clip_coef_at);
+    check_scalars("clip_coef", *clip_coef, at::kFloat, 1, first);
+    take(*clip_coef, s.clip_coef, s.device_clip_coef);
   }
   if (!rings.empty()) {
     TORCH_CHECK_VALUE(step, "step must be given with rings, got None");
-    take_step(n, *step, every, rings[0], first);
+    take_step(s, *step, every, rings[0], first);
     for (size_t j = 0; j < rings.size(); ++j) {
       const int64_t param = ring_of[j] / kFields, field = ring_of[j] % kFields;
       TORCH_CHECK_VALUE(ring_of[j] >= 0 && param < static_cast<int64_t>(params.size()), "ring_of[", j,
                         "] must be a field of one of the params (below ", kFields * params.size(), "), got ",
                         ring_of[j]);
-      check_ring("rings[" + std::to_string(j) + "]", rings[j], params[param], n.slots);
-      list[param].rings[field] = blocks.update(rings[j]);
+      check_ring("rings[" + std::to_string(j) + "]", rings[j], params[param], s.slots);
+      list[param].rings[field] = memory.update(rings[j]);
     }
   }
 
   const Rounding how = rounding == "per-op" ? Rounding::per_op : Rounding::opmath;
 #ifdef BHFAST_CUDA
   if (for_cuda(first)) {
-    cuda::adam(list, dtype, how, n, stream_of(first));
+    cuda::adam(list, dtype, how, s, stream_of(first));
   } else
 #endif
-    cpu::adam(std::move(list), dtype, how, n);
-  blocks.put_back();
+    cpu::adam(std::move(list), dtype, how, s);
+  memory.copy_back();
 }
 
 std::tuple<Tensor, Tensor> clip_coefficient_op(TensorList grads, double max_norm) {
   TORCH_CHECK_VALUE(!grads.empty(), "grads must be at least one, got none");
   const Tensor& first = grads[0];
   const c10::DeviceGuard guard(first.device());
-  Blocks blocks;
+  ContiguousMemory memory;
   std::vector<GradTensor> list;
   list.reserve(grads.size());
   bool any_bfloat16 = false;
@@ -231,7 +240,7 @@ std::tuple<Tensor, Tensor> clip_coefficient_op(TensorList grads, double max_norm
     TORCH_CHECK_VALUE(grads[i].device() == first.device(), "grads[", i, "] must be on ", first.device(),
                       " like grads[0], got ", grads[i].device());
     any_bfloat16 |= dtype == Dtype::bfloat16;
-    list.push_back({blocks.read(grads[i]), dtype, grads[i].numel()});
+    list.push_back({memory.read(grads[i]), dtype, grads[i].numel()});
   }
   const auto scalar = first.options().dtype(at::kFloat);
   const Tensor norm = at::empty({}, scalar), clip_coef = at::empty({}, scalar);
@@ -240,7 +249,7 @@ std::tuple<Tensor, Tensor> clip_coefficient_op(TensorList grads, double max_norm
 #ifdef BHFAST_CUDA
   if (for_cuda(first)) {
     Tensor joined;
-    if (list.size() > cuda::kMaxGrads) {  // as one tensor; of mixed dtypes as float32, which holds both exactly
+    if (list.size() > cuda::kMaxGrads) {  // joined to one; mixed dtypes become float32, which holds both exactly
       std::vector<Tensor> flat;
       for (const Tensor& grad : grads) flat.push_back(grad.flatten());
       joined = at::cat(flat);
@@ -262,22 +271,22 @@ void record_op(TensorList values, TensorList rings, const Tensor& step, int64_t 
   check_length("rings", rings.size(), "values", values.size());
   if (values.empty()) return;
   const c10::DeviceGuard guard(values[0].device());
-  StepNumbers n{};
-  take_step(n, step, every, rings[0], values[0]);
-  Blocks blocks;
+  StepScalars s{};
+  take_step(s, step, every, rings[0], values[0]);
+  ContiguousMemory memory;
   std::vector<RecordTensor> list;
   for (size_t i = 0; i < values.size(); ++i) {
-    check_ring("rings[" + std::to_string(i) + "]", rings[i], values[i], n.slots);
+    check_ring("rings[" + std::to_string(i) + "]", rings[i], values[i], s.slots);
     TORCH_CHECK_VALUE(values[i].device() == values[0].device(), "values[", i, "] must be on ", values[0].device(),
                       " like values[0], got ", values[i].device());
-    list.push_back({blocks.read(values[i]), blocks.update(rings[i]), static_cast<int64_t>(values[i].nbytes())});
+    list.push_back({memory.read(values[i]), memory.update(rings[i]), static_cast<int64_t>(values[i].nbytes())});
   }
 #ifdef BHFAST_CUDA
   if (for_cuda(values[0])) {
-    cuda::record(list, n, stream_of(values[0]));
+    cuda::record(list, s, stream_of(values[0]));
   } else
 #endif
-    cpu::record(list, n);
+    cpu::record(list, s);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Where a record goes: in a ring of `slots` records, written one after the other, at every step divisible by `every`.
+// Where a record goes: a ring has `slots` slots, and every step divisible by `every` fills the next one.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace bhfast {
 
-// Return the slot of a step counted from 1, or -1 if the step is not recorded. Record 0, the start, has slot 0.
+// The slot of `step`, counted from 1, or -1 if the step is not recorded. Slot 0 also holds record 0, the initial state.
 BHFAST_INLINE int64_t slot_of(int64_t step, int64_t every, int64_t slots) {
   return step % every ? -1 : step / every % slots;
 }

@@ -1,4 +1,4 @@
-// What the kernels of every device are handed: raw pointers to contiguous tensors, and the numbers of one step.
+// The arguments of every device's kernels: raw pointers to contiguous tensors, and the scalars of a step.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,9 @@ enum class Rounding { per_op, opmath };
 
 constexpr int kFields = 4;  // param, grad, exp_avg, exp_avg_sq: the order of bhfast.ops.checks.FIELDS
 
-constexpr int64_t kNormBlock = 1024;  // squares summed as one by a gradient norm: bhfast.ops.arithmetic.NORM_BLOCK
+constexpr int64_t kNormBlock = 1024;  // squares that a gradient norm sums together: bhfast.ops.arithmetic.NORM_BLOCK
+
+constexpr int64_t kCoefficientCount = sizeof(Coefficients) / sizeof(float);
 
 struct AdamTensors {
   void* param;
@@ -35,13 +37,13 @@ struct RecordTensor {
   int64_t bytes;
 };
 
-// The numbers of a step. The pointers, where not null, are to the device's memory and stand for the value beside them.
-struct StepNumbers {
-  const Coefficients* coefficients_at;
+// The scalars of a step. Where a pointer is not null, it points to device memory and replaces the value below it.
+struct StepScalars {
+  const Coefficients* device_coefficients;
   Coefficients coefficients;
-  const float* clip_coef_at;
+  const float* device_clip_coef;
   float clip_coef;
-  const int64_t* step_at;
+  const int64_t* device_step;
   int64_t step;
   int64_t every;
   int64_t slots;

@@ -53,10 +53,10 @@ OPERATIONS = ("clip_coefficient", "adam_", "record_")
 
 @pytest.fixture(scope="session")
 def cuda_on_cpu(extension: ModuleType) -> SimpleNamespace:
-    """The operations as a CUDA device has them, its kernels executed by the CPU.
+    """The operations with their CUDA kernels, which the CPU executes.
 
-    The kernels get the addresses of a step's numbers; ``by_value(True)`` hands them over themselves. ``seed(n)`` seeds
-    the order in which threads run.
+    The kernels get a step's scalars by address, or by value after ``by_value(True)``. ``seed(n)`` seeds the order in
+    which threads run.
     """
     from cuda_on_cpu import build
 
@@ -66,7 +66,7 @@ def cuda_on_cpu(extension: ModuleType) -> SimpleNamespace:
         torch.library.define(f"bhfast_cuda_on_cpu::{name}", schema[schema.index("(") :])
     torch.ops.load_library(library)
     stand_in = ctypes.CDLL(library)
-    by_value = ctypes.c_bool.in_dll(stand_in, "numbers_by_value")
+    by_value = ctypes.c_bool.in_dll(stand_in, "scalars_by_value")
     stand_in.cuda_on_cpu_seed.argtypes = (ctypes.c_uint64,)
     operations = {name: _with_signature(name, getattr(torch.ops.bhfast_cuda_on_cpu, name)) for name in OPERATIONS}
     return SimpleNamespace(
@@ -84,7 +84,7 @@ def _with_signature(name: str, operation: Callable[..., object]) -> Callable[...
 
 KERNELS = [
     *[("torch", device) for device in ("cpu", "cuda", "mps")],
-    *[(instructions, "cpu") for instructions in ("portable", "avx2", "avx512")],
+    *[(instructions, "cpu") for instructions in ("portable", "avx2", "avx512", "avx512bf16")],
     ("compiled", "cuda"),
     ("cuda-on", "cpu"),
 ]

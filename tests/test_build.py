@@ -1,4 +1,4 @@
-"""What setup.py decides to build, and what it says."""
+"""What setup.py decides to build, and what it prints."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytest.importorskip("setuptools", reason="builds need setuptools")
 
 @pytest.fixture
 def plan(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[object, str]]:
-    """Calls setup.py in an environment, to build nothing; returns with what it exits, and what it says."""
+    """Runs setup.py in the given environment without building; returns its exit status and output."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["setup.py", "--name"])
 
@@ -95,7 +95,7 @@ def test_a_torch_too_old_for_the_cuda_kernels_is_named(tmp_path: Path, plan, mon
 
 
 def test_without_torch_there_is_pure_torch(plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in an isolated build; an install there must not fail."""
+    """As in an isolated build, where an install must not fail."""
     monkeypatch.setitem(sys.modules, "torch", None)
     status, said = plan()
     assert status == 0
@@ -103,7 +103,7 @@ def test_without_torch_there_is_pure_torch(plan, monkeypatch: pytest.MonkeyPatch
 
 
 def test_every_source_is_built_and_every_header_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A change of any file of csrc/ builds the extension anew."""
+    """A change to any file in csrc/ rebuilds the extension."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("BHFAST_BUILD", "cpu")
     told: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Corpora: the built-in text, cleaning, windows, refusals."""
+"""Corpora: the built-in text, cleaning, windows, errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels executed by the CPU under sanitizers, and whether the stand-in for CUDA notices what is wrong."""
+"""The CUDA kernels, executed by the CPU under sanitizers; and whether the emulation of CUDA notices faults."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FAULTS = {
     "missing_barrier": "the result is wrong",
     "divergent_barrier": "threads of one group wait at different barriers",
     "barrier_without_everyone": "threads wait at a barrier for a thread that has left",
-    "half_a_cluster": "threads wait for one another for ever",
+    "half_a_cluster": "threads wait for each other forever",
     "beyond_shared_memory": "index 63 out of bounds",
     "beyond_dynamic_memory": "AddressSanitizer: heap-buffer-overflow",
     "beyond_the_tensor": "AddressSanitizer: heap-buffer-overflow",
@@ -26,7 +26,7 @@ FAULTS = {
     "misaligned_matrix": "ldmatrix from an address not aligned to 16 bytes",
 }
 OVERFLOW = "AddressSanitizer: heap-buffer-overflow"
-BROKEN = [  # file, what it says, what it says in a broken copy, which probe finds it, and how
+BROKEN = [  # file, code, code in a broken copy, the probe that must fail, its message
     ("cuda/adam.cu", "aligned && i + P::kSize <= t.numel", "aligned && i < t.numel", "adam", OVERFLOW),
     ("cuda/adam.cu", "all_aligned<T>(tensors[i])", "true", "adam", "misaligned address"),
     ("cuda/adam.cu", "slot * numel + i;", "slot * numel + i + 1;", "adam", OVERFLOW),

@@ -1,4 +1,4 @@
-"""Fused multiply-add, against exact sums."""
+"""Fused multiply-add, compared with exact sums."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The graph engine: on a GPU as it is; on a CPU with its graph replaced by the function that it would capture."""
+"""The graph engine, on a GPU; and on a CPU with the graph replaced by the function that it would capture."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from traces import assert_same_data
 from bhfast import doctor
 from bhfast.config import TrainConfig
 from bhfast.engines import graph
+from bhfast.engines.base import StorageGuard, TrainingRun
 from bhfast.engines.choose import select_engine
 from bhfast.engines.graph import GraphEngine
-from bhfast.engines.job import Addresses, Job
 from bhfast.errors import BhfastError, ConfigError
 from bhfast.model import GPTConfig
 from bhfast.ops import extension
@@ -28,21 +28,21 @@ SETTINGS = {"steps": 23, "hidden_dim": 32, "context": 16, "batch_size": 2, "quie
 
 
 class EagerGraphEngine(GraphEngine):
-    """Replays by doing the work again, with the records counted as in a capture. It needs no CUDA."""
+    """Replays by running the step again, with records counted as in a capture. Needs no CUDA."""
 
-    def __init__(self, job: Job) -> None:
-        super().__init__(job)
+    def __init__(self, run: TrainingRun) -> None:
+        super().__init__(run)
         self._replay = self._again
 
     def _again(self) -> None:
-        with self.job.recorder.counted_by(self.step):
+        with self.training_run.recorder.counted_by(self.step):
             self._step()
-        self._addresses = Addresses(self.job, "")  # an eager backward makes new gradients
+        self._guard = StorageGuard(self.training_run, "")  # an eager backward allocates new gradients
 
 
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> list[SlowCopyStream]:
-    """Let ``--engine graph`` run on the CPU, its records through a ring with a slow copy stream; yields the streams."""
+    """Make ``--engine graph`` run on the CPU and record through a ring with a slow copy stream; return the streams."""
     streams: list[SlowCopyStream] = []
 
     def make_copy_stream(device: torch.device) -> SlowCopyStream:
@@ -73,7 +73,7 @@ def test_its_records_are_those_of_the_torch_engine(changes, emulated, tmp_path: 
     assert torch.equal(result.losses, reference.losses)
     for p, q in zip(result.model.parameters(), reference.model.parameters(), strict=True):
         assert torch.equal(p, q)
-    assert len(emulated) == 2  # one for each run, and both were let go of
+    assert len(emulated) == 2  # one for each run
     assert all(stream.closed for stream in emulated)
 
 
@@ -83,18 +83,21 @@ def test_it_counts_the_optimizers_steps(emulated, tmp_path: Path, text: str, mon
         EagerGraphEngine, "run", lambda self, n, run=GraphEngine.run: (engines.append(self), run(self, n))
     )
     train(settings(tmp_path, text, device="cpu", engine="graph"))
-    steps = {state["step"].item() for state in engines[0].job.optimizer.state.values()}
+    steps = {state["step"].item() for state in engines[0].training_run.optimizer.state.values()}
     assert steps == {23.0}
 
 
 def test_a_moved_parameter_is_an_error(emulated, tmp_path: Path, text: str, monkeypatch) -> None:
     def moving(self, steps):
-        param = next(iter(self.job.model.parameters()))
+        param = next(iter(self.training_run.model.parameters()))
         param.data = param.data.clone()
         GraphEngine.run(self, steps)
 
     monkeypatch.setattr(EagerGraphEngine, "run", moving)
-    with pytest.raises(BhfastError, match="moved or replaced after the CUDA graph was captured"):
+    with pytest.raises(
+        BhfastError,
+        match="moved or replaced during the run, but the CUDA graph still uses the old one; use --engine torch",
+    ):
         train(settings(tmp_path, text, device="cpu", engine="graph"))
 
 
@@ -118,11 +121,11 @@ def test_auto_takes_it_and_says_that_its_speed_is_not_measured(monkeypatch: pyte
     """This goes when ``benchmarks/results`` has the figures of a GPU."""
     cuda = torch.device("cuda")
     monkeypatch.setattr(extension, "backend", lambda device: ("CUDA", "compiled"))
-    monkeypatch.setattr(extension, "native_instruction_sets", lambda: ["portable"])
+    monkeypatch.setattr(extension, "native_unsupported", lambda hidden_dim, heads: "odd" if hidden_dim % 32 else None)
     reason = "its speed is not measured yet; --device cpu --engine native may be faster"
     assert select_engine("auto", cuda) == ("graph", reason)
     assert select_engine("graph", cuda) == ("graph", "as asked")
-    unfit = GPTConfig(hidden_dim=24, heads=2)  # for the native engine
+    unfit = GPTConfig(hidden_dim=24, heads=2)
     assert select_engine("auto", cuda, unfit) == ("graph", "its speed is not measured yet")
 
     monkeypatch.setattr(doctor, "select_device", lambda name: (cuda, ""))
@@ -137,7 +140,7 @@ def test_auto_takes_it_and_says_that_its_speed_is_not_measured(monkeypatch: pyte
 @pytest.mark.parametrize("device", ["cuda"], indirect=True)
 @pytest.mark.parametrize("changes", [{}, {"steps": 400, "record_every": 3}, {"grad_accum": 3}], ids=str)
 def test_on_a_gpu_it_records_what_the_torch_engine_does(changes, device, tmp_path, text, monkeypatch) -> None:
-    """The same kernels in the same order: the same bits, and every one of them replays on the CPU."""
+    """The same kernels in the same order give the same bits, and all of them replay on the CPU."""
     monkeypatch.setattr(RecordSlots, "_half_size", staticmethod(lambda *_: 4))  # the ring goes round many times
     config = settings(tmp_path, text, device="cuda", **changes)
     eager = train(replace(config, engine="torch", out=str(tmp_path / "eager.safetensors")))

@@ -1,4 +1,4 @@
-"""The network and its start."""
+"""The network and its initialization."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_gradients_are_near_float64(sizes, generator) -> None:
     assert abs(losses[0].item() - losses[1].item()) < LOSS
     for (name, p), q in zip(model.named_parameters(), exact.parameters(), strict=True):
         if config.context == 1 and "c_attn" in name:
-            continue  # one position attends to itself whatever the scores: two thirds of this gradient are zero
+            continue  # a single position attends to itself whatever the scores, so two thirds of this gradient are zero
         error = (p.grad.double() - q.grad).norm() / q.grad.norm()
         assert error < GRADIENT, f"{name}: {error:.3g}"
 

@@ -1,4 +1,4 @@
-"""The native engine: its gradients, its records, and that its bits depend on neither threads nor luck."""
+"""The native engine: its gradients and records, and that threads do not change its bits."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from tolerances import LOSS
 from traces import assert_same_data
 
 from bhfast.config import TrainConfig
+from bhfast.engines.base import TrainingRun
 from bhfast.engines.choose import make_engine, select_engine
-from bhfast.engines.job import Job
 from bhfast.engines.native import NativeEngine
 from bhfast.engines.torch import TorchEngine
 from bhfast.errors import BhfastError, ConfigError
@@ -46,16 +46,16 @@ def instruction_set(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def make_job(
+def make_run(
     *, steps: int = 1, sigma: float = 0.02, batch: int = 1, grad_accum: int = 1, target_offset: int = 2, **sizes: int
-) -> Job:
+) -> TrainingRun:
     """A run on random bytes, without a recorder."""
     generator = torch.Generator().manual_seed(3)
     config = GPTConfig(**sizes)
     model, _ = build_model(config, sigma=sigma, init_scale=0.02, seed=1)
     corpus = torch.randint(min(config.vocab_size, 79), (5000,), dtype=torch.uint8, generator=generator)
     last = len(corpus) - config.context - 1
-    return Job(
+    return TrainingRun(
         model=model,
         optimizer=FusedAdam(model.parameters(), lr=1e-3, weight_decay=0.0, max_grad_norm=1.0),
         recorder=NullSlots(),
@@ -67,25 +67,29 @@ def make_job(
 
 
 def state_of(engine: NativeEngine) -> list[torch.Tensor]:
-    """All that a run leaves."""
-    state = engine.job.optimizer.state
-    kept = [x for p in engine.job.model.parameters() for x in (p, p.grad, state[p]["exp_avg"], state[p]["exp_avg_sq"])]
+    """Everything that a run changes."""
+    state = engine.training_run.optimizer.state
+    kept = [
+        x
+        for p in engine.training_run.model.parameters()
+        for x in (p, p.grad, state[p]["exp_avg"], state[p]["exp_avg_sq"])
+    ]
     return [*kept, engine.losses, engine.grad_norms]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Right values
+# Values
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_gradients_are_as_near_to_float64_as_the_torch_engines(shape, instruction_set: str) -> None:
-    native = NativeEngine(make_job(**shape), threads=2, instruction_set=instruction_set)
-    eager = TorchEngine(make_job(**shape))
-    exact = TiedGPT(native.job.model.config).double()
-    exact.load_state_dict(native.job.model.state_dict())
+    native = NativeEngine(make_run(**shape), threads=2, instruction_set=instruction_set)
+    eager = TorchEngine(make_run(**shape))
+    exact = TiedGPT(native.training_run.model.config).double()
+    exact.load_state_dict(native.training_run.model.state_dict())
     windows = eager.windows[eager.offsets[0, 0]]
     logits = exact(windows[:, :-1])
-    targets = windows[:, native.job.target_offset :]
+    targets = windows[:, native.training_run.target_offset :]
     terms = logits[:, : targets.size(1)].log_softmax(-1).gather(2, targets[..., None])
     (-terms.mean()).backward()
     for engine in (native, eager):
@@ -94,14 +98,17 @@ def test_gradients_are_as_near_to_float64_as_the_torch_engines(shape, instructio
     wanted = torch.cat([p.grad.flatten() for p in exact.parameters()]).norm().item()
     assert native.grad_norms[0].item() == pytest.approx(wanted, rel=2e-2)
     for (name, p), q, r in zip(
-        native.job.model.named_parameters(), eager.job.model.parameters(), exact.parameters(), strict=True
+        native.training_run.model.named_parameters(),
+        eager.training_run.model.parameters(),
+        exact.parameters(),
+        strict=True,
     ):
         error, usual = ((x.grad.double() - r.grad).norm().item() for x in (p, q))
         assert error <= 1.5 * usual + 1e-3 * r.grad.norm().item() + 1e-9, f"{name}: {error:.3g}, torch {usual:.3g}"
 
 
 def test_a_thousand_steps_have_the_loss_of_the_torch_engine(text: str) -> None:
-    """Away from a black hole, where the least rounding decides which way a token leaves first."""
+    """Not from a black hole: there the smallest rounding decides which token leaves first, and where to."""
     config = TrainConfig(
         steps=1000, sigma=0.02, lr=3e-4, corpus=text, record_every=0, quiet=True, device="cpu", engine="native"
     )
@@ -111,32 +118,32 @@ def test_a_thousand_steps_have_the_loss_of_the_torch_engine(text: str) -> None:
 
 
 def test_accumulation_is_a_larger_batch(instruction_set: str) -> None:
-    jobs = make_job(steps=3, batch=6), make_job(steps=3, batch=2, grad_accum=3)
-    engines = [NativeEngine(job, instruction_set=instruction_set) for job in jobs]
+    runs = make_run(steps=3, batch=6), make_run(steps=3, batch=2, grad_accum=3)
+    engines = [NativeEngine(run, instruction_set=instruction_set) for run in runs]
     for engine in engines:
         engine.run(3)
     assert all(torch.equal(a, b) for a, b in zip(*map(state_of, engines), strict=True))
 
 
 def test_nan_goes_where_it_goes_in_the_torch_engine(instruction_set: str) -> None:
-    engines = [NativeEngine(make_job(), instruction_set=instruction_set), TorchEngine(make_job())]
+    engines = [NativeEngine(make_run(), instruction_set=instruction_set), TorchEngine(make_run())]
     for engine in engines:
         with torch.no_grad():
-            engine.job.model.h[1].mlp.c_fc.bias[3] = torch.nan
+            engine.training_run.model.h[1].mlp.c_fc.bias[3] = torch.nan
         engine.run(1)
         assert engine.losses[0].isnan()
         assert engine.grad_norms[0].isnan()
-        assert engine.job.model.wte.weight.grad.isnan().all()
+        assert engine.training_run.model.wte.weight.grad.isnan().all()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The same bits
+# Bits
 
 
 @pytest.mark.parametrize("shape", [{}, SHAPES[2], SHAPES[4]], ids=str)
 def test_any_number_of_threads_makes_the_same_bits(shape, instruction_set: str) -> None:
     engines = [
-        NativeEngine(make_job(steps=12, **shape), threads=threads, instruction_set=instruction_set)
+        NativeEngine(make_run(steps=12, **shape), threads=threads, instruction_set=instruction_set)
         for threads in (1, 2, 2, 3, 5)
     ]
     for engine in engines:
@@ -150,10 +157,10 @@ def test_any_number_of_threads_makes_the_same_bits(shape, instruction_set: str) 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("vocab_size", [97, 128])
 def test_tokens_that_never_occur_stay_one_vector(vocab_size: int, threads: int, instruction_set: str) -> None:
-    job = make_job(steps=60, sigma=0, vocab_size=vocab_size)
-    start = job.model.wte.weight[0].clone()
-    NativeEngine(job, threads=threads, instruction_set=instruction_set).run(60)
-    dead, live = job.model.wte.weight[79:], job.model.wte.weight[:79]
+    run = make_run(steps=60, sigma=0, vocab_size=vocab_size)
+    start = run.model.wte.weight[0].clone()
+    NativeEngine(run, threads=threads, instruction_set=instruction_set).run(60)
+    dead, live = run.model.wte.weight[79:], run.model.wte.weight[:79]
     assert (dead == dead[0]).all()
     assert not torch.equal(dead[0], start)
     assert len(live.unique(dim=0)) > 70
@@ -191,18 +198,18 @@ def test_its_trace_proves_itself(rounding: str, settings: TrainConfig) -> None:
 
 
 def test_its_logits_are_those_of_the_first_window(settings: TrainConfig) -> None:
-    job = make_job(batch=3, context=24)
+    run = make_run(batch=3, context=24)
     logits = torch.empty(1, 128, dtype=torch.bfloat16)
 
     class Logits(NullSlots):
         def log_into(self, **values: torch.Tensor) -> dict[str, torch.Tensor]:
             return {"logits": logits}
 
-    job = Job(**{**vars(job), "recorder": Logits()})
-    window = job.corpus.long().unfold(0, 25, 1)[job.offsets[0, 0]]
+    run = TrainingRun(**{**vars(run), "recorder": Logits()})
+    window = run.corpus.long().unfold(0, 25, 1)[run.offsets[0, 0]]
     with torch.no_grad():
-        wanted = job.model(window[:, :-1])[0, -1].float()
-    NativeEngine(job).run(1)
+        wanted = run.model(window[:, :-1])[0, -1].float()
+    NativeEngine(run).run(1)
     assert (logits[0].float() - wanted).abs().max() < 0.02 * wanted.abs().max()
 
 
@@ -222,39 +229,42 @@ def test_records_do_not_depend_on_how_often_or_where_to(settings: TrainConfig, t
 
 
 def test_the_optimizer_knows_the_steps_it_did_not_perform() -> None:
-    job = make_job(steps=8)
-    engine = NativeEngine(job)
+    run = make_run(steps=8)
+    engine = NativeEngine(run)
     engine.run(3)
     engine.run(5)
-    assert {state["step"].item() for state in job.optimizer.state.values()} == {8}
+    assert {state["step"].item() for state in run.optimizer.state.values()} == {8}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Life
+# Running
 
 
 def test_other_threads_of_python_go_on(settings: TrainConfig) -> None:
-    engine = NativeEngine(make_job(steps=400, vocab_size=2000, batch=2), threads=1)
-    run = threading.Thread(target=engine.run, args=(400,))
-    run.start()
+    engine = NativeEngine(make_run(steps=400, vocab_size=2000, batch=2), threads=1)
+    thread = threading.Thread(target=engine.run, args=(400,))
+    thread.start()
     turns = 0
-    while run.is_alive():
+    while thread.is_alive():
         time.sleep(0.001)
         turns += 1
     assert turns > 20
 
 
 def test_a_moved_parameter_is_an_error() -> None:
-    job = make_job(steps=2)
-    engine = NativeEngine(job)
+    run = make_run(steps=2)
+    engine = NativeEngine(run)
     engine.run(1)
-    job.model.wte.weight.data = job.model.wte.weight.data.clone()
-    with pytest.raises(BhfastError, match="moved or replaced after the native engine was built, which goes on with"):
+    run.model.wte.weight.data = run.model.wte.weight.data.clone()
+    with pytest.raises(
+        BhfastError,
+        match="moved or replaced during the run, but the native engine still uses the old one; use --engine torch",
+    ):
         engine.run(1)
 
 
 def test_profile_says_what_time_is_spent_on() -> None:
-    engine = NativeEngine(make_job(steps=20), threads=2)
+    engine = NativeEngine(make_run(steps=20), threads=2)
     engine.run(10)
     assert set(engine.program.profile().values()) == {0}
     engine.program.set_profiling(True)
@@ -269,28 +279,31 @@ def test_auto_takes_it_on_a_cpu() -> None:
     cpu = torch.device("cpu")
     assert select_engine("auto", cpu) == ("native", "the fastest for cpu")
     odd = GPTConfig(hidden_dim=24, heads=2)
-    hindrance = "the native engine needs a hidden_dim divisible by 32, and by 16 times heads, got 24 and 2"
-    assert select_engine("auto", cpu, odd) == ("torch", hindrance)
-    with pytest.raises(ConfigError, match=f"engine native cannot run here: {hindrance}; use --engine torch"):
+    reason = "the native engine needs a hidden_dim divisible by 32, and by 16 times heads, got 24 and 2"
+    assert select_engine("auto", cpu, odd) == ("torch", reason)
+    with pytest.raises(ConfigError, match=f"engine native cannot run here: {reason}; use --engine torch"):
         select_engine("native", cpu, odd)
     with pytest.raises(ConfigError, match="the native engine runs on the CPU, not on cuda"):
         select_engine("native", torch.device("cuda"))
-    assert isinstance(make_engine("native", make_job()), NativeEngine)
+    assert isinstance(make_engine("native", make_run()), NativeEngine)
 
 
-def test_without_the_extension_torch_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_extension_auto_takes_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extension, "_extension", None)
     monkeypatch.setattr(extension, "_unavailable", "the extension is not built")
-    hindrance = "the native engine needs the C++ kernels: the extension is not built"
-    assert select_engine("auto", torch.device("cpu")) == ("torch", hindrance)
+    reason = "the native engine needs the C++ kernels: the extension is not built"
+    assert select_engine("auto", torch.device("cpu")) == ("torch", reason)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"instruction_set": "mmx"}, r"instruction_set must be one of this machine's \(.*portable\), got 'mmx'"),
+        (
+            {"instruction_set": "mmx"},
+            r"instruction_set must be one that this machine supports \(.*portable\), got 'mmx'",
+        ),
         ({"threads": 0}, "threads must be at least 1, got 0"),
-        ({"heads": 3}, "hidden_dim must be divisible by 32, and by 16 times heads, got 64 and 3"),
+        ({"heads": 3}, "needs a hidden_dim divisible by 32, and by 16 times heads, got 64 and 3"),
         ({"target_offset": 129}, "target_offset must be 1 to 128, got 129"),
         ({"offsets": torch.tensor([[5000]])}, "offsets must be 0 to 4871"),
         ({"corpus": torch.full((5000,), 200, dtype=torch.uint8)}, "corpus must have bytes below 128"),
@@ -308,15 +321,15 @@ def test_refuses_what_would_write_beyond_memory(change, message, monkeypatch: py
     real = extension.native_engine
     monkeypatch.setattr(extension, "native_engine", lambda **arguments: real(**{**arguments, **change}))
     with pytest.raises((ValueError, TypeError), match=message):
-        NativeEngine(make_job())
+        NativeEngine(make_run())
 
 
 def test_window_loss_is_what_it_minimises() -> None:
     """The mean over all windows and positions that have a target."""
-    job = make_job(batch=4, target_offset=3)
-    window = job.corpus.long().unfold(0, 129, 1)[job.offsets[0, 0]]
+    run = make_run(batch=4, target_offset=3)
+    window = run.corpus.long().unfold(0, 129, 1)[run.offsets[0, 0]]
     with torch.no_grad():
-        wanted = window_loss(job.model(window[:, :-1]), window, 3).item()
-    engine = NativeEngine(job)
+        wanted = window_loss(run.model(window[:, :-1]), window, 3).item()
+    engine = NativeEngine(run)
     engine.run(1)
     assert engine.losses[0].item() == pytest.approx(wanted, abs=LOSS)

@@ -1,4 +1,4 @@
-"""The arithmetic, against torch's own and against exact sums."""
+"""The operations, compared with torch's and with exact sums."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ DTYPES = [torch.bfloat16, torch.float32]
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal bits, signed zeros told apart; two NaN are equal whatever their payloads."""
+    """Return whether the bits are equal. Zeros differ by sign; any two NaN are equal."""
     integer = {2: torch.int16, 4: torch.int32}[a.itemsize]
     a, b = a.detach().cpu(), b.detach().cpu()
     return bool(((a.view(integer) == b.view(integer)) | (a.isnan() & b.isnan())).all())
 
 
 def awkward(n: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Values of all magnitudes, among them zeros, subnormals, infinities, NaN and exact ties."""
+    """Values of all magnitudes, including zeros, subnormals, infinities, NaN and exact ties."""
     x = torch.randn(n, generator=generator) * 10.0 ** torch.randint(-12, 4, (n,), generator=generator)
     special = torch.tensor([0.0, -0.0, 1e-40, -1e-45, 2.0**-133, math.inf, -math.inf, math.nan, 1 + 2.0**-8, 3e38])
     chosen = torch.rand(n, generator=generator) < 0.2
@@ -93,7 +93,7 @@ def test_grad_norm_sums_in_the_specified_order(sizes, dtype, kernels, generator)
 
 
 def test_grad_norm_of_many_and_large_tensors(kernels, generator) -> None:
-    """Three levels of sums; more tensors than a kernel takes at once; not contiguous; of two dtypes."""
+    """Three levels of sums, two dtypes; more tensors than a kernel takes at once, not contiguous."""
     for grads in (
         [torch.randn(1_100_000, generator=generator), torch.randn(3, generator=generator).bfloat16()],
         [torch.randn(2, 3, generator=generator).bfloat16().t() for _ in range(450)],
@@ -154,7 +154,7 @@ def test_clip_coefficient_of_a_nan_norm_is_nan(kernels) -> None:
 @pytest.mark.parametrize("bits", [0x7F800001, 0x7FFF7FFF, 0x7FFF8000, 0x7FFFFFFF, -1, -0x8000], ids=hex)
 @pytest.mark.parametrize("mixed", [False, True], ids=["float32", "mixed"])
 def test_clip_coefficient_of_any_nan_is_nan(bits: int, mixed: bool, kernels) -> None:
-    """Whatever its payload: GPUs make NaN of all ones, which rounding to bfloat16 must not carry into the exponent."""
+    """Whatever its payload. A GPU's NaN is all ones; rounding to bfloat16 must not carry into the exponent."""
     grads = [torch.tensor([bits], dtype=torch.int32).view(torch.float32).to(kernels.device)]
     if mixed:
         grads.append(torch.ones(3, dtype=torch.bfloat16, device=kernels.device))
@@ -228,7 +228,7 @@ def test_all_kernels_have_the_bits_of_the_formula(options, finite, dtype, roundi
 
 
 def test_torch_signs_zeros_by_their_place_at_beta1_zero() -> None:
-    """So no formula has torch's bits there. If this fails, torch has mended it: torch_has_one_lerp can go."""
+    """So no formula has torch's bits there. If this fails, torch has fixed it: remove torch_has_one_lerp."""
     start, end = torch.zeros(67, dtype=torch.bfloat16), torch.full((67,), -0.0, dtype=torch.bfloat16)
     signs = torch.lerp(start, end, 1.0).signbit()
     if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
@@ -236,7 +236,7 @@ def test_torch_signs_zeros_by_their_place_at_beta1_zero() -> None:
     assert signs.any()
     assert not signs.all()
     assert not torch_kernels.torch_has_one_lerp(0.0)
-    assert not torch_kernels.torch_has_one_lerp(1e-9)  # 1 in float32, when it is taken from 1
+    assert not torch_kernels.torch_has_one_lerp(1e-9)  # 1 - 1e-9 is 1 in float32
     assert torch_kernels.torch_has_one_lerp(1e-3)
 
 
@@ -251,7 +251,7 @@ def test_adam_does_not_depend_on_how_fma_is_made(rounding, emulated, generator, 
 
 
 def test_opmath_rounds_once(generator) -> None:
-    """Against the formula in float64: within half a bfloat16 ulp and a little, which per-op rounding exceeds."""
+    """Against float64: within little more than half a bfloat16 ulp, which per-op rounding exceeds."""
     p, g, m, v = tensors(10_000, torch.bfloat16, generator, finite=True)
     exact_m = m.double() + 0.1 * (g.double() - m.double())
     exact_v = 0.999 * v.double() + 0.001 * g.double() ** 2
@@ -282,7 +282,7 @@ def test_adam_advances_many_steps_at_once(generator) -> None:
 
 
 def test_second_moment_never_decreases_in_per_op_bfloat16(generator) -> None:
-    """0.1 % of decay is less than half an ulp of bfloat16: the recorder's users should know, and runs must show it."""
+    """A decay of 0.1 % is less than half an ulp of bfloat16. Every right run shows this."""
     v = torch.rand(10_000, generator=generator).bfloat16()
     zeros = torch.zeros_like(v)
     for step in range(1, 50):
@@ -293,7 +293,7 @@ def test_second_moment_never_decreases_in_per_op_bfloat16(generator) -> None:
 
 @pytest.mark.parametrize("clip", [None, 0.25])
 def test_adam_in_place_takes_views_and_any_layout(clip, kernels, generator) -> None:
-    """Non-contiguous, scattered, and adjacent tensors all get what one flat tensor gets."""
+    """Tensors that are scattered, adjacent, misaligned or not contiguous get the same results as one flat tensor."""
     p, g, m, v = tensors(3 * 35, torch.bfloat16, generator, finite=True)
     coefficient = None if clip is None else torch.tensor(clip)
     clipped = g if clip is None else g * coefficient
@@ -356,7 +356,7 @@ def test_autograd_sees_that_parameters_were_written_to(kernels, generator) -> No
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rounding", arithmetic.ROUNDINGS)
 def test_adam_records_what_it_read_and_what_it_made(rounding, dtype, kernels, generator) -> None:
-    """Of two of three tensors, some fields; in the slot of the step; nothing at steps that are not recorded."""
+    """Some fields of two of three tensors, in the step's slot; nothing at steps that are not recorded."""
     sizes = [70, 5000, 33]
     state = tensors(sum(sizes), dtype, generator, finite=False)
     lists = [[x.to(kernels.device) for x in t.split(sizes)] for t in state]
@@ -487,7 +487,7 @@ def test_backend_says_why(monkeypatch) -> None:
     assert module.backend() == ("torch", "no such luck")
 
 
-def test_an_extension_that_does_not_load_is_told_from_one_that_is_not_built(monkeypatch) -> None:
+def test_an_extension_that_does_not_load_is_distinguished_from_one_that_is_not_built(monkeypatch) -> None:
     def missing(name: str) -> None:
         raise ModuleNotFoundError(name)
 
@@ -497,7 +497,7 @@ def test_an_extension_that_does_not_load_is_told_from_one_that_is_not_built(monk
     monkeypatch.setattr(module.importlib, "import_module", missing)
     assert "not built" in module._load()[1]
     monkeypatch.setattr(module.importlib, "import_module", broken)
-    assert module._load() == (None, "the extension does not load: undefined symbol: _ZN3c10; build it anew")
+    assert module._load() == (None, "the extension does not load: undefined symbol: _ZN3c10; rebuild it")
 
 
 @pytest.mark.parametrize("operation", ["clip_coefficient", "adam_", "record_"])
@@ -508,7 +508,13 @@ def test_what_backend_says_is_what_runs(operation: str, extension) -> None:
     assert has_kernel(f"bhfast::{operation}", "CUDA") == (module.backend("cuda")[0] == "CUDA")
 
 
+def test_norm_block_is_the_same_in_cpp(extension) -> None:
+    assert extension.norm_block == arithmetic.NORM_BLOCK
+
+
 def test_instruction_sets(extension) -> None:
     assert extension.instruction_sets()[-1] == "portable"
-    with pytest.raises(ValueError, match=r"must be an instruction set of this machine \(.*portable\), got 'sse'"):
+    with pytest.raises(
+        ValueError, match=r"instruction_set must be one that this machine supports \(.*portable\), got 'sse'"
+    ):
         extension.use_instruction_set("sse")

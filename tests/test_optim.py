@@ -1,4 +1,4 @@
-"""FusedAdam beside torch.optim.AdamW: bits, state, schedulers, groups, refusals."""
+"""FusedAdam compared with torch.optim.AdamW: bits, state, schedulers, groups, errors."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_equals_torch_adamw_over_20_steps(options, generator) -> None:
 
 
 def test_float32_is_near_torch_adamw(generator) -> None:
-    """torch's float32 square root may be an ulp off, so its AdamW is no reference to the bit."""
+    """torch's float32 square root may be off by one ulp, so the bits of its AdamW are not a reference."""
     ours, theirs = twins(generator, torch.float32)
     a, b = FusedAdam(ours), torch.optim.AdamW(theirs, foreach=False, fused=False)
     for _ in range(20):
@@ -79,7 +79,7 @@ def test_float32_is_near_torch_adamw(generator) -> None:
 
 @pytest.mark.skipif(not arithmetic._addcmul_is_fused(), reason="torch's AdamW has other bits on a CPU without FMA")
 def test_state_dict_goes_both_ways(generator) -> None:
-    """Three steps here, three there, and back, through a file: the same bits as torch alone."""
+    """FusedAdam, AdamW, FusedAdam, three steps each, with the state saved in a file between: torch's bits."""
     ours, theirs = twins(generator)
     a, b = FusedAdam(ours), torch.optim.AdamW(theirs, foreach=False, fused=False)
     other = torch.optim.AdamW(ours, foreach=False, fused=False)
@@ -213,7 +213,7 @@ def test_refuses_a_state_it_cannot_continue(flag, generator) -> None:
 
 @pytest.mark.parametrize("change", ["step", "state", "clear", "exp_avg", "grad", "group", "load"])
 def test_what_is_changed_between_steps_counts(change, generator) -> None:
-    """FusedAdam keeps lists of its tensors between steps; nobody may notice."""
+    """FusedAdam caches lists of its tensors between steps, which must not be noticeable."""
     results = []
     for forget in (False, True):
         generator.manual_seed(3)
@@ -241,7 +241,7 @@ def test_what_is_changed_between_steps_counts(change, generator) -> None:
                     case "load":
                         optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
             if forget:
-                optimizer._known.clear()
+                optimizer._cached.clear()
             optimizer.step()
         results.append([*ours, *(x for state in optimizer.state.values() for x in state.values())])
     for one, other in zip(*results, strict=True):
@@ -265,7 +265,7 @@ def test_a_copy_goes_on_alike(duplicate, generator) -> None:
 
 
 def test_scheduled_steps_are_the_steps(generator) -> None:
-    """What a CUDA graph replays: coefficients from a table, chosen by a counter; two groups."""
+    """What a CUDA graph replays: coefficients from a table, selected by a counter; two groups."""
     ours, theirs = twins(generator)
     lrs = [1e-3 * (1 - k / 7) for k in range(7)]
     groups = [[{"params": ps[:2]}, {"params": ps[2:], "weight_decay": 0.3}] for ps in (ours, theirs)]
@@ -288,7 +288,7 @@ def test_scheduled_steps_are_the_steps(generator) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_moments_of_every_parameter_are_aligned_for_the_cuda_kernels(dtype: torch.dtype) -> None:
-    """However odd the sizes before them: misaligned tensors go an element at a time there."""
+    """Whatever the sizes before them: the CUDA kernels process misaligned tensors one element at a time."""
     model = torch.nn.Sequential(torch.nn.Linear(7, 3), torch.nn.Linear(3, 10), torch.nn.LayerNorm(1)).to(dtype)
     optimizer = FusedAdam(model.parameters())
     for param in model.parameters():

@@ -1,1 +1,1 @@
-"""Ways to run training steps. Each engine is one file; all have the members of :class:`bhfast.engines.job.Engine`."""
+"""Ways to run training steps, one file each. Every engine follows :class:`bhfast.engines.base.Engine`."""

@@ -1,10 +1,10 @@
-"""Which engine runs here, and why."""
+"""Chooses the engine, and says why."""
 
 from __future__ import annotations
 
 import torch
 
-from bhfast.engines.job import Engine, Job
+from bhfast.engines.base import Engine, TrainingRun
 from bhfast.errors import ConfigError
 from bhfast.model import GPTConfig
 from bhfast.ops import extension
@@ -13,13 +13,17 @@ ENGINES = ("auto", "torch", "graph", "native")
 
 
 def select_engine(name: str, device: torch.device, model: GPTConfig | None = None) -> tuple[str, str]:
-    """Return the engine to use and why. ``auto`` takes graph on CUDA, native on a CPU, and torch where they cannot run.
+    """Return the engine to use, and why.
+
+    ``auto`` takes graph on CUDA and native on a CPU, and torch elsewhere or where these cannot run.
 
     Args:
-        model: what it is to run; None: the reference network.
+        name: one of ``ENGINES``.
+        device: where the model is.
+        model: the sizes of the network; None: those of the reference run.
 
     Raises:
-        ConfigError: there is no such engine, or it cannot run here.
+        ConfigError: there is no such engine, or it was asked for by name and cannot run here.
     """
     if name not in ENGINES:
         raise ConfigError(f"engine must be one of {', '.join(ENGINES)}, got {name!r}")
@@ -29,24 +33,24 @@ def select_engine(name: str, device: torch.device, model: GPTConfig | None = Non
     wanted = preferred if name == "auto" else name
     if wanted == "torch":
         return wanted, f"the only engine for {device.type}"
-    hindrance = {"graph": _graph_hindrance, "native": _native_hindrance}[wanted](device, model or GPTConfig())
-    if hindrance is None:
+    obstacle = {"graph": _graph_obstacle, "native": _native_obstacle}[wanted](device, model or GPTConfig())
+    if obstacle is None:
         return wanted, "as asked" if wanted == name else _reason_for_auto(wanted, model or GPTConfig())
     if wanted == name:
-        raise ConfigError(f"engine {name} cannot run here: {hindrance}; use --engine torch")
-    return "torch", hindrance
+        raise ConfigError(f"engine {name} cannot run here: {obstacle}; use --engine torch")
+    return "torch", obstacle
 
 
 def _reason_for_auto(engine: str, model: GPTConfig) -> str:
     if engine == "native":
         return "the fastest for cpu"
     reason = "its speed is not measured yet"
-    if _native_hindrance_on_cpu(model) is None:
+    if extension.native_unsupported(model.hidden_dim, model.heads) is None:
         reason += "; --device cpu --engine native may be faster"
     return reason
 
 
-def _graph_hindrance(device: torch.device, model: GPTConfig) -> str | None:
+def _graph_obstacle(device: torch.device, model: GPTConfig) -> str | None:
     if device.type != "cuda":
         return f"a CUDA graph needs a CUDA device, not {device.type}"
     if extension.backend(device)[0] != "CUDA":
@@ -54,33 +58,22 @@ def _graph_hindrance(device: torch.device, model: GPTConfig) -> str | None:
     return None
 
 
-def _native_hindrance(device: torch.device, model: GPTConfig) -> str | None:
+def _native_obstacle(device: torch.device, model: GPTConfig) -> str | None:
     if device.type != "cpu":
         return f"the native engine runs on the CPU, not on {device.type}"
-    return _native_hindrance_on_cpu(model)
+    return extension.native_unsupported(model.hidden_dim, model.heads)
 
 
-def _native_hindrance_on_cpu(model: GPTConfig) -> str | None:
-    if not extension.native_instruction_sets():
-        return f"the native engine needs the C++ kernels: {extension.backend()[1]}"
-    if model.hidden_dim % 32 or model.hidden_dim // model.heads % 16:
-        return (
-            "the native engine needs a hidden_dim divisible by 32, and by 16 times heads, got "
-            f"{model.hidden_dim} and {model.heads}"
-        )
-    return None
-
-
-def make_engine(name: str, job: Job) -> Engine:
+def make_engine(name: str, run: TrainingRun) -> Engine:
     """Build the engine that :func:`select_engine` named."""
     if name == "graph":
         from bhfast.engines.graph import GraphEngine
 
-        return GraphEngine(job)
+        return GraphEngine(run)
     if name == "native":
         from bhfast.engines.native import NativeEngine
 
-        return NativeEngine(job)
+        return NativeEngine(run)
     from bhfast.engines.torch import TorchEngine
 
-    return TorchEngine(job)
+    return TorchEngine(run)

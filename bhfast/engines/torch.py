@@ -1,29 +1,30 @@
-"""The torch engine: eager autograd, on any device."""
+"""The torch engine: eager autograd on any device."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from bhfast.engines.job import Job
+from bhfast.engines.base import TrainingRun
 from bhfast.model import TiedGPT, window_loss
 
 
-def corpus_windows(job: Job) -> Tensor:
+def corpus_windows(run: TrainingRun) -> Tensor:
     """Return a view of all windows of the corpus: int64 ``[starts, context + 1]``, on the model's device."""
-    device = job.model.wte.weight.device
-    return job.corpus.to(device, torch.int64).unfold(0, job.model.config.context + 1, 1)
+    device = run.model.wte.weight.device
+    return run.corpus.to(device, torch.int64).unfold(0, run.model.config.context + 1, 1)
 
 
 def gradients(model: TiedGPT, windows: Tensor, target_offset: int) -> tuple[Tensor, Tensor]:
     """Set each parameter's gradient to that of the mean loss over all windows.
 
     Args:
-        windows: ``[grad_accum, batch, context + 1]``; a micro-batch at a time is run forward and backward.
+        model: the network.
+        windows: int64 ``[grad_accum, batch, context + 1]``. Forward and backward run one micro-batch at a time.
+        target_offset: see :func:`bhfast.model.window_loss`.
 
     Returns:
-        The mean loss, a float32 scalar, and the logits of the first sequence's last position, ``[V]`` bfloat16; both
-        before the update.
+        The mean loss, a float32 scalar, and the logits of the first sequence's last position, ``[V]`` bfloat16.
     """
     for param in model.parameters():
         param.grad = None
@@ -39,14 +40,14 @@ def gradients(model: TiedGPT, windows: Tensor, target_offset: int) -> tuple[Tens
 
 
 class TorchEngine:
-    """See :class:`bhfast.engines.job.Engine`."""
+    """See :class:`bhfast.engines.base.Engine`."""
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self.windows = corpus_windows(job)
-        self.offsets = job.offsets.to(self.windows.device)
-        self.lrs = torch.tensor(job.lrs, dtype=torch.float64)
-        self.losses, self.grad_norms = torch.empty(2, len(job.lrs), device=self.windows.device).unbind()
+    def __init__(self, run: TrainingRun) -> None:
+        self.training_run = run
+        self.windows = corpus_windows(run)
+        self.offsets = run.offsets.to(self.windows.device)
+        self.lrs = torch.tensor(run.lrs, dtype=torch.float64)
+        self.losses, self.grad_norms = torch.empty(2, len(run.lrs), device=self.windows.device).unbind()
         self.done = 0
 
     def run(self, steps: int) -> None:
@@ -55,17 +56,17 @@ class TorchEngine:
 
     def step(self) -> None:
         """Run and record one training step."""
-        job, lr = self.job, self.job.lrs[self.done]
-        for group in job.optimizer.param_groups:
+        run, lr = self.training_run, self.training_run.lrs[self.done]
+        for group in run.optimizer.param_groups:
             group["lr"] = lr
-        loss, logits = gradients(job.model, self.windows[self.offsets[self.done]], job.target_offset)
-        job.optimizer.step()
-        norm = job.optimizer.grad_norm
-        job.recorder.log(
+        loss, logits = gradients(run.model, self.windows[self.offsets[self.done]], run.target_offset)
+        run.optimizer.step()
+        norm = run.optimizer.grad_norm
+        run.recorder.log(
             losses=loss,
             logits=logits,
             learning_rates=self.lrs[self.done],
-            clip_coefs=job.optimizer.clip_coef,
+            clip_coefs=run.optimizer.clip_coef,
             grad_norms=norm,
         )
         self.losses[self.done] = loss

@@ -1,3 +1,3 @@
-"""The operations of bhfast: clipping, Adam and recording, bit for bit the same on every device."""
+"""The operations of bhfast: clipping, Adam and recording, with the same bits on every device."""
 
 from bhfast.ops.extension import backend as backend

@@ -1,4 +1,4 @@
-"""The arithmetic of the operations, in pure torch: Adam, the norm of gradients, fma and square root."""
+"""The arithmetic of the operations in pure torch: Adam, gradient norm, fused multiply-add, square root."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 ROUNDINGS = ("per-op", "opmath")
-NORM_BLOCK = 1024
+NORM_BLOCK = 1024  # values that grad_norm sums together
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -18,10 +18,11 @@ NORM_BLOCK = 1024
 
 
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """Return ``a * b + c``, rounded once. All float32, of one device, broadcastable.
+    """Return ``a * b + c``, rounded once. All are float32, on one device, and broadcast.
 
-    ``torch.addcmul`` fuses on a CPU with FMA instructions, on no other device reliably; elsewhere the sum is formed in
-    float64, rounded to odd, then to float32 (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008).
+    ``torch.addcmul`` is fused on a CPU with FMA instructions; no other device promises it. Elsewhere the sum is
+    computed in float64, rounded to odd, then to float32 (Boldo and Melquiond, "Emulation of FMA and correctly rounded
+    sums", 2008).
     """
     if a.device.type == "cpu" and _addcmul_is_fused():
         return torch.addcmul(c, a, b)
@@ -30,8 +31,8 @@ def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 @cache
 def _addcmul_is_fused() -> bool:
-    """Try ``torch.addcmul`` on a triple whose answer differs when the product is rounded first."""
-    a = torch.full((67,), 1 + 2.0**-12)  # 67: a vector body and a tail on every instruction set
+    """Return whether ``torch.addcmul`` rounds once: try it where rounding the product first changes the result."""
+    a = torch.full((67,), 1 + 2.0**-12)  # 67: whole vectors and a remainder on every instruction set
     return bool((torch.addcmul(-a, a, a) == _fma_float64(a, a, -a)).all())
 
 
@@ -42,15 +43,15 @@ def _fma_float64(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     error = (product - (total - rest)) + (addend - rest)  # TwoSum: product + addend == total + error
     bits = total.view(torch.int64)
     toward_error = torch.where((error > 0) == (total > 0), 1, -1)
-    make_odd = (error.abs() > 0) & (bits & 1 == 0)  # a NaN error means an infinite or NaN total: left alone
+    make_odd = (error.abs() > 0) & (bits & 1 == 0)  # a NaN error means an infinite or NaN total, which stays
     return torch.where(make_odd, bits + toward_error, bits).view(torch.float64).float()
 
 
 def sqrt(x: Tensor) -> Tensor:
     """Return the square root of float32 or bfloat16, correctly rounded to its dtype.
 
-    ``torch.sqrt`` in float32 is off by one ulp for a sixth of all values on some CPUs. The root of a 24-bit number is
-    never so near to a tie of float32 that an error in the last place of float64 could change the rounding.
+    On some CPUs ``torch.sqrt`` in float32 is off by one ulp for a sixth of all values. In float64 the last bit does not
+    matter: the root of a 24-bit number is never that close to a tie between two float32 values.
     """
     return x.double().sqrt().to(x.dtype)
 
@@ -63,8 +64,11 @@ def grad_norm(grads: Sequence[Tensor]) -> Tensor:
     """Return the L2 norm over all ``grads`` as a float32 scalar, with a fixed order of summation.
 
     The squares, in the order given, are padded with zeros to a multiple of 1024. Each block of 1024 is summed by adding
-    its second half to its first until one value is left; the block sums are summed the same way. The order depends on
-    nothing but the sizes, so the bits are the same on every device and for any number of threads.
+    its second half to its first until one value is left; the block sums are summed in the same way. The order depends
+    only on the sizes, so the bits are the same on every device and with any number of threads.
+
+    Args:
+        grads: non-empty; any shapes; bfloat16 or float32; on one device.
     """
     x = _flatten([*grads, grads[0].new_zeros(-sum(grad.numel() for grad in grads) % NORM_BLOCK)]).float()
     x.mul_(x)
@@ -83,7 +87,7 @@ def grad_norm(grads: Sequence[Tensor]) -> Tensor:
 
 
 class AdamCoefficients(NamedTuple):
-    """What a step of Adam needs beside the tensors: float32, of a shape that broadcasts against them."""
+    """The scalars of one Adam step: float32, of a shape that broadcasts against the tensors."""
 
     decay: Tensor  # 1 - lr * weight_decay
     bias2_sqrt: Tensor  # sqrt(1 - beta2^step)
@@ -134,10 +138,10 @@ def adam(
     """Return param, exp_avg and exp_avg_sq after one step of AdamW (Loshchilov and Hutter, arXiv 1711.05101).
 
     Args:
-        param, grad, exp_avg, exp_avg_sq: one shape, one dtype (bfloat16 or float32), one device; none is written to.
+        param, grad, exp_avg, exp_avg_sq: of one shape, one dtype (bfloat16 or float32) and one device; not modified.
             ``grad`` is already clipped.
-        coefficients: ``[1, 7]`` for one step, or ``[steps, 1, 1, 7]``, say, to advance ``[steps, V, D]``: every step of
-            a recording at once, from its own recorded state. On the tensors' device.
+        coefficients: float32 ``[1, 7]`` for one step. To advance many states at once, such as all steps of a recording
+            in ``[steps, V, D]``: ``[steps, 1, 1, 7]``. On the tensors' device.
         rounding: ``"per-op"`` rounds to the dtype after every operation, ``"opmath"`` once per output.
     """
     dtype = param.dtype
@@ -148,19 +152,19 @@ def adam(
 
 
 def _adam(p: Tensor, g: Tensor, m: Tensor, v: Tensor, c: AdamCoefficients) -> tuple[Tensor, Tensor, Tensor]:
-    """AdamW with each operation computed in float32 and rounded to the dtype of the tensors."""
+    """AdamW, with every operation computed in float32 and rounded to the tensors' dtype."""
     dtype = p.dtype
     g32, m32 = g.float(), m.float()
     p = (p * c.decay).to(dtype)
     m = _lerp(m32, g32, c.weight1).to(dtype)
     v = fma(c.weight2 * g32, g32, (v * c.beta2).to(dtype).float()).to(dtype)
-    denom = (sqrt(v) / c.bias2_sqrt).to(dtype) + c.eps.to(dtype)  # eps too: torch's unfused AdamW rounds it
+    denom = (sqrt(v) / c.bias2_sqrt).to(dtype) + c.eps.to(dtype)  # rounds eps, as torch's unfused AdamW does
     p = (p + c.step_size * m / denom).to(dtype)
     return p, m, v
 
 
 def _lerp(start: Tensor, end: Tensor, weight: Tensor) -> Tensor:
-    """``torch.lerp`` to the bit: from the nearer end."""
+    """The bits of ``torch.lerp``, which starts from the nearer end."""
     near_start = fma(weight, end - start, start)
     near_end = fma(1 - weight, -(end - start), end)
     return torch.where(weight < 0.5, near_start, near_end)
@@ -169,14 +173,14 @@ def _lerp(start: Tensor, end: Tensor, weight: Tensor) -> Tensor:
 def exact_device(device: torch.device) -> torch.device:
     """Return where the arithmetic for tensors on ``device`` runs.
 
-    That is ``device`` itself, but the CPU for MPS, which has no float64 to emulate fma with and promises no correct
-    rounding of square root and division.
+    That is ``device`` itself, except for MPS: it has no float64 to emulate fma with, and does not promise correctly
+    rounded square roots and divisions. There it is the CPU.
     """
     return torch.device("cpu") if device.type == "mps" else device
 
 
 def row_view(tensors: Sequence[Tensor]) -> Tensor | None:
-    """Return one view of all elements in a row, if the tensors lie side by side in one storage; else None."""
+    """Return a 1-D view of all elements if the tensors are adjacent in one storage; else None."""
     first = tensors[0]
     start = end = first.data_ptr()
     for x in tensors:
@@ -185,12 +189,12 @@ def row_view(tensors: Sequence[Tensor]) -> Tensor | None:
         end += x.nbytes
     storage = first.untyped_storage()
     if end > storage.data_ptr() + storage.nbytes():
-        return None  # neighbours by chance
+        return None  # adjacent by chance, in different storages
     return first.as_strided(((end - start) // first.itemsize,), (1,))
 
 
 def _flatten(tensors: Sequence[Tensor]) -> Tensor:
-    """Return all elements in a row, where the arithmetic runs: a view if the tensors lie side by side, else a copy."""
+    """Return all elements as one 1-D tensor on the exact device: a view if the tensors are adjacent, else a copy."""
     flat = row_view(tensors)
     if flat is None:
         flat = torch._utils._flatten_dense_tensors(tensors)

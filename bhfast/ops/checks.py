@@ -1,4 +1,4 @@
-"""What the operations demand of their arguments."""
+"""The checks of the operations' arguments. csrc/ops.cpp makes the same checks with the same messages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bhfast.ops.arithmetic import ROUNDINGS, AdamCoefficients
 
-FIELDS = ("param", "grad", "exp_avg", "exp_avg_sq")  # of a parameter, in the order of ``ring_of``
+FIELDS = ("param", "grad", "exp_avg", "exp_avg_sq")  # what can be recorded of a parameter, in the order of ``ring_of``
 
 
 def _check(holds: bool, kind: type[Exception], message: str) -> None:

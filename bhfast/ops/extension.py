@@ -1,4 +1,4 @@
-"""The extension ``bhfast._C``, where it is built, and what is behind the operations on each device."""
+"""The optional extension ``bhfast._C``: what it provides, and why it is missing if it is."""
 
 from __future__ import annotations
 
@@ -8,20 +8,23 @@ from typing import Any
 
 import torch
 
-import bhfast.ops.kernels  # noqa: F401 - declares what the extension brings kernels for
+import bhfast.ops.kernels  # noqa: F401 - declares the operations before the extension registers kernels for them
 
 
 def _load() -> tuple[ModuleType | None, str]:
     try:
         return importlib.import_module("bhfast._C"), ""
     except ModuleNotFoundError:
-        return None, "the extension is not built: pip install --no-build-isolation -e . builds it where a compiler is"
-    except ImportError as error:  # built for another torch, say
-        return None, f"the extension does not load: {error}; build it anew"
+        return (
+            None,
+            "the extension is not built: pip install --no-build-isolation -e . builds it if there is a compiler",
+        )
+    except ImportError as error:  # for example, it was built for another torch
+        return None, f"the extension does not load: {error}; rebuild it"
 
 
 def backend(device: torch.device | str = "cpu") -> tuple[str, str]:
-    """Return the name of the implementation behind these operations on ``device``, and why it was chosen."""
+    """Return which implementation the operations have on ``device`` (``C++``, ``CUDA`` or ``torch``), and why."""
     kind = torch.device(device).type
     if _extension is None:
         return "torch", _unavailable
@@ -33,12 +36,19 @@ def backend(device: torch.device | str = "cpu") -> tuple[str, str]:
 
 
 def native_instruction_sets() -> list[str]:
-    """Return the instruction sets that the native engine can use here, best first; none if it is not built."""
-    return [] if _extension is None else _extension.native_instruction_sets()
+    """Return the instruction sets that the native engine can use here, fastest first; none without the extension."""
+    return [] if _extension is None else _extension.instruction_sets()
+
+
+def native_unsupported(hidden_dim: int, heads: int) -> str | None:
+    """Return why the native engine cannot run a network of these sizes; None if it can."""
+    if _extension is None:
+        return f"the native engine needs the C++ kernels: {_unavailable}"
+    return _extension.native_unsupported(hidden_dim, heads) or None
 
 
 def native_engine(**arguments: Any) -> Any:
-    """Return a new object that runs training steps; see :mod:`bhfast.engines.native`, its only user."""
+    """Return a new ``bhfast._C.NativeEngine``, which runs training steps; see :mod:`bhfast.engines.native`."""
     assert _extension is not None
     return _extension.NativeEngine(**arguments)
 

@@ -1,19 +1,19 @@
-"""The operations of bhfast: clipping, Adam and recording, bit for bit the same on every device.
+"""The operations of bhfast: clipping, Adam and recording, with the same bits on every device.
 
-Each is declared once, here, with a kernel in pure torch that runs anywhere. The extension ``bhfast._C``, where it is
-built, brings faster kernels for the CPU and for CUDA under the same names (``torch.ops.bhfast.*``); nothing but
-:func:`bhfast.ops.backend` knows whether it is there.
+Each is declared here, with a pure-torch kernel that runs anywhere. The optional extension ``bhfast._C`` adds faster
+kernels for CPU and CUDA under the same names (``torch.ops.bhfast.*``). Code that calls an operation need not know
+whether the extension is there.
 
-Adam is written once, in :func:`bhfast.ops.arithmetic.adam`, and reads like its formula. It has two roundings:
+:func:`bhfast.ops.arithmetic.adam` is Adam as a formula. There are two roundings:
 
 ``per-op``
     Every operation rounds to the parameter's dtype. For bfloat16 on a CPU this equals
-    ``torch.optim.AdamW(foreach=False, fused=False)`` bit for bit; for float32 where torch's square root is exact. (At
-    beta1 = 0 but for the sign of zeros: see :func:`torch_has_one_lerp`.)
+    ``torch.optim.AdamW(foreach=False, fused=False)`` bit for bit; for float32 it does where torch's square root is
+    exact. (With beta1 = 0 the sign of zeros may differ: see :func:`torch_has_one_lerp`.)
 ``opmath``
-    float32 inside, one rounding per output, as fused optimizers do.
+    Computes in float32 and rounds each output once, as fused optimizers do.
 
-Each float32 operation is IEEE 754 round-to-nearest-even, and a fused multiply-add is one rounding.
+Each float32 operation is IEEE 754 round-to-nearest-even, and a fused multiply-add rounds once.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor
 from bhfast.ops.arithmetic import AdamCoefficients, _flatten, adam, adam_coefficients, grad_norm
 from bhfast.ops.checks import FIELDS, _check, _check_adam, _check_dense, _check_dtype, _check_record, _check_same
 
-CHUNK = 1 << 15  # elements updated at once: in cache, and one thread each, as torch splits larger operations at a loss
+CHUNK = 1 << 15  # elements updated at once: they stay in cache, and torch does not split them among threads at a loss
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -39,9 +39,9 @@ _Result = TypeVar("_Result")
 
 
 def _operation(schema: str) -> Callable[[Callable[_Arguments, _Result]], Callable[_Arguments, _Result]]:
-    """Declare an operation of torch by its default kernel; return what calls the best kernel there is.
+    """Declare a torch operation by its default kernel; return a function that calls the fastest kernel available.
 
-    The default kernel itself is that function's ``__wrapped__``.
+    The default kernel itself is the function's ``__wrapped__``.
     """
 
     def declare(default: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
@@ -65,20 +65,20 @@ def _operation(schema: str) -> Callable[[Callable[_Arguments, _Result]], Callabl
 
 @_operation("(Tensor[] grads, float max_norm) -> (Tensor, Tensor)")
 def clip_coefficient(grads: Sequence[Tensor], max_norm: float) -> tuple[Tensor, Tensor]:
-    """Return the global norm of ``grads``, see :func:`grad_norm`, and the factor that clips it to ``max_norm``.
+    """Return the global norm of ``grads``, as :func:`grad_norm` sums it, and the factor that clips it to ``max_norm``.
 
-    The factor is ``min(1, max_norm / (norm + 1e-6))``, as ``torch.nn.utils.clip_grad_norm_`` has it, rounded to
-    bfloat16 if any gradient is bfloat16.
+    The factor is ``min(1, max_norm / (norm + 1e-6))``, as in ``torch.nn.utils.clip_grad_norm_``, rounded to bfloat16 if
+    any gradient is bfloat16.
 
     Args:
-        grads: non-empty; any shapes; bfloat16 or float32; of one device.
-        max_norm: above 0; inf for a factor of 1.
+        grads: non-empty; any shapes; bfloat16 or float32; on one device.
+        max_norm: above 0. inf makes the factor 1.
 
     Returns:
         Two float32 scalars on the gradients' device.
 
     Raises:
-        TypeError, ValueError: an argument is not as said.
+        TypeError, ValueError: an argument is not as described.
     """
     _check(bool(grads), ValueError, "grads must be at least one, got none")
     for i, grad in enumerate(grads):
@@ -113,31 +113,31 @@ def adam_(
     step: Tensor | None,
     every: int,
 ) -> None:
-    """Advance ``params``, ``exp_avgs`` and ``exp_avg_sqs`` in place by one step; ``grads`` are only read.
+    """Advance ``params``, ``exp_avgs`` and ``exp_avg_sqs`` in place by one step, and record the step.
 
-    What a step made of them is recorded on the way: the gradient as it came in, the rest after the step. Call it under
-    ``torch.no_grad()``.
+    ``grads`` are not modified. The recorded gradient is the one passed in, before clipping; the other fields are
+    recorded after the step. Call this under ``torch.no_grad()``.
 
     Args:
-        params, grads, exp_avgs, exp_avg_sqs: equally long, of equal shapes by index; one dtype (bfloat16 or float32),
-            one device.
-        coefficients: float32 ``[7]``, a row of :func:`adam_coefficients`; on the CPU, or on the parameters' device.
-        clip_coef: float32 scalar to multiply each gradient with on its way in, likewise; None: no clipping.
+        params, grads, exp_avgs, exp_avg_sqs: of one length, with matching shapes; one dtype (bfloat16 or float32), one
+            device.
+        coefficients: float32 ``[7]``, a row of :func:`adam_coefficients`; on the CPU or on the parameters' device.
+        clip_coef: float32 scalar that multiplies each gradient before it is used; on the CPU or on the parameters'
+            device. None: no clipping.
         rounding: ``"per-op"`` or ``"opmath"``.
-        rings: where to record, each ``[slots, *shape]`` and contiguous, with one number of slots; maybe none.
-        ring_of: for each ring what it records: 4 times the parameter's index plus the field's in ``FIELDS``.
-        step: int64 scalar, counted from 1, on the CPU or on the parameters' device; needed with rings. If it is a
-            multiple of ``every``, the record goes to slot ``step / every % slots``.
-        every: see ``step``.
+        rings: where to record; may be empty. Each ``[slots, *shape]``, contiguous, all with as many slots.
+        ring_of: what each ring records: 4 times the parameter's index, plus the field's index in ``FIELDS``.
+        step: int64 scalar, counted from 1, on the CPU or on the parameters' device; required with rings.
+        every: record the steps that are a multiple of this, to slot ``step / every % slots``.
 
     Raises:
-        TypeError, ValueError: an argument is not as said; the message names it, what was wanted and what it got.
+        TypeError, ValueError: an argument is not as described.
     """
     _check_adam(params, grads, exp_avgs, exp_avg_sqs, coefficients, clip_coef, rounding, rings, ring_of, step, every)
     if not params:
         return
     if clip_coef is not None and clip_coef.device.type == "cpu" and clip_coef == 1:
-        clip_coef = None  # it would change nothing
+        clip_coef = None  # multiplying by it would change nothing
     lists = (params, grads, exp_avgs, exp_avg_sqs)
     flat = [_flatten(x) for x in lists]
     is_plain = (
@@ -164,7 +164,7 @@ def adam_(
 
 
 def _adam_torch_(p: Tensor, g: Tensor, m: Tensor, v: Tensor, coefficients: Tensor) -> None:
-    """One step of per-op :func:`adam`, in place, in the operations of torch's unfused AdamW: a third of the time."""
+    """One step of per-op :func:`adam`, in place, with the operations of torch's unfused AdamW: three times as fast."""
     decay, bias2_sqrt, step_size, weight1, weight2, beta2, eps = coefficients[0].tolist()
     if decay != 1:
         p.mul_(decay)
@@ -176,13 +176,13 @@ def _adam_torch_(p: Tensor, g: Tensor, m: Tensor, v: Tensor, coefficients: Tenso
 
 @cache
 def torch_rounds_per_op(dtype: torch.dtype) -> bool:
-    """Try whether torch's operations on this CPU round as :func:`adam` specifies.
+    """Return whether torch's operations on this CPU round as :func:`adam` specifies: try them.
 
-    For bfloat16 they do where there is FMA; for float32 they need a correctly rounded square root besides.
+    For bfloat16 they do on a CPU with FMA; for float32 they also need a correctly rounded square root.
     """
     generator = torch.Generator().manual_seed(0)
     coefficients = adam_coefficients([7], [1e-3], betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
-    scale = torch.logspace(0, -10, 4099)  # a vector body and a tail; down to where eps counts
+    scale = torch.logspace(0, -10, 4099)  # whole vectors and a remainder; down to where eps matters
     p, g, m, root = ((torch.randn(4099, generator=generator) * scale).to(dtype) for _ in range(4))
     v = root.square()
     wanted = adam(p, g, m, v, coefficients, "per-op")
@@ -191,9 +191,9 @@ def torch_rounds_per_op(dtype: torch.dtype) -> bool:
 
 
 def torch_has_one_lerp(beta1: float) -> bool:
-    """Whether ``torch.lerp`` with weight ``1 - beta1`` is a function of its arguments.
+    """Return whether ``torch.lerp`` with weight ``1 - beta1`` depends only on its arguments.
 
-    At a weight of 1 it gives a zero one sign in its vector body, another in its tail.
+    With a weight of 1, the sign of a zero differs between the vectorized part of a tensor and the remainder.
     """
     return bool(torch.tensor(1 - beta1, dtype=torch.float32) != 1)
 
@@ -204,16 +204,17 @@ def torch_has_one_lerp(beta1: float) -> bool:
 
 @_operation("(Tensor[] values, Tensor(a!)[] rings, Tensor step, int every) -> ()")
 def record_(values: Sequence[Tensor], rings: Sequence[Tensor], step: Tensor, every: int) -> None:
-    """Copy each value to its ring's slot for ``step``, if that is recorded; see :func:`adam_`.
+    """Copy each value to its ring's slot for ``step``, if that step is recorded; see :func:`adam_`.
 
-    In pure torch it waits for ``step`` where that is on a GPU.
+    The pure-torch kernel synchronizes with the GPU if ``step`` is there.
 
     Args:
-        values: tensors of one device, any dtypes.
-        rings: for each value one, ``[slots, *shape]``, contiguous.
+        values: tensors of any dtypes, on one device.
+        rings: one for each value: ``[slots, *shape]``, contiguous.
+        step, every: see :func:`adam_`.
 
     Raises:
-        TypeError, ValueError: an argument is not as said.
+        TypeError, ValueError: an argument is not as described.
     """
     _check_record(values, rings, step, every)
     _write(values, rings, step, every)
@@ -228,7 +229,7 @@ def _write(values: Sequence[Tensor], rings: Sequence[Tensor], step: Tensor, ever
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Checks. The extension makes the same ones, in the same words.
+# Fake kernels, for tracing
 
 
 @torch.library.register_fake("bhfast::clip_coefficient")

@@ -1,53 +1,67 @@
-// The CPU's kernels, each compiled for several instruction sets. All give the same bits; the best is chosen when
-// loaded.
+// The inner loops of the CPU's operations, compiled once for each instruction set: see instruction_sets/.
 #pragma once
 
-#include <cstdint>
-#include <string>
-#include <vector>
+#include "../adam.h"
+#include "../instruction_sets/shared_headers.h"
 
-#include "../tensors.h"
-#include "ranges.h"
+namespace bhfast::cpu::BHFAST_ISA {
 
-namespace bhfast::cpu {
+template <class T, class Op, bool kDecays>
+void adam_elements(const AdamRange& r) {
+  T* __restrict param = static_cast<T*>(r.tensors.param);
+  const T* __restrict grad = static_cast<const T*>(r.tensors.grad);
+  T* __restrict exp_avg = static_cast<T*>(r.tensors.exp_avg);
+  T* __restrict exp_avg_sq = static_cast<T*>(r.tensors.exp_avg_sq);
+  const Coefficients c = r.coefficients;
+  const float clip_coef = r.clip_coef;
+  for (int64_t i = r.begin; i < r.end; ++i) {
+    adam_element<T, Op, kDecays>(param[i], grad[i], exp_avg[i], exp_avg_sq[i], clip_coef, c);
+  }
+}
 
-constexpr int64_t kChunk = 4096;  // elements advanced before they are recorded: they stay in the first cache
+template <class T, class Op>
+void adam_elements(const AdamRange& r) {
+  if (r.coefficients.decay == 1) {
+    adam_elements<T, Op, false>(r);
+  } else {
+    adam_elements<T, Op, true>(r);
+  }
+}
 
-// Elements [begin, end) of one step of Adam.
-struct AdamRange {
-  const AdamTensors& tensors;
-  int64_t begin, end;
-  Dtype dtype;
-  Rounding rounding;
-  const Coefficients& coefficients;
-  float clip_coef;
-};
+inline void adam(const AdamRange& r) {
+  if (r.dtype == Dtype::float32) {
+    adam_elements<float, float>(r);
+  } else if (r.rounding == Rounding::per_op) {
+    adam_elements<bfloat16, bfloat16>(r);
+  } else {
+    adam_elements<bfloat16, float>(r);
+  }
+}
 
-struct Kernels {
-  const char* name;
-  bool (*runs_here)();
-  void (*adam)(const AdamRange&);
-  // out[i] = grad[begin + i]^2 in float32
-  void (*square)(const GradTensor& grad, int64_t begin, int64_t count, float* out);
-  // The sum of `width` values, a power of two, by adding the second half to the first until one is left. Writes to x.
-  float (*halve)(float* x, int64_t width);
-};
+template <class T>
+void square_elements(const void* data, int64_t begin, int64_t count, float* __restrict out) {
+  const T* __restrict x = static_cast<const T*>(data) + begin;
+  for (int64_t i = 0; i < count; ++i) out[i] = to_float(x[i]) * to_float(x[i]);
+}
 
-std::vector<std::string> instruction_sets();  // those that run here, best first
-const Kernels& kernels();                     // those in use
-void use_instruction_set(const std::string& name);
+inline void square(const GradTensor& grad, int64_t begin, int64_t count, float* out) {
+  if (grad.dtype == Dtype::bfloat16) {
+    square_elements<bfloat16>(grad.data, begin, count, out);
+  } else {
+    square_elements<float>(grad.data, begin, count, out);
+  }
+}
 
-// Copy elements [begin, end) to a slot of their rings.
-void record(const AdamTensors&, int64_t begin, int64_t end, Dtype, int64_t slot);
+inline float sum_by_halving(float* x, int64_t width) {
+  while (width > 1) {
+    width /= 2;
+    float* __restrict first = x;
+    const float* __restrict second = x + width;
+    for (int64_t i = 0; i < width; ++i) first[i] += second[i];
+  }
+  return x[0];
+}
 
-// The parts of grad_norm: the sum of the squares of kNormBlock elements, for each block; the norm, of these sums.
-inline int64_t norm_blocks(const Ranges<GradTensor>& grads) { return (grads.numel() + kNormBlock - 1) / kNormBlock; }
-float sum_squares(const Ranges<GradTensor>&, int64_t block);
-float norm_of(std::vector<float> sums);
+constexpr Kernels kKernels{adam, square, sum_by_halving};
 
-// Whole operations, on torch's threads.
-void adam(std::vector<AdamTensors>, Dtype, Rounding, const StepNumbers&);
-float grad_norm(std::vector<GradTensor>);
-void record(const std::vector<RecordTensor>&, const StepNumbers&);
-
-}  // namespace bhfast::cpu
+}  // namespace bhfast::cpu::BHFAST_ISA

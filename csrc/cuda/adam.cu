@@ -1,4 +1,5 @@
-// Adam over a list of tensors in one launch: clip, update, record. Each value is read once and written once.
+// Adam over a list of tensors in one launch: clip, update, record. Each value is read once and each result written
+// once.
 #include "kernels.h"
 #include "launch.h"
 
@@ -11,7 +12,7 @@ constexpr int64_t kBlockElements = kThreads * Pack<T>::kSize;
 
 struct Item {
   AdamTensors tensors;
-  bool aligned;  // all of the tensors, and every slot of every ring, to kBytes
+  bool aligned;  // to kAccessBytes: all tensors, and every slot of every ring
 };
 
 template <class T>
@@ -21,12 +22,12 @@ __device__ T* ring_at(void* ring, int64_t slot, int64_t numel, int64_t i) {
 
 template <class T, class Op, int N>
 __global__ void __launch_bounds__(kThreads)
-    adam_kernel(const __grid_constant__ List<Item, int, N> list, const __grid_constant__ StepNumbers numbers) {
+    adam_kernel(const __grid_constant__ List<Item, int, N> list, const __grid_constant__ StepScalars scalars) {
   const int index = list.find(blockIdx.x);
   const AdamTensors& t = list.items[index].tensors;
-  const Coefficients c = numbers.coefficients_at ? *numbers.coefficients_at : numbers.coefficients;
-  const float clip_coef = numbers.clip_coef_at ? *numbers.clip_coef_at : numbers.clip_coef;
-  const int64_t slot = slot_of_step(numbers);
+  const Coefficients c = scalars.device_coefficients ? *scalars.device_coefficients : scalars.coefficients;
+  const float clip_coef = scalars.device_clip_coef ? *scalars.device_clip_coef : scalars.clip_coef;
+  const int64_t slot = slot_of_step(scalars);
 
   using P = Pack<T>;
   const int64_t i = (blockIdx.x - list.first[index]) * kBlockElements<T> + threadIdx.x * P::kSize;
@@ -52,7 +53,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int field = 0; field < kFields; ++field) {
       if (!t.rings[field]) continue;
-      // Nobody reads it here again; and through P the compiler would store its bytes piece by piece.
+      // Streaming: the kernel does not read it again. As a uint4: the compiler would store a P in pieces.
       __stcs(reinterpret_cast<uint4*>(ring_at<T>(t.rings[field], slot, t.numel, i)),
              __builtin_bit_cast(uint4, *values[field]));
     }
@@ -72,12 +73,13 @@ __global__ void __launch_bounds__(kThreads)
 template <class T>
 bool all_aligned(const AdamTensors& t) {
   bool aligned = is_aligned(t.param) && is_aligned(t.grad) && is_aligned(t.exp_avg) && is_aligned(t.exp_avg_sq);
-  for (void* ring : t.rings) aligned = aligned && (!ring || (is_aligned(ring) && t.numel * sizeof(T) % kBytes == 0));
+  for (void* ring : t.rings)
+    aligned = aligned && (!ring || (is_aligned(ring) && t.numel * sizeof(T) % kAccessBytes == 0));
   return aligned;
 }
 
 template <class T, class Op, int N>
-void launch(const AdamTensors* tensors, int count, const StepNumbers& numbers, cudaStream_t stream) {
+void launch(const AdamTensors* tensors, int count, const StepScalars& scalars, cudaStream_t stream) {
   List<Item, int, N> list;
   list.count = count;
   list.first[0] = 0;
@@ -87,32 +89,32 @@ void launch(const AdamTensors* tensors, int count, const StepNumbers& numbers, c
     list.first[i + 1] = list.first[i] + static_cast<int>(blocks);
   }
   if (list.first[count] == 0) return;
-  adam_kernel<T, Op, N><<<list.first[count], kThreads, 0, stream>>>(list, numbers);
-  check("Adam's kernel");
+  adam_kernel<T, Op, N><<<list.first[count], kThreads, 0, stream>>>(list, scalars);
+  check_launch("the Adam kernel");
 }
 
-constexpr int kMost = 340;  // items of List<Item, int, kMost> that fit a kernel's arguments beside the numbers
+constexpr int kMaxTensors = 340;  // as many as fit into a kernel's arguments, with the scalars
 
 template <class T, class Op>
-void launch_all(const std::vector<AdamTensors>& tensors, const StepNumbers& numbers, cudaStream_t stream) {
-  static_assert(sizeof(List<Item, int, kMost>) + sizeof(StepNumbers) <= kMaxArguments);
-  for (size_t begin = 0; begin < tensors.size(); begin += kMost) {
-    const int count = static_cast<int>(std::min(tensors.size() - begin, size_t{kMost}));
-    const auto how = count <= kShort ? launch<T, Op, kShort> : launch<T, Op, kMost>;
-    how(&tensors[begin], count, numbers, stream);
+void launch_all(const std::vector<AdamTensors>& tensors, const StepScalars& scalars, cudaStream_t stream) {
+  static_assert(sizeof(List<Item, int, kMaxTensors>) + sizeof(StepScalars) <= kMaxArgumentBytes);
+  for (size_t begin = 0; begin < tensors.size(); begin += kMaxTensors) {
+    const int count = static_cast<int>(std::min(tensors.size() - begin, size_t{kMaxTensors}));
+    const auto launch_list = count <= kShortList ? launch<T, Op, kShortList> : launch<T, Op, kMaxTensors>;
+    launch_list(&tensors[begin], count, scalars, stream);
   }
 }
 
 }  // namespace
 
-void adam(const std::vector<AdamTensors>& tensors, Dtype dtype, Rounding rounding, const StepNumbers& numbers,
+void adam(const std::vector<AdamTensors>& tensors, Dtype dtype, Rounding rounding, const StepScalars& scalars,
           cudaStream_t stream) {
   if (dtype == Dtype::float32) {
-    launch_all<float, float>(tensors, numbers, stream);
+    launch_all<float, float>(tensors, scalars, stream);
   } else if (rounding == Rounding::per_op) {
-    launch_all<bfloat16, bfloat16>(tensors, numbers, stream);
+    launch_all<bfloat16, bfloat16>(tensors, scalars, stream);
   } else {
-    launch_all<bfloat16, float>(tensors, numbers, stream);
+    launch_all<bfloat16, float>(tensors, scalars, stream);
   }
 }
 

@@ -1,4 +1,4 @@
-// What the kernels share: lists of tensors as kernel arguments, and the numbers of a step.
+// What the kernels share: lists of tensors as kernel arguments, and the scalars of a step.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,18 +11,18 @@
 
 namespace bhfast::cuda {
 
-constexpr size_t kMaxArguments = 32764;  // bytes of a kernel's arguments
+constexpr size_t kMaxArgumentBytes = 32764;  // of a kernel: CUDA's limit
 
-// Items of a short list, which launches faster.
-constexpr int kShort = 40;
+constexpr int kShortList = 40;  // items; a kernel with a short list launches faster
 
-// A list handed over by value. Blocks [first[i], first[i + 1]) of the grid, or elements, are those of items[i].
+// A list passed to a kernel by value. items[i] has the blocks of the grid, or the elements, [first[i], first[i + 1]).
 template <class Item, class Index, int N>
 struct List {
   Item items[N];
   Index first[N + 1];
   int count;
 
+  // The item that has this block or element.
   __device__ int find(Index index) const {
     int low = 0, high = count;
     while (high - low > 1) {
@@ -33,21 +33,22 @@ struct List {
   }
 };
 
-__device__ inline int64_t slot_of_step(const StepNumbers& n) {
-  return n.slots ? slot_of(n.step_at ? *n.step_at : n.step, n.every, n.slots) : -1;
+__device__ inline int64_t slot_of_step(const StepScalars& s) {
+  return s.slots ? slot_of(s.device_step ? *s.device_step : s.step, s.every, s.slots) : -1;
 }
 
-constexpr int kBytes = 16;  // that a thread reads at once
+constexpr int kAccessBytes = 16;  // that a thread reads or writes at once
 
 template <class T>
-struct alignas(kBytes) Pack {
-  static constexpr int kSize = kBytes / sizeof(T);
+struct alignas(kAccessBytes) Pack {
+  static constexpr int kSize = kAccessBytes / sizeof(T);
   T x[kSize];
 };
 
-__host__ __device__ inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % kBytes == 0; }
+__host__ __device__ inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % kAccessBytes == 0; }
 
-inline void check(const char* what) {
+// Throw if the last launch failed.
+inline void check_launch(const char* what) {
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }

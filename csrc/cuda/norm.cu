@@ -1,9 +1,9 @@
-// The gradients' norm in the fixed order of bhfast.ops.arithmetic.grad_norm, and the clip coefficient, in one launch
-// per level of sums.
+// The gradient norm, summed in the fixed order of bhfast.ops.arithmetic.grad_norm, and the clip coefficient. One launch
+// for each level of sums.
 //
-// One warp sums a block of kNormBlock values. Of every 256 of them, thread t has the eight from 8 t on: it halves a
-// block twice by itself, five times by shuffles, and the last three times by itself again. No thread waits for another
-// warp.
+// A warp sums a block of kNormBlock values: it adds the second half to the first until one value is left. Thread t has
+// the eight values from 8 t on of every 256. So the first two halvings and the last three stay within a thread, and the
+// five between them are warp shuffles. No warp waits for another.
 #include <algorithm>
 
 #include "kernels.h"
@@ -13,70 +13,74 @@ namespace bhfast::cuda {
 namespace {
 
 constexpr int kWarp = 32;
-constexpr int kWarps = 8;                           // per block of threads
-constexpr int kRun = 8;                             // values side by side in a thread
-constexpr int kRuns = kNormBlock / (kWarp * kRun);  // per thread
-constexpr unsigned kEveryone = 0xffffffff;
+constexpr int kWarps = 8;                                 // per block of threads
+constexpr int kRunLength = 8;                             // adjacent values of one thread
+constexpr int kRuns = kNormBlock / (kWarp * kRunLength);  // per thread
+constexpr unsigned kAllLanes = 0xffffffff;
 
-struct Finish {  // what becomes of the last sum
+// Where the results go, and what the clip coefficient depends on.
+struct Result {
   float* norm;
   float* clip_coef;
   float max_norm;
   bool to_bfloat16;
 };
 
-// The sum of a warp's values, by adding the second half to the first until one is left; right in its first thread.
-__device__ float halve(float (&x)[kRuns][kRun]) {
+// The sum of a warp's values, valid in its first thread.
+__device__ float sum_by_halving(float (&x)[kRuns][kRunLength]) {
 #pragma unroll
   for (int width = kRuns / 2; width > 0; width /= 2) {
 #pragma unroll
     for (int run = 0; run < width; ++run) {
 #pragma unroll
-      for (int i = 0; i < kRun; ++i) x[run][i] += x[run + width][i];
+      for (int i = 0; i < kRunLength; ++i) x[run][i] += x[run + width][i];
     }
   }
 #pragma unroll
   for (int width = kWarp / 2; width > 0; width /= 2) {
 #pragma unroll
-    for (int i = 0; i < kRun; ++i) x[0][i] += __shfl_down_sync(kEveryone, x[0][i], width);
+    for (int i = 0; i < kRunLength; ++i) x[0][i] += __shfl_down_sync(kAllLanes, x[0][i], width);
   }
 #pragma unroll
-  for (int width = kRun / 2; width > 0; width /= 2) {
+  for (int width = kRunLength / 2; width > 0; width /= 2) {
 #pragma unroll
     for (int i = 0; i < width; ++i) x[0][i] += x[0][i + width];
   }
   return x[0][0];
 }
 
-__device__ void put(float sum, int64_t block, int64_t blocks, float* sums, const Finish& finish) {
+// Write the sum of a block; if it is the only one, the norm and the coefficient instead.
+__device__ void write_sum(float sum, int64_t block, int64_t blocks, float* sums, const Result& result) {
   if (threadIdx.x % kWarp != 0) return;
   if (blocks > 1) {
     sums[block] = sum;
   } else {
     const float norm = sqrtf(sum);
-    *finish.norm = norm;
-    *finish.clip_coef = clip_coefficient(norm, finish.max_norm, finish.to_bfloat16);
+    *result.norm = norm;
+    *result.clip_coef = clip_coefficient(norm, result.max_norm, result.to_bfloat16);
   }
 }
 
-__device__ int64_t own_block() { return static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp; }
+// The block of values that this warp sums.
+__device__ int64_t block_of_warp() { return static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp; }
 
-// Where a thread's run begins within its block.
-__device__ int own_run(int run) { return (run * kWarp + threadIdx.x % kWarp) * kRun; }
+// Where a run of this thread begins in its block.
+__device__ int run_begin(int run) { return (run * kWarp + threadIdx.x % kWarp) * kRunLength; }
 
 __device__ float element(const GradTensor& grad, int64_t i) {
   return grad.dtype == Dtype::bfloat16 ? to_float(static_cast<const bfloat16*>(grad.data)[i])
                                        : static_cast<const float*>(grad.data)[i];
 }
 
+// Set x to the squares of the values of a block.
 template <class T>
-__device__ void square_all(const T* block, float (&x)[kRuns][kRun]) {
+__device__ void load_squares(const T* block, float (&x)[kRuns][kRunLength]) {
   const bool aligned = is_aligned(block);
 #pragma unroll
   for (int run = 0; run < kRuns; ++run) {
-    const T* const from = block + own_run(run);
+    const T* const from = block + run_begin(run);
 #pragma unroll
-    for (int i = 0; i < kRun; i += Pack<T>::kSize) {
+    for (int i = 0; i < kRunLength; i += Pack<T>::kSize) {
       Pack<T> pack;
       if (aligned) {
         pack = *reinterpret_cast<const Pack<T>*>(from + i);
@@ -92,47 +96,47 @@ __device__ void square_all(const T* block, float (&x)[kRuns][kRun]) {
 template <int N>
 __global__ void __launch_bounds__(kWarps* kWarp)
     square_kernel(const __grid_constant__ List<GradTensor, int64_t, N> grads, int64_t blocks, float* sums,
-                  const Finish finish) {
-  const int64_t block = own_block(), begin = block * kNormBlock;
+                  const Result result) {
+  const int64_t block = block_of_warp(), begin = block * kNormBlock;
   if (block >= blocks) return;
   int index = grads.find(begin);
-  float x[kRuns][kRun];
+  float x[kRuns][kRunLength];
   if (begin + kNormBlock <= grads.first[index + 1]) {
     const GradTensor& grad = grads.items[index];
     if (grad.dtype == Dtype::bfloat16) {
-      square_all(static_cast<const bfloat16*>(grad.data) + (begin - grads.first[index]), x);
+      load_squares(static_cast<const bfloat16*>(grad.data) + (begin - grads.first[index]), x);
     } else {
-      square_all(static_cast<const float*>(grad.data) + (begin - grads.first[index]), x);
+      load_squares(static_cast<const float*>(grad.data) + (begin - grads.first[index]), x);
     }
-  } else {  // values of several tensors, or beyond the last one
+  } else {  // the block has values of several tensors, or ends after the last one
 #pragma unroll
     for (int run = 0; run < kRuns; ++run) {
 #pragma unroll
-      for (int k = 0; k < kRun; ++k) {
-        const int64_t i = begin + own_run(run) + k;
+      for (int k = 0; k < kRunLength; ++k) {
+        const int64_t i = begin + run_begin(run) + k;
         while (index < grads.count && i >= grads.first[index + 1]) ++index;
         const float value = index < grads.count ? element(grads.items[index], i - grads.first[index]) : 0.0f;
         x[run][k] = value * value;
       }
     }
   }
-  put(halve(x), block, blocks, sums, finish);
+  write_sum(sum_by_halving(x), block, blocks, sums, result);
 }
 
 __global__ void __launch_bounds__(kWarps* kWarp)
-    sum_kernel(const float* in, int64_t count, int64_t blocks, float* out, const Finish finish) {
-  const int64_t block = own_block();
+    sum_kernel(const float* in, int64_t count, int64_t blocks, float* out, const Result result) {
+  const int64_t block = block_of_warp();
   if (block >= blocks) return;
-  float x[kRuns][kRun];
+  float x[kRuns][kRunLength];
 #pragma unroll
   for (int run = 0; run < kRuns; ++run) {
 #pragma unroll
-    for (int k = 0; k < kRun; ++k) {
-      const int64_t i = block * kNormBlock + own_run(run) + k;
+    for (int k = 0; k < kRunLength; ++k) {
+      const int64_t i = block * kNormBlock + run_begin(run) + k;
       x[run][k] = i < count ? in[i] : 0.0f;
     }
   }
-  put(halve(x), block, blocks, out, finish);
+  write_sum(sum_by_halving(x), block, blocks, out, result);
 }
 
 int64_t blocks_for(int64_t count) { return std::max((count + kNormBlock - 1) / kNormBlock, int64_t{1}); }
@@ -146,7 +150,7 @@ int64_t total(const std::vector<GradTensor>& grads) {
 }
 
 template <int N>
-void launch_squares(const std::vector<GradTensor>& grads, int64_t blocks, float* sums, const Finish& finish,
+void launch_squares(const std::vector<GradTensor>& grads, int64_t blocks, float* sums, const Result& result,
                     cudaStream_t stream) {
   List<GradTensor, int64_t, N> list;
   list.count = static_cast<int>(grads.size());
@@ -155,13 +159,13 @@ void launch_squares(const std::vector<GradTensor>& grads, int64_t blocks, float*
     list.items[i] = grads[i];
     list.first[i + 1] = list.first[i] + grads[i].numel;
   }
-  square_kernel<N><<<grid_for(blocks), kWarps * kWarp, 0, stream>>>(list, blocks, sums, finish);
-  check("the kernel of the squares");
+  square_kernel<N><<<grid_for(blocks), kWarps * kWarp, 0, stream>>>(list, blocks, sums, result);
+  check_launch("the kernel of squares");
 }
 
 }  // namespace
 
-// The sums of the first level, and beside them those of the second; the levels above go back and forth.
+// Two buffers: the sums of the first level and those of the second. Further levels alternate between them.
 int64_t norm_workspace(const std::vector<GradTensor>& grads) {
   const int64_t blocks = blocks_for(total(grads));
   return blocks + blocks_for(blocks);
@@ -169,19 +173,21 @@ int64_t norm_workspace(const std::vector<GradTensor>& grads) {
 
 void grad_norm(const std::vector<GradTensor>& grads, float* workspace, float* norm, float* clip_coef, float max_norm,
                bool to_bfloat16, cudaStream_t stream) {
-  if (grads.size() > kMaxGrads) throw std::runtime_error("grad_norm takes at most 400 tensors");
-  static_assert(sizeof(List<GradTensor, int64_t, kMaxGrads>) + sizeof(int64_t) + sizeof(float*) + sizeof(Finish) <=
-                kMaxArguments);
-  const Finish finish{norm, clip_coef, max_norm, to_bfloat16};
+  if (grads.size() > kMaxGrads) {
+    throw std::runtime_error("grad_norm takes at most " + std::to_string(kMaxGrads) + " tensors");
+  }
+  static_assert(sizeof(List<GradTensor, int64_t, kMaxGrads>) + sizeof(int64_t) + sizeof(float*) + sizeof(Result) <=
+                kMaxArgumentBytes);
+  const Result result{norm, clip_coef, max_norm, to_bfloat16};
   int64_t count = blocks_for(total(grads));
   float* sums = workspace;
   float* next = workspace + count;
-  const auto squares = grads.size() <= kShort ? launch_squares<kShort> : launch_squares<kMaxGrads>;
-  squares(grads, count, sums, finish, stream);
+  const auto squares = grads.size() <= kShortList ? launch_squares<kShortList> : launch_squares<kMaxGrads>;
+  squares(grads, count, sums, result, stream);
   while (count > 1) {
     const int64_t blocks = blocks_for(count);
-    sum_kernel<<<grid_for(blocks), kWarps * kWarp, 0, stream>>>(sums, count, blocks, next, finish);
-    check("the kernel of the sums");
+    sum_kernel<<<grid_for(blocks), kWarps * kWarp, 0, stream>>>(sums, count, blocks, next, result);
+    check_launch("the kernel of sums");
     std::swap(sums, next);
     count = blocks;
   }

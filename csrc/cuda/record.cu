@@ -1,4 +1,4 @@
-// Copies of any tensors into the slot of a step, in one launch.
+// Copies of tensors of any dtype into the slot of a step.
 #include <algorithm>
 
 #include "kernels.h"
@@ -8,11 +8,11 @@ namespace bhfast::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kBlockBytes = 16 * kThreads;
+constexpr int64_t kBlockBytes = kAccessBytes * kThreads;
 
 struct Item {
   RecordTensor tensor;
-  bool aligned;  // the tensor and every slot, to 16 bytes
+  bool aligned;  // to kAccessBytes: the tensor, and every slot of the ring
 };
 
 template <class Unit>
@@ -24,9 +24,9 @@ __device__ void copy(const RecordTensor& t, int64_t slot, int64_t begin, int64_t
   }
 }
 
-__global__ void __launch_bounds__(kThreads)
-    record_kernel(const __grid_constant__ List<Item, int, kShort> list, const __grid_constant__ StepNumbers numbers) {
-  const int64_t slot = slot_of_step(numbers);
+__global__ void __launch_bounds__(kThreads) record_kernel(const __grid_constant__ List<Item, int, kShortList> list,
+                                                          const __grid_constant__ StepScalars scalars) {
+  const int64_t slot = slot_of_step(scalars);
   if (slot < 0) return;
   const int index = list.find(blockIdx.x);
   const RecordTensor& t = list.items[index].tensor;
@@ -39,25 +39,25 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-void launch(const RecordTensor* tensors, int count, const StepNumbers& numbers, cudaStream_t stream) {
-  List<Item, int, kShort> list;
+void launch(const RecordTensor* tensors, int count, const StepScalars& scalars, cudaStream_t stream) {
+  List<Item, int, kShortList> list;
   list.count = count;
   list.first[0] = 0;
   for (int i = 0; i < count; ++i) {
     const RecordTensor& t = tensors[i];
-    list.items[i] = {t, is_aligned(t.data) && is_aligned(t.ring) && t.bytes % 16 == 0};
+    list.items[i] = {t, is_aligned(t.data) && is_aligned(t.ring) && t.bytes % kAccessBytes == 0};
     list.first[i + 1] = list.first[i] + static_cast<int>((t.bytes + kBlockBytes - 1) / kBlockBytes);
   }
   if (list.first[count] == 0) return;
-  record_kernel<<<list.first[count], kThreads, 0, stream>>>(list, numbers);
-  check("the kernel of the records");
+  record_kernel<<<list.first[count], kThreads, 0, stream>>>(list, scalars);
+  check_launch("the record kernel");
 }
 
 }  // namespace
 
-void record(const std::vector<RecordTensor>& tensors, const StepNumbers& numbers, cudaStream_t stream) {
-  for (size_t begin = 0; begin < tensors.size(); begin += kShort) {
-    launch(&tensors[begin], static_cast<int>(std::min(tensors.size() - begin, size_t{kShort})), numbers, stream);
+void record(const std::vector<RecordTensor>& tensors, const StepScalars& scalars, cudaStream_t stream) {
+  for (size_t begin = 0; begin < tensors.size(); begin += kShortList) {
+    launch(&tensors[begin], static_cast<int>(std::min(tensors.size() - begin, size_t{kShortList})), scalars, stream);
   }
 }
 

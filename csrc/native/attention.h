@@ -1,5 +1,5 @@
-// Causal attention of kBlock rows, all heads: Vaswani et al., arXiv 1706.03762. What no query may see is not computed,
-// but for the part of a block above the diagonal.
+// Causal multi-head attention of a block of rows: Vaswani et al., arXiv 1706.03762. Scores of keys after the block are
+// not computed; those after a query within the block are masked.
 #pragma once
 
 #include "network.h"
@@ -7,23 +7,20 @@
 
 namespace bhfast::native::BHFAST_ISA {
 
-struct Place {
-  int64_t window, begin;  // the first row, in its window
-};
-
-// The rows of attention's matrices of one head.
-BHFAST_INLINE int64_t head_row(const Network& net, Place at, int64_t head, int64_t row) {
-  return (at.window * net.shape.heads + head) * net.rows_per_window + row;
+// The row of the attention matrices, [windows, heads, queries], that belongs to a head and the block's first row.
+BHFAST_INLINE int64_t attention_row(const Network& net, RowBlock rows, int64_t head) {
+  return (rows.window * net.shape.heads + head) * net.rows_per_window + rows.position;
 }
 
 BHFAST_INLINE float score_scale(const Network& net) { return 1 / std::sqrt(static_cast<float>(net.head_dim)); }
 
-// to = softmax of the rounded, scaled scores, of queries from `begin` over `keys` keys. Writes to scores.
+// to = softmax of the scaled, rounded scores. The first query has position `begin` and there are `keys` keys. scores:
+// [kRowBlock][stride], overwritten.
 inline void causal_softmax(float* scores, int64_t stride, int64_t begin, int64_t keys, float scale, const Matrix& to) {
   i32 lane;
   for (int j = 0; j < kLanes; ++j) lane[j] = j;
-  float share[kBlock];
-  for (int i = 0; i < kBlock; ++i) {
+  float inverse_sum[kRowBlock];
+  for (int i = 0; i < kRowBlock; ++i) {
     float* const row = scores + i * stride;
     f32 largest = splat(-INFINITY), sum{};
     for (int64_t c = 0; c < keys; c += kLanes) {
@@ -32,89 +29,73 @@ inline void causal_softmax(float* scores, int64_t stride, int64_t begin, int64_t
       store(row + c, x);
       largest = max(x, largest);
     }
-    const float most = max_of(largest);
+    const float row_max = reduce_max(largest);
     for (int64_t c = 0; c < keys; c += kLanes) {
-      const f32 e = exp(load(row + c) - most);
-      store(row + c, e);
-      sum += e;
+      const f32 power = exp(load(row + c) - row_max);
+      store(row + c, power);
+      sum += power;
     }
-    share[i] = 1 / sum_of(sum);
+    inverse_sum[i] = 1 / reduce_sum(sum);
   }
-  for (int i = 0; i < kBlock; i += 2) {
-    for (int64_t c = 0; c < keys; c += kLanes) {
-      const f32 first = load(scores + i * stride + c) * share[i];
-      const f32 second = load(scores + (i + 1) * stride + c) * share[i + 1];
-      store(to.row(i) + c, first);
-      store(to.row(i + 1) + c, second);
-      store(to.pair(i, c), pair(first, second));
-    }
-  }
+  fill_block(to, keys, [&](int i, int64_t c) { return load(scores + i * stride + c) * inverse_sum[i]; });
 }
 
-// The weights and the mixed values of the queries in a block. scratch: [kBlock][rows_per_window]
-inline void attend(const Network& net, const Block& b, Place at, float* scratch) {
-  const int64_t width = net.shape.hidden, stride = net.rows_per_window, keys = at.begin + kBlock;
-  const int64_t window = at.window * stride, row = window + at.begin;
+// Set the attention weights of a block of queries, and the values mixed with them. scratch:
+// [kRowBlock][rows_per_window]
+inline void attend(const Network& net, const Block& block, RowBlock rows, float* scratch) {
+  const int64_t width = net.shape.hidden, stride = net.rows_per_window, keys = rows.position + kRowBlock;
+  const int64_t window = rows.first - rows.position;
   for (int64_t head = 0; head < net.shape.heads; ++head) {
     const int64_t column = head * net.head_dim;
-    const Matrix weights = b.weights.at(head_row(net, at, head, at.begin));
-    multiply(left(b.qkv.at(row, column)), right_transposed(b.qkv.at(window, width + column)), keys / kLanes,
-             net.head_dim / 2, scratch, stride);
-    causal_softmax(scratch, stride, at.begin, keys, score_scale(net), weights);
-    multiply(left(weights), right(b.qkv.at(window, 2 * width + column)), net.head_dim, keys / 2,
-             b.mixed.at(row, column), 1, nullptr);
+    const Matrix weights = block.weights.at(attention_row(net, rows, head));
+    multiply(left(block.qkv.at(rows.first, column)), right_transposed(block.qkv.at(window, width + column)),
+             keys / kLanes, net.head_dim / 2, scratch, stride);
+    causal_softmax(scratch, stride, rows.position, keys, score_scale(net), weights);
+    multiply(left(weights), right(block.qkv.at(window, 2 * width + column)), net.head_dim, keys / 2,
+             block.mixed.at(rows.first, column), 1, nullptr);
   }
 }
 
-// to = the gradient by the scores of queries over `keys` keys, of d_weights, that by the weights.
+// to = the gradient by the scores, from d_weights, the gradient by the weights: [kRowBlock][stride].
 inline void softmax_backward(const float* d_weights, int64_t stride, int64_t keys, const Matrix& weights,
                              const Matrix& to) {
-  float mean[kBlock];
-  for (int i = 0; i < kBlock; ++i) {
+  float mean[kRowBlock];  // of d_weights, weighted
+  for (int i = 0; i < kRowBlock; ++i) {
     f32 sum{};
     for (int64_t c = 0; c < keys; c += kLanes) {
       sum = fma(rounded(load(d_weights + i * stride + c)), load(weights.row(i) + c), sum);
     }
-    mean[i] = sum_of(sum);
+    mean[i] = reduce_sum(sum);
   }
-  const auto gradient = [&](int i, int64_t c) {
+  fill_block(to, keys, [&](int i, int64_t c) {
     return load(weights.row(i) + c) * (rounded(load(d_weights + i * stride + c)) - mean[i]);
-  };
-  for (int i = 0; i < kBlock; i += 2) {
-    for (int64_t c = 0; c < keys; c += kLanes) {
-      const f32 first = gradient(i, c), second = gradient(i + 1, c);
-      store(to.row(i) + c, first);
-      store(to.row(i + 1) + c, second);
-      store(to.pair(i, c), pair(first, second));
-    }
+  });
+}
+
+// Set the gradients by the scores and the queries of a block. scratch: [kRowBlock][rows_per_window]
+inline void attend_backward_queries(const Network& net, const Block& block, RowBlock rows, float* scratch) {
+  const int64_t width = net.shape.hidden, stride = net.rows_per_window, keys = rows.position + kRowBlock;
+  const int64_t window = rows.first - rows.position;
+  for (int64_t head = 0; head < net.shape.heads; ++head) {
+    const int64_t column = head * net.head_dim, weights_row = attention_row(net, rows, head);
+    const Matrix d_scores = block.d_scores.at(weights_row);
+    multiply(left(block.d_mixed.at(rows.first, column)), right_transposed(block.qkv.at(window, 2 * width + column)),
+             keys / kLanes, net.head_dim / 2, scratch, stride);
+    softmax_backward(scratch, stride, keys, block.weights.at(weights_row), d_scores);
+    multiply(left(d_scores), right(block.qkv.at(window, width + column)), net.head_dim, keys / 2,
+             block.d_qkv.at(rows.first, column), score_scale(net), nullptr);
   }
 }
 
-// The gradients by the scores and the queries of a block. scratch: [kBlock][rows_per_window]
-inline void attend_backward_queries(const Network& net, const Block& b, Place at, float* scratch) {
-  const int64_t width = net.shape.hidden, stride = net.rows_per_window, keys = at.begin + kBlock;
-  const int64_t window = at.window * stride, row = window + at.begin;
+// Set the gradients by the keys and the values of a block. They sum over the queries of this block and all later ones.
+inline void attend_backward_keys_values(const Network& net, const Block& block, RowBlock rows) {
+  const int64_t width = net.shape.hidden, queries = net.rows_per_window - rows.position;
   for (int64_t head = 0; head < net.shape.heads; ++head) {
-    const int64_t column = head * net.head_dim, at_head = head_row(net, at, head, at.begin);
-    const Matrix d_scores = b.d_scores.at(at_head);
-    multiply(left(b.d_mixed.at(row, column)), right_transposed(b.qkv.at(window, 2 * width + column)), keys / kLanes,
-             net.head_dim / 2, scratch, stride);
-    softmax_backward(scratch, stride, keys, b.weights.at(at_head), d_scores);
-    multiply(left(d_scores), right(b.qkv.at(window, width + column)), net.head_dim, keys / 2, b.d_qkv.at(row, column),
-             score_scale(net), nullptr);
-  }
-}
-
-// The gradients by the keys and the values of a block, of the queries of all blocks from there on.
-inline void attend_backward_keys(const Network& net, const Block& b, Place at) {
-  const int64_t width = net.shape.hidden, queries = net.rows_per_window - at.begin;
-  const int64_t row = at.window * net.rows_per_window + at.begin;
-  for (int64_t head = 0; head < net.shape.heads; ++head) {
-    const int64_t column = head * net.head_dim, at_head = head_row(net, at, head, at.begin);
-    multiply(left_transposed(b.d_scores.at(at_head, at.begin)), right(b.qkv.at(row, column)), net.head_dim, queries / 2,
-             b.d_qkv.at(row, width + column), score_scale(net), nullptr);
-    multiply(left_transposed(b.weights.at(at_head, at.begin)), right(b.d_mixed.at(row, column)), net.head_dim,
-             queries / 2, b.d_qkv.at(row, 2 * width + column), 1, nullptr);
+    const int64_t column = head * net.head_dim, weights_row = attention_row(net, rows, head);
+    multiply(left_transposed(block.d_scores.at(weights_row, rows.position)), right(block.qkv.at(rows.first, column)),
+             net.head_dim, queries / 2, block.d_qkv.at(rows.first, width + column), score_scale(net), nullptr);
+    multiply(left_transposed(block.weights.at(weights_row, rows.position)), right(block.d_mixed.at(rows.first, column)),
+             net.head_dim, queries / 2, block.d_qkv.at(rows.first, 2 * width + column), 1, nullptr);
   }
 }
 

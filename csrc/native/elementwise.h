@@ -1,65 +1,54 @@
-// What is done to each element of kBlock rows by itself: embedding, residual connections, GELU.
+// Element by element, for a block of rows: embedding, residual connection, GELU.
 #pragma once
 
 #include "network.h"
 
 namespace bhfast::native::BHFAST_ISA {
 
-// to = the token's vector + the position's; padding gets those of token 0 and position 0.
+// to = the token's vector + the position's. Padding gets the vectors of token 0 and position 0.
 inline void embed(const Network& net, int64_t row, const Matrix& to) {
-  for (int i = 0; i < kBlock; ++i) {
+  for (int i = 0; i < kRowBlock; ++i) {
     const int64_t token = std::max(net.tokens[row + i], 0), position = (row + i) % net.rows_per_window;
-    const bfloat16* const one = net.wte.weight.rows + token * to.width;
-    const bfloat16* const other = net.wpe.value + (position < net.shape.context ? position : 0) * to.width;
-    for (int64_t c = 0; c < to.width; c += kLanes) store(to.row(i) + c, load(one + c) + load(other + c));
+    const bfloat16* const token_vector = net.wte.weight.rows + token * to.width;
+    const bfloat16* const position_vector = net.wpe.value + (position < net.shape.context ? position : 0) * to.width;
+    for (int64_t c = 0; c < to.width; c += kLanes) {
+      store(to.row(i) + c, load(token_vector + c) + load(position_vector + c));
+    }
   }
 }
 
 // to = x + y
 inline void add(const Matrix& x, const Matrix& y, const Matrix& to) {
-  for (int i = 0; i < kBlock; ++i) {
+  for (int i = 0; i < kRowBlock; ++i) {
     for (int64_t c = 0; c < to.width; c += kLanes) store(to.row(i) + c, load(x.row(i) + c) + load(y.row(i) + c));
   }
 }
 
-// The tanh form, x / 2 (1 + tanh u) with u = sqrt(2 / pi) (x + 0.044715 x^3), is x sigmoid(2 u): Hendrycks and Gimpel,
-// arXiv 1606.08415.
+// GELU in its tanh form, x / 2 (1 + tanh u) with u = sqrt(2 / pi) (x + 0.044715 x^3), equals x sigmoid(2 u): Hendrycks
+// and Gimpel, arXiv 1606.08415.
 constexpr float kGeluScale = 2 * 0.7978845608f, kGeluCubic = 0.044715f;
 
 BHFAST_INLINE f32 gelu_sigmoid(f32 x) {
-  const f32 u = x * kGeluScale * fma(x * x, splat(kGeluCubic), splat(1.0f));
-  return 1 / (1 + exp(-u));
+  const f32 two_u = x * kGeluScale * fma(x * x, splat(kGeluCubic), splat(1.0f));
+  return 1 / (1 + exp(-two_u));
 }
 
 inline void gelu(const Matrix& x, const Matrix& to) {
-  for (int i = 0; i < kBlock; i += 2) {
-    for (int64_t c = 0; c < x.width; c += kLanes) {
-      const f32 x0 = load(x.row(i) + c), x1 = load(x.row(i + 1) + c);
-      const f32 first = x0 * gelu_sigmoid(x0), second = x1 * gelu_sigmoid(x1);
-      store(to.row(i) + c, first);
-      store(to.row(i + 1) + c, second);
-      store(to.pair(i, c), pair(first, second));
-    }
-  }
+  fill_block(to, x.width, [&](int i, int64_t c) {
+    const f32 value = load(x.row(i) + c);
+    return value * gelu_sigmoid(value);
+  });
 }
 
 BHFAST_INLINE f32 gelu_slope(f32 x) {
   const f32 s = gelu_sigmoid(x);
-  const f32 slope = kGeluScale * fma(x * x, splat(3 * kGeluCubic), splat(1.0f));  // of 2 u
-  return fma(x * slope, s * (1 - s), s);
+  const f32 slope_of_two_u = kGeluScale * fma(x * x, splat(3 * kGeluCubic), splat(1.0f));
+  return fma(x * slope_of_two_u, s * (1 - s), s);
 }
 
-// to = d_y times the slope at x; d_y may be `to` itself.
+// to = d_y times GELU's slope at x. `to` may be d_y.
 inline void gelu_backward(const Matrix& d_y, const Matrix& x, const Matrix& to) {
-  for (int i = 0; i < kBlock; i += 2) {
-    for (int64_t c = 0; c < x.width; c += kLanes) {
-      const f32 first = load(d_y.row(i) + c) * gelu_slope(load(x.row(i) + c));
-      const f32 second = load(d_y.row(i + 1) + c) * gelu_slope(load(x.row(i + 1) + c));
-      store(to.row(i) + c, first);
-      store(to.row(i + 1) + c, second);
-      store(to.pair(i, c), pair(first, second));
-    }
-  }
+  fill_block(to, x.width, [&](int i, int64_t c) { return load(d_y.row(i) + c) * gelu_slope(load(x.row(i) + c)); });
 }
 
 }  // namespace bhfast::native::BHFAST_ISA

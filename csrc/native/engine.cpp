@@ -1,109 +1,89 @@
 #include "engine.h"
 
 #include <numeric>
-#include <stdexcept>
 #include <thread>
 
-#include "program.h"
-#include "team.h"
+#include "../instruction_sets/dispatch.h"
+#include "training_step.h"
+#include "worker.h"
 
 namespace bhfast::native {
-namespace {
 
-std::vector<const InstructionSet*> sets_here() {
-  std::vector<const InstructionSet*> here;
-  for (const InstructionSet* set : {
-#ifdef __x86_64__
-           &avx512bf16_set, &avx512_set, &avx2_set,
-#endif
-           &portable_set}) {
-    if (set->runs_here()) here.push_back(set);
-  }
-  return here;
+std::string unsupported(int64_t hidden, int64_t heads) {
+  // A head fills whole vectors, and a row whole vectors of pairs.
+  constexpr int64_t kHeadMultiple = kMaxLanes, kRowMultiple = 2 * kMaxLanes;
+  if (heads >= 1 && hidden % kRowMultiple == 0 && hidden % (kHeadMultiple * heads) == 0) return "";
+  return "the native engine needs a hidden_dim divisible by " + std::to_string(kRowMultiple) + ", and by " +
+         std::to_string(kHeadMultiple) + " times heads, got " + std::to_string(hidden) + " and " +
+         std::to_string(heads);
 }
 
-const InstructionSet& find(const std::string& name) {
-  std::string there;
-  for (const InstructionSet* set : sets_here()) {
-    if (set->name == name) return *set;
-    there += (there.empty() ? "" : ", ") + std::string(set->name);
-  }
-  throw std::invalid_argument("instruction_set must be one of this machine's (" + there + "), got '" + name + "'");
-}
-
-}  // namespace
-
-std::vector<std::string> instruction_sets() {
-  std::vector<std::string> names;
-  for (const InstructionSet* set : sets_here()) names.emplace_back(set->name);
-  return names;
-}
-
-double peak(const std::string& instruction_set, int threads) {
-  const InstructionSet& set = find(instruction_set);
+double peak_flops(const std::string& instruction_set, int threads) {
+  const InstructionSet& set = find_instruction_set(instruction_set);
   std::vector<double> flops(threads);
   {
-    std::vector<std::jthread> team;
-    for (double& own : flops) team.emplace_back([&set, &own] { own = set.peak(); });
+    std::vector<std::jthread> pool;
+    for (double& result : flops) pool.emplace_back([&set, &result] { result = set.peak_flops(); });
   }
   return std::accumulate(flops.begin(), flops.end(), 0.0);
 }
 
+// The caller's thread is worker 0. The others are a pool: they wait at the barrier between runs.
 struct Engine::State {
-  State(Job j, int count, const InstructionSet& set)
-      : job(std::move(j)), barrier(count), program(set.make(job, count)) {
+  State(TrainingRun r, int count, const InstructionSet& set)
+      : run(std::move(r)), barrier(count), step(set.make_step(run, count)) {
     for (int i = 0; i < count; ++i) workers.push_back({i, count, barrier, {}});
     for (int i = 1; i < count; ++i) {
       threads.emplace_back([this, i] {
-        while (begin()) work(i);
+        while (wait_for_run()) run_steps(workers[i]);
       });
     }
   }
 
   ~State() {
-    until = -1;
+    stop = true;
     barrier.wait();
   }
 
-  // The other threads wait here between runs.
-  bool begin() {
+  bool wait_for_run() {
     barrier.wait();
-    return until >= 0;
+    return !stop;
   }
 
-  void work(int i) {
-    for (int64_t step = done + 1; step <= until; ++step) program->step(workers[i], step);
+  void run_steps(Worker& worker) {
+    for (int64_t i = steps_done + 1; i <= last_step; ++i) step->run(worker, i);
     barrier.wait();
   }
 
-  const Job job;
+  const TrainingRun run;
   Barrier barrier;
-  std::unique_ptr<Program> program;
+  std::unique_ptr<TrainingStep> step;
   std::vector<Worker> workers;
-  int64_t done = 0, until = 0;        // steps; until: -1 to end
-  std::vector<std::jthread> threads;  // last: they use the rest
+  int64_t steps_done = 0, last_step = 0;  // last_step: of the current run
+  bool stop = false;
+  std::vector<std::jthread> threads;  // declared last, so joined first: they use the rest
 };
 
-Engine::Engine(Job job, int threads, const std::string& instruction_set)
-    : state_(std::make_unique<State>(std::move(job), threads, find(instruction_set))) {}
+Engine::Engine(TrainingRun run, int threads, const std::string& instruction_set)
+    : state_(std::make_unique<State>(std::move(run), threads, find_instruction_set(instruction_set))) {}
 
 Engine::~Engine() = default;
 
 void Engine::run(int64_t steps) {
-  state_->until = state_->done + steps;
+  state_->last_step = state_->steps_done + steps;
   state_->barrier.wait();
-  state_->work(0);
-  state_->done = state_->until;
+  state_->run_steps(state_->workers[0]);
+  state_->steps_done = state_->last_step;
 }
 
 void Engine::set_profiling(bool on) {
-  for (Worker& worker : state_->workers) worker.clock.on = on;
+  for (Worker& worker : state_->workers) worker.timer.enabled = on;
 }
 
 std::vector<double> Engine::profile() const {
   std::vector<double> sum(kActivityCount);
   for (const Worker& worker : state_->workers) {
-    for (int i = 0; i < kActivityCount; ++i) sum[i] += worker.clock.seconds[i];
+    for (int i = 0; i < kActivityCount; ++i) sum[i] += worker.timer.seconds[i];
   }
   return sum;
 }

@@ -10,10 +10,19 @@
 
 namespace bhfast::native {
 
+constexpr int kRowBlock = 16;  // rows that a thread works on together
+constexpr int kMaxLanes = 16;  // float32 values in a vector of the widest instruction set
+
 // The network's sizes, and how many windows of `context` bytes a step takes.
 struct Shape {
   int64_t vocab, hidden, layers, heads, context, windows;
 };
+
+// Blocks of kRowBlock rows, the unit of work of the forward and backward pass. More threads than that have none.
+inline int64_t row_blocks(const Shape& s) { return s.windows * ((s.context + kRowBlock - 1) / kRowBlock); }
+
+// Why the engine cannot run a network of these sizes; empty if it can.
+std::string unsupported(int64_t hidden, int64_t heads);
 
 // A parameter and its gradient, both contiguous.
 struct Parameter {
@@ -22,28 +31,28 @@ struct Parameter {
 };
 
 // Parameters that Adam updates with the same coefficients.
-struct Group {
+struct ParameterGroup {
   std::vector<AdamTensors> tensors;
   std::vector<Coefficients> coefficients;  // [steps]
 };
 
-// Where one kind of logged values goes: [slots, ...], or null if it is not recorded.
+// Where the values of one name are logged: [slots, ...], or null if they are not recorded.
 template <class T>
 struct Log {
   T* ring = nullptr;
   int64_t slots = 0;
 };
 
-// All that the steps of a run need. The memory behind the pointers is the caller's.
-struct Job {
+// Everything that the steps of a run need. The caller owns the memory behind the pointers.
+struct TrainingRun {
   Shape shape;
   std::vector<Parameter> parameters;  // in the order of model.parameters()
-  std::vector<Group> groups;
+  std::vector<ParameterGroup> groups;
   Rounding rounding;
   float max_grad_norm;
   int64_t target_offset;
   const uint8_t* corpus;
-  const int64_t* offsets;        // [steps, windows]: where in the corpus they start
+  const int64_t* offsets;        // [steps, windows]: where each window starts in the corpus
   const double* learning_rates;  // [steps]
   int64_t every, slots;          // of the rings in `groups`
   Log<bfloat16> losses, logits;  // logits: [slots, vocab]
@@ -59,24 +68,21 @@ constexpr const char* kActivities[] = {"products", "attention", "elementwise", "
                                        "adam",     "recording", "arranging",   "waiting"};
 constexpr int kActivityCount = sizeof kActivities / sizeof kActivities[0];
 
-// The instruction sets the engine is compiled for and that run here, best first.
-std::vector<std::string> instruction_sets();
+// The floating-point operations per second that `threads` threads reach if they never wait for memory. Throws like
+// Engine.
+double peak_flops(const std::string& instruction_set, int threads);
 
-// The floating-point operations per second that so many threads can do, if nothing holds them up. Throws as Engine
-// does.
-double peak(const std::string& instruction_set, int threads);
-
-// Steps have the same bits for any number of threads.
+// Runs the steps. Their bits do not depend on the number of threads.
 class Engine {
  public:
-  // Throws std::invalid_argument if the instruction set does not run here.
-  Engine(Job job, int threads, const std::string& instruction_set);
+  // Throws std::invalid_argument if this machine does not support the instruction set.
+  Engine(TrainingRun run, int threads, const std::string& instruction_set);
   ~Engine();
 
   // Run and record the next `steps` steps.
   void run(int64_t steps);
 
-  // Whether to measure what the time is spent on, and the seconds so far, summed over threads: [kActivityCount].
+  // Turn profiling on or off; and the seconds measured so far, summed over threads: [kActivityCount].
   void set_profiling(bool on);
   std::vector<double> profile() const;
 

@@ -1,84 +1,94 @@
-// The network's parameters, and what a step keeps of it, forward and backward.
+// The network's parameters, activations and gradients. d_x is the gradient of the loss by x.
 //
-// The rows of all matrices are the positions of all windows, each window padded to a multiple of kBlock rows. Padding
-// comes after a window's end, where attention does not look, and gets no gradient. d_x is the gradient of the loss by
-// x.
+// A matrix has one row for each position of each window. Windows are padded to a multiple of kRowBlock rows; padding
+// comes after a window's end, where causal attention does not look, and gets no gradient.
 #pragma once
 
 #include "matrix.h"
-#include "program.h"
 
 namespace bhfast::native::BHFAST_ISA {
 
-BHFAST_INLINE int64_t padded(int64_t n) { return (n + kBlock - 1) / kBlock * kBlock; }
+BHFAST_INLINE int64_t padded(int64_t n) { return (n + kRowBlock - 1) / kRowBlock * kRowBlock; }
 
-// Hands out zeroed memory, each piece from a cache line's start.
+// kRowBlock rows of one window.
+struct RowBlock {
+  int64_t window;
+  int64_t position;  // of the first row, in its window
+  int64_t first;     // the first row's number among the rows of all windows
+};
+
+// Allocates zeroed memory, aligned to cache lines.
 class Arena {
  public:
   template <class T>
-  T* take(int64_t count) {
-    const size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
-    void* const memory = std::aligned_alloc(64, std::max<size_t>(bytes, 64));
+  T* allocate(int64_t count) {
+    constexpr size_t kCacheLine = 64;
+    const size_t bytes = (count * sizeof(T) + kCacheLine - 1) / kCacheLine * kCacheLine;
+    void* const memory = std::aligned_alloc(kCacheLine, std::max(bytes, kCacheLine));
     if (!memory) throw std::bad_alloc();
-    pieces_.emplace_back(memory, std::free);
+    allocations_.emplace_back(memory, std::free);
     return static_cast<T*>(std::memset(memory, 0, bytes));
   }
 
-  enum Layouts { kRows = 1, kPairs = 2, kTurned = 4 };
+  enum Layouts { kRows = 1, kPairs = 2, kTransposed = 4 };
 
   Matrix matrix(int64_t rows, int64_t width, int layouts) {
     Matrix m;
     m.width = width;
-    if (layouts & kRows) m.rows = take<bfloat16>(rows * width);
-    if (layouts & kPairs) m.pairs = take<uint32_t>(rows / 2 * width);
-    if (layouts & kTurned) m.turned = take<uint32_t>(rows * width / 2);
+    if (layouts & kRows) m.rows = allocate<bfloat16>(rows * width);
+    if (layouts & kPairs) m.pairs = allocate<uint32_t>(rows / 2 * width);
+    if (layouts & kTransposed) m.transposed = allocate<uint32_t>(rows * width / 2);
     m.pairs_panel = rows / 2 * kLanes;
-    m.turned_panel = width / 2 * kLanes;
+    m.transposed_panel = width / 2 * kLanes;
     return m;
   }
 
  private:
-  std::vector<std::unique_ptr<void, void (*)(void*)>> pieces_;
+  std::vector<std::unique_ptr<void, void (*)(void*)>> allocations_;
 };
 
 struct Linear {
   Parameter bias;
   bfloat16* grad;  // of the weight, [outputs][inputs]
   int64_t inputs, outputs;
-  Matrix weight;  // rows are the parameter itself, padded if the number of outputs is odd
+  Matrix weight;  // rows are the parameter itself; the packed layouts are padded to a multiple of kRowBlock outputs
 };
 
 struct Norm {
   Parameter weight, bias;
   float* statistics;  // [rows][2]: mean, and one over the standard deviation
-  float* partial;     // [rows / kBlock][2][hidden]: gradients of weight and bias, by block
+  float* partial;     // [rows / kRowBlock][2][hidden]: each block's part of the gradients by weight and bias
 };
 
+// A transformer block.
 struct Block {
   Norm ln_1, ln_2;
   Linear c_attn, attn_proj, c_fc, mlp_proj;
 
-  Matrix x;          // what comes in
-  Matrix normed_1;   // ln_1
-  Matrix qkv;        // c_attn
-  Matrix weights;    // of attention: [windows, heads, queries][keys]
-  Matrix mixed;      // the values, by weight
-  Matrix x_mid;      // x + attn_proj
-  Matrix normed_2;   // ln_2
-  Matrix hidden;     // c_fc
-  Matrix activated;  // GELU
+  Matrix x;          // the block's input
+  Matrix normed_1;   // the result of ln_1
+  Matrix qkv;        // of c_attn
+  Matrix weights;    // attention's: [windows, heads, queries][keys]
+  Matrix mixed;      // the values, mixed with the weights
+  Matrix x_mid;      // x + attn_proj(mixed)
+  Matrix normed_2;   // the result of ln_2
+  Matrix hidden;     // of c_fc
+  Matrix activated;  // of GELU
+  Matrix out;        // x_mid + mlp_proj(activated): the next block's input
 
-  Matrix d_out;  // of what goes out
+  Matrix d_out;
   Matrix d_hidden;
-  Matrix d_mid;
+  Matrix d_mid;  // by x_mid
   Matrix d_mixed;
   Matrix d_scores;
   Matrix d_qkv;
+  Matrix d_x;  // the previous block's d_out
 };
 
 struct Network {
   Shape shape;
   int64_t rows_per_window, rows, head_dim, padded_vocab;
+  float loss_scale;  // one over the number of targets: the loss is a mean
   Arena arena;
 
   Parameter wpe;
@@ -87,82 +97,99 @@ struct Network {
   Norm ln_f;
 
   Matrix x_out;   // of the last block
-  Matrix normed;  // ln_f
-  Matrix logits;  // and later d_logits
+  Matrix normed;  // the result of ln_f
+  Matrix logits;  // replaced by their gradient once the loss is known
   Matrix d_embedded;
-  const bfloat16* zeros;                     // [hidden]
-  std::vector<int32_t> tokens, targets;      // [rows]; no target: -1, padding: token -1
-  std::vector<float> losses;                 // [rows]
-  std::vector<bfloat16> logged_logits;       // [vocab], of the first window's last position
-  std::vector<int32_t> first_row, next_row;  // of the rows whose token is in a block of the vocabulary; -1: no more
+  const bfloat16* zeros;                // [hidden]
+  std::vector<int32_t> tokens;          // [rows]; -1 in padding
+  std::vector<int32_t> targets;         // [rows]; -1 without a target
+  std::vector<float> losses;            // [rows]
+  std::vector<bfloat16> logged_logits;  // [vocab], of the first window's last position
+  // For each kRowBlock tokens of the vocabulary a linked list of the rows where they occur; -1 ends it.
+  std::vector<int32_t> first_row;  // [padded_vocab / kRowBlock]
+  std::vector<int32_t> next_row;   // [rows]
 
-  explicit Network(const Job& job);
+  explicit Network(const TrainingRun& run);
+
+ private:
+  void allocate_matrices(Block& block);
 };
 
-inline Network::Network(const Job& job)
-    : shape(job.shape),
+inline Network::Network(const TrainingRun& run)
+    : shape(run.shape),
       rows_per_window(padded(shape.context)),
       rows(rows_per_window * shape.windows),
       head_dim(shape.hidden / shape.heads),
       padded_vocab(padded(shape.vocab)),
+      loss_scale(1.0f / (shape.windows * (shape.context + 1 - run.target_offset))),
       blocks(shape.layers),
       tokens(rows),
       targets(rows),
       losses(rows),
       logged_logits(shape.vocab),
-      first_row(padded_vocab / kBlock),
+      first_row(padded_vocab / kRowBlock),
       next_row(rows) {
-  constexpr int kRows = Arena::kRows, kPairs = Arena::kPairs, kTurned = Arena::kTurned;
-  const Parameter* next = job.parameters.data();
+  const Parameter* next = run.parameters.data();
   const int64_t width = shape.hidden;
 
   const auto linear = [&](int64_t inputs, int64_t outputs, bool has_bias) {
     const Parameter weight = *next++;
-    Linear result{{}, weight.grad, inputs, outputs, arena.matrix(padded(outputs), inputs, kPairs | kTurned)};
+    Linear result{
+        {}, weight.grad, inputs, outputs, arena.matrix(padded(outputs), inputs, Arena::kPairs | Arena::kTransposed)};
     result.weight.rows = weight.value;
     if (has_bias) result.bias = *next++;
     return result;
   };
   const auto norm = [&] {
     const Parameter weight = *next++, bias = *next++;
-    return Norm{weight, bias, arena.take<float>(rows * 2), arena.take<float>(rows / kBlock * 2 * width)};
+    return Norm{weight, bias, arena.allocate<float>(rows * 2), arena.allocate<float>(rows / kRowBlock * 2 * width)};
   };
 
   wte = linear(width, shape.vocab, false);
   wpe = *next++;
-  const Matrix d_qkv = arena.matrix(rows, 3 * width, kRows);
-  for (Block& b : blocks) {
-    b.ln_1 = norm();
-    b.c_attn = linear(width, 3 * width, true);
-    b.attn_proj = linear(width, width, true);
-    b.ln_2 = norm();
-    b.c_fc = linear(width, 4 * width, true);
-    b.mlp_proj = linear(4 * width, width, true);
-
-    b.x = arena.matrix(rows, width, kRows);
-    b.normed_1 = arena.matrix(rows, width, kPairs);
-    b.qkv = arena.matrix(rows, 3 * width, kRows | kPairs | kTurned);
-    b.weights = arena.matrix(shape.heads * rows, rows_per_window, kRows | kPairs);
-    b.mixed = arena.matrix(rows, width, kRows | kPairs);
-    b.x_mid = arena.matrix(rows, width, kRows);
-    b.normed_2 = arena.matrix(rows, width, kPairs);
-    b.hidden = arena.matrix(rows, 4 * width, kRows);
-    b.activated = arena.matrix(rows, 4 * width, kPairs);
-
-    b.d_out = arena.matrix(rows, width, kRows | kPairs);
-    b.d_hidden = arena.matrix(rows, 4 * width, kPairs);
-    b.d_mid = arena.matrix(rows, width, kRows | kPairs);
-    b.d_mixed = arena.matrix(rows, width, kRows | kPairs);
-    b.d_scores = arena.matrix(shape.heads * rows, rows_per_window, kRows | kPairs);
-    b.d_qkv = arena.matrix(rows, 3 * width, kPairs);
-    b.d_qkv.rows = d_qkv.rows;  // of all blocks: none needs its rows once its own backward pass is over
+  bfloat16* const d_qkv_rows = arena.matrix(rows, 3 * width, Arena::kRows).rows;
+  for (Block& block : blocks) {
+    block.ln_1 = norm();
+    block.c_attn = linear(width, 3 * width, true);
+    block.attn_proj = linear(width, width, true);
+    block.ln_2 = norm();
+    block.c_fc = linear(width, 4 * width, true);
+    block.mlp_proj = linear(4 * width, width, true);
+    allocate_matrices(block);
+    block.d_qkv.rows = d_qkv_rows;  // all blocks share them: each needs its own only during its backward pass
   }
   ln_f = norm();
-  x_out = arena.matrix(rows, width, kRows);
-  normed = arena.matrix(rows, width, kPairs);
-  logits = arena.matrix(rows, padded_vocab, kRows | kPairs);
-  d_embedded = arena.matrix(rows, width, kRows);
-  zeros = arena.take<bfloat16>(width);
+  x_out = arena.matrix(rows, width, Arena::kRows);
+  normed = arena.matrix(rows, width, Arena::kPairs);
+  logits = arena.matrix(rows, padded_vocab, Arena::kRows | Arena::kPairs);
+  d_embedded = arena.matrix(rows, width, Arena::kRows);
+  zeros = arena.allocate<bfloat16>(width);
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    blocks[i].out = i + 1 < blocks.size() ? blocks[i + 1].x : x_out;
+    blocks[i].d_x = i > 0 ? blocks[i - 1].d_out : d_embedded;
+  }
+}
+
+inline void Network::allocate_matrices(Block& block) {
+  constexpr int kRows = Arena::kRows, kPairs = Arena::kPairs, kTransposed = Arena::kTransposed;
+  const int64_t width = shape.hidden;
+
+  block.x = arena.matrix(rows, width, kRows);
+  block.normed_1 = arena.matrix(rows, width, kPairs);
+  block.qkv = arena.matrix(rows, 3 * width, kRows | kPairs | kTransposed);
+  block.weights = arena.matrix(shape.heads * rows, rows_per_window, kRows | kPairs);
+  block.mixed = arena.matrix(rows, width, kRows | kPairs);
+  block.x_mid = arena.matrix(rows, width, kRows);
+  block.normed_2 = arena.matrix(rows, width, kPairs);
+  block.hidden = arena.matrix(rows, 4 * width, kRows);
+  block.activated = arena.matrix(rows, 4 * width, kPairs);
+
+  block.d_out = arena.matrix(rows, width, kRows | kPairs);
+  block.d_hidden = arena.matrix(rows, 4 * width, kPairs);
+  block.d_mid = arena.matrix(rows, width, kRows | kPairs);
+  block.d_mixed = arena.matrix(rows, width, kRows | kPairs);
+  block.d_scores = arena.matrix(shape.heads * rows, rows_per_window, kRows | kPairs);
+  block.d_qkv = arena.matrix(rows, 3 * width, kPairs);
 }
 
 }  // namespace bhfast::native::BHFAST_ISA

@@ -1,27 +1,27 @@
 // Vectors of float32, and of pairs of bfloat16 values: all that differs between instruction sets.
 //
-// Compiled once for each instruction set, in a namespace of its own: see instruction_sets/. The arithmetic on vectors
-// is the compiler's; intrinsics stand here and nowhere else.
+// This header and those that include it are compiled once for each instruction set, in a namespace of its own: see
+// instruction_sets/. Vector arithmetic is the compiler's own; intrinsics are used in this file only.
 #pragma once
 
 #include "../adam.h"
-#include "standard.h"
+#include "../instruction_sets/shared_headers.h"
 
 namespace bhfast::native::BHFAST_ISA {
 
 constexpr int kLanes = BHFAST_LANES;
 
 typedef float f32 __attribute__((vector_size(4 * kLanes)));
-typedef uint32_t u32 __attribute__((vector_size(4 * kLanes)));  // as pairs: the first value in the lower half
+typedef uint32_t u32 __attribute__((vector_size(4 * kLanes)));  // as pairs: the lower half is the first value
 typedef int32_t i32 __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t u16 __attribute__((vector_size(2 * kLanes)));
 
-constexpr uint32_t kOnes = 0x3f803f80;  // the pair (1, 1)
+constexpr uint32_t kPairOfOnes = 0x3f803f80;  // the pair (1, 1)
 
 // -------------------------------------------------------------------------------------------------------------------
 // Instructions
 
-// a * b + c, rounded once where the machine can.
+// a * b + c, rounded once if the instruction set has a fused multiply-add.
 BHFAST_INLINE f32 fma(f32 a, f32 b, f32 c) {
 #if BHFAST_LANES == 16
   return _mm512_fmadd_ps(a, b, c);
@@ -65,7 +65,7 @@ BHFAST_INLINE u32 splat(uint32_t x) { return x - u32{}; }
 // -------------------------------------------------------------------------------------------------------------------
 // Rounding to bfloat16, ties to even; see adam.h
 
-// The upper half of each lane is the result, the lower half is not cleared.
+// The upper half of each lane is the result; the lower half is not cleared.
 BHFAST_INLINE u32 rounded_bits(f32 x) {
   const u32 bits = (u32)x;
   return bits + 0x7fff + (bits >> 16 & 1);
@@ -78,7 +78,7 @@ BHFAST_INLINE void store(bfloat16* to, f32 x) {
   __builtin_memcpy(to, &v, sizeof v);
 }
 
-BHFAST_INLINE u32 pair(f32 first, f32 second) {
+BHFAST_INLINE u32 pack(f32 first, f32 second) {
   return (rounded_bits(first) >> 16) | (rounded_bits(second) & 0xffff0000);
 }
 
@@ -89,31 +89,31 @@ BHFAST_INLINE f32 max(f32 a, f32 b) { return a > b ? a : b; }
 
 // Lane i of the result is lane i ^ distance of v.
 template <int kDistance, class Vector>
-BHFAST_INLINE Vector swapped(Vector v) {
+BHFAST_INLINE Vector exchanged(Vector v) {
   i32 index;
   for (int i = 0; i < kLanes; ++i) index[i] = i ^ kDistance;
   return __builtin_shuffle(v, index);
 }
 
 template <int kDistance = kLanes / 2>
-BHFAST_INLINE float sum_of(f32 v) {
-  v += swapped<kDistance>(v);
-  if constexpr (kDistance > 1) return sum_of<kDistance / 2>(v);
+BHFAST_INLINE float reduce_sum(f32 v) {
+  v += exchanged<kDistance>(v);
+  if constexpr (kDistance > 1) return reduce_sum<kDistance / 2>(v);
   return v[0];
 }
 
 template <int kDistance = kLanes / 2>
-BHFAST_INLINE float max_of(f32 v) {
-  v = max(v, swapped<kDistance>(v));
-  if constexpr (kDistance > 1) return max_of<kDistance / 2>(v);
+BHFAST_INLINE float reduce_max(f32 v) {
+  v = max(v, exchanged<kDistance>(v));
+  if constexpr (kDistance > 1) return reduce_max<kDistance / 2>(v);
   return v[0];
 }
 
-// e^x within two ulp; 0 below the logarithm of the smallest normal number.
+// e^x, within two ulp. It is 0 where the exact result is below the smallest normal number.
 BHFAST_INLINE f32 exp(f32 x) {
   const float lowest = -87.336544f, highest = 88.37f;
-  const f32 clamped = x < lowest ? splat(lowest) : x > highest ? splat(highest) : x;  // NaN stays
-  const float shift = 0x1.8p23f;                                                      // its last bit is worth 1
+  const f32 clamped = x < lowest ? splat(lowest) : x > highest ? splat(highest) : x;  // NaN stays NaN
+  const float shift = 0x1.8p23f;                                                      // adding it rounds to an integer
   const f32 shifted = fma(clamped, splat(0x1.715476p0f), splat(shift));               // x / ln 2
   const f32 n = shifted - shift;
   f32 r = fma(n, splat(-0x1.62e400p-1f), clamped);  // minus n * ln 2, in two parts
@@ -130,10 +130,10 @@ BHFAST_INLINE f32 exp(f32 x) {
   return x < lowest ? f32{} : result;
 }
 
-// Transpose a square, lane by lane.
+// Transpose kLanes vectors as the rows of a square matrix: exchange blocks of kDistance lanes, then larger ones.
 template <int kDistance = 1>
 BHFAST_INLINE void transpose(u32 (&v)[kLanes]) {
-  i32 low, high;  // of two vectors side by side: lanes with this bit 0, and with this bit 1, and their partners
+  i32 low, high;  // indices into two vectors: the lanes of both whose bit kDistance is 0, and those where it is 1
   for (int i = 0; i < kLanes; ++i) {
     low[i] = i & kDistance ? kLanes + (i ^ kDistance) : i;
     high[i] = i & kDistance ? kLanes + i : i ^ kDistance;

@@ -1,4 +1,4 @@
-"""Compiles the CUDA kernels for a CPU, against the stand-in for CUDA in this folder."""
+"""Compiles the CUDA kernels for a CPU, with the emulation of CUDA in this folder."""
 
 from __future__ import annotations
 
@@ -35,25 +35,25 @@ SHARED = re.compile(r"__shared__ ([^;=]+?) (\w+)((?:\[[^\]]+\])*);")
 
 
 def translate(path: Path) -> str:
-    """Return a CUDA source as C++: launches as calls, and shared variables as requests for memory of the block."""
+    """Return a CUDA source as C++: launches become calls, and shared variables become allocations of the block."""
     text = path.read_text()
     launches = text.count("<<<")
     text, found = LAUNCH.subn(r"cuda_on_cpu::launch(\2, [&] { \1(\3); });", text)
-    assert found == launches, f"{path}: a launch was not understood"
+    assert found == launches, f"{path}: cannot translate a launch"
     text = DYNAMIC.sub(r"\1* const \2 = static_cast<\1*>(cuda_on_cpu::dynamic_shared());", text)
     names = [match[2] for match in SHARED.finditer(text)]
     text = SHARED.sub(
         lambda match: f"auto& {match[2]} = cuda_on_cpu::shared<{match[1]}{match[3]}>({names.index(match[2])});", text
     )
-    assert "__shared__" not in text, f"{path}: a shared variable was not understood"
-    assert len(set(names)) == len(names), f"{path}: two shared variables of one name"
+    assert "__shared__" not in text, f"{path}: cannot translate a shared variable"
+    assert len(set(names)) == len(names), f"{path}: two shared variables with the same name"
     return f'{PREAMBLE}#line 1 "{path.name}"\n{text}'
 
 
 def library() -> Path:
-    """Build the operations of csrc/ops.cpp with the CUDA kernels, as ``torch.ops.bhfast_cuda_on_cpu.*``.
+    """Build csrc/ops.cpp with the CUDA kernels, as ``torch.ops.bhfast_cuda_on_cpu.*``.
 
-    CXXFLAGS adds to the compiler's flags: sanitizers, for a process that has loaded them.
+    CXXFLAGS adds compiler flags, such as sanitizers that this process has already loaded.
     """
     import torch
     from torch.utils.cpp_extension import include_paths, library_paths
@@ -66,7 +66,7 @@ def library() -> Path:
 
 
 def probes(csrc: Path = ROOT / "csrc") -> Path:
-    """Build the program of probes.cpp, with sanitizers, from the kernels in ``csrc``."""
+    """Build probes.cpp with the kernels in ``csrc``, under sanitizers."""
     sources = [HERE / "probes.cpp", HERE / "instructions.cu", *_kernels(csrc)]
     return _build("probes", sources, csrc, SANITIZERS)
 
@@ -76,7 +76,7 @@ def _kernels(csrc: Path) -> list[Path]:
 
 
 def _build(name: str, sources: list[Path], csrc: Path, flags: list[str], libraries: Sequence[str] = ()) -> Path:
-    """Return what was built of the same sources before, or build it; every object on its own."""
+    """Build, or return an earlier build of the same sources; each object is cached by itself."""
     includes = [HERE / "include", HERE, csrc, csrc / "cuda"]
     flags = [*FLAGS, *flags, "-DBHFAST_CUDA_ON_CPU", '-DBHFAST_CUDA="cpu"']
     headers = [*sorted(csrc.rglob("*.h")), *sorted(HERE.rglob("*.h"))]

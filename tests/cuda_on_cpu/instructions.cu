@@ -1,12 +1,12 @@
-// A kernel that needs all of ptx.h: one product of matrices by a cluster of two blocks.
+// A kernel that uses everything in ptx.h: a matrix product by a cluster of two blocks.
 #include "instructions.h"
 #include "ptx.h"
 
 namespace bhfast::cuda {
 namespace {
 
-// c = a b, with a [16][32], b [32][8], c [16][8]. Each block has half of the inner dimension; the first adds the
-// halves.
+// c = a b, with a [16][32], b [32][8], c [16][8]. Each block sums over half of the inner dimension; the first block
+// adds the two sums.
 __global__ void product_kernel(const uint16_t* a, const uint16_t* b, float* c) {
   extern __shared__ uint4 staged[];
   __shared__ float partial[16][8];

@@ -20,7 +20,7 @@ dim3 blockDim, gridDim;
 namespace cuda_on_cpu {
 
 cudaError_t last_error = cudaSuccess;
-bool numbers_by_value = false;
+bool scalars_by_value = false;
 
 namespace {
 
@@ -41,20 +41,20 @@ struct Fiber {
   unsigned thread;  // in its block
   Block* block;
   bool done, waits;
-  bool for_arrivals;  // it waits until all have arrived as often as it has, not at a barrier
+  bool for_arrivals;  // it waits for a cluster barrier in two parts: until all have arrived as often as it has
   Group group;
   const void* place;
   unsigned arrivals;
 };
 
 std::mt19937_64 random_order(1);
-std::vector<std::unique_ptr<Fiber>> fibers;  // of the cluster that runs, block by block; more may be left from others
+std::vector<std::unique_ptr<Fiber>> fibers;  // of the current cluster, block by block; then unused ones
 std::vector<Block> blocks;
 Fiber* current;
 const std::function<void()>* body;
 ucontext_t scheduler;
 
-// AddressSanitizer must know of every change of stacks.
+// AddressSanitizer must be told of every switch of stacks.
 void* scheduler_fake_stack;
 const void* scheduler_stack;
 size_t scheduler_stack_size;
@@ -105,7 +105,7 @@ std::pair<unsigned, unsigned> group_of(unsigned i, Group group, unsigned count) 
   return {warp, std::min(warp + kWarp, block + blockDim.x)};
 }
 
-// Let a fiber go on, with its whole group, if all of it has come.
+// Release a waiting fiber, with its group, once the whole group has arrived.
 void release(unsigned i, unsigned count) {
   const Fiber& fiber = *fibers[i];
   const auto [begin, end] = group_of(i, fiber.group, count);
@@ -163,7 +163,7 @@ void run_cluster(unsigned first_block, unsigned size, size_t shared) {
       ++ran;
       left -= fiber.done;
     }
-    if (ran == 0) die("threads wait for one another for ever");
+    if (ran == 0) die("threads wait for each other forever");
     for (unsigned i = 0; i < count; ++i) {
       if (!fibers[i]->done && fibers[i]->waits) release(i, count);
     }
@@ -205,9 +205,9 @@ const std::byte* hand_over(const void* from, size_t size) {
 }
 
 void* shared_bytes(int id, size_t size) {
-  const auto [at, is_new] = current->block->variables.try_emplace(id);
-  if (is_new) at->second.assign(size, std::byte{kPoison});
-  return at->second.data();
+  const auto [variable, is_new] = current->block->variables.try_emplace(id);
+  if (is_new) variable->second.assign(size, std::byte{kPoison});
+  return variable->second.data();
 }
 
 void* dynamic_shared() { return current->block->dynamic.data(); }

@@ -1,5 +1,5 @@
-// Runs kernels in small processes: `probes NAME` ends with 0 if the results are right. Those below FAULTS are wrong on
-// purpose, and have to be found out.
+// Runs kernels: `probes NAME` exits with 0 if the results are right. The probes below FAULTS are wrong on purpose, and
+// must be noticed.
 #include <cuda_runtime.h>
 
 #include <cmath>
@@ -121,9 +121,9 @@ bool record_is_right() {
   for (size_t i = 0; i < values.size(); ++i) {
     list.push_back({values[i].data(), rings[i].data(), static_cast<int64_t>(values[i].size() * sizeof(float))});
   }
-  StepNumbers numbers{};
-  numbers.step = 3, numbers.every = 1, numbers.slots = kSlots;
-  cuda::record(list, numbers, nullptr);
+  StepScalars scalars{};
+  scalars.step = 3, scalars.every = 1, scalars.slots = kSlots;
+  cuda::record(list, scalars, nullptr);
   for (size_t i = 0; i < values.size(); ++i) {
     if (!same(values[i], {rings[i].begin() + values[i].size(), rings[i].end()})) return false;
   }

@@ -1,6 +1,6 @@
-// Instructions that CUDA C++ has no words for: matrix products of a warp, and clusters of blocks. In PTX for nvcc; for
-// a CPU as the PTX manual describes them (version 9.0, "Warp Level Matrix Multiply-Accumulate", "barrier.cluster",
-// "mapa").
+// Instructions that CUDA C++ has no functions for: matrix products of a warp, and clusters of blocks. For nvcc they are
+// written in PTX; for a CPU they follow the PTX manual (version 9.0, "Warp Level Matrix Multiply-Accumulate",
+// "barrier.cluster", "mapa").
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,10 +11,11 @@ namespace bhfast::cuda {
 
 #ifndef BHFAST_CUDA_ON_CPU
 
-// d += a b for a warp: a is 16 x 16, b 16 x 8, both of bfloat16; d is 16 x 8 of float32.
-// Of a, thread t holds rows t/4 and t/4 + 8 (registers 0 and 1) at columns 2 (t%4) and the next, and the same of
-// columns 8 further on (2 and 3); of b column t/4 at rows 2 (t%4) and the next, and 8 further on; of d rows t/4 (0 and
-// 1) and t/4 + 8 (2 and 3) at columns 2 (t%4) and the next.
+// d += a b for a warp. a is bfloat16 [16][16], b bfloat16 [16][8], d float32 [16][8]. Thread t holds, with
+// i = t / 4 and j = 2 (t % 4):
+//   of a: columns j and j + 1 of rows i and i + 8 (registers 0 and 1); columns j + 8 and j + 9 of the same rows (2, 3)
+//   of b: rows j and j + 1 of column i (register 0); rows j + 8 and j + 9 of it (1)
+//   of d: columns j and j + 1 of row i (registers 0 and 1), and of row i + 8 (2 and 3)
 __device__ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -23,8 +24,9 @@ __device__ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Load four 8 x 8 matrices of 16 bits from shared memory. Thread t brings the address of row t%8 of matrix t/8, aligned
-// to 16 bytes, and gets of each matrix, or of its transpose, row t/4 at columns 2 (t%4) and the next.
+// Load four 8 x 8 matrices of 16-bit values from shared memory. Thread t passes the address of row t % 8 of matrix
+// t / 8, aligned to 16 bytes. From each matrix, or its transpose, it gets two values: row t / 4, columns 2 (t % 4) and
+// the next.
 template <bool kTransposed>
 __device__ inline void ldmatrix_x4(uint32_t (&to)[4], const void* row) {
   const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(row));
@@ -41,18 +43,18 @@ __device__ inline void ldmatrix_x4(uint32_t (&to)[4], const void* row) {
   }
 }
 
-// The block's number in its cluster.
+// The block's index in its cluster.
 __device__ inline uint32_t cluster_rank() {
   uint32_t rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
 
-// A barrier of all threads of the cluster, in two parts.
+// The two parts of a barrier for all threads of the cluster.
 __device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 __device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
-// Where the shared variable lies in the cluster's block `rank`.
+// The address of a shared variable in the cluster's block `rank`.
 template <class T>
 __device__ T* of_rank(T* shared, uint32_t rank) {
   uint64_t there;
@@ -75,7 +77,7 @@ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (
   const int lane = threadIdx.x % 32;
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-    double sum = d[i];  // a GPU's order and precision of this sum are its own
+    double sum = d[i];  // the manual leaves order and precision of this sum open
     for (int k = 0; k < 16; ++k) {
       const uint32_t from_a = lanes[row % 8 * 4 + k % 8 / 2].a[row / 8 + k / 8 * 2];
       const uint32_t from_b = lanes[column * 4 + k % 8 / 2].b[k / 8];

@@ -1,5 +1,5 @@
-// Stands in for CUDA's header of the same name, so that a C++ compiler takes the .cu files for a CPU: see machine.h for
-// how kernels run, and translate.py for what has to be rewritten (launches and shared memory).
+// Replaces CUDA's header of the same name, so that a C++ compiler accepts the .cu files. See machine.h for how kernels
+// run, and ../build.py for what has to be rewritten in them (launches and shared memory).
 #pragma once
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-// Stands in for CUDA's header of the same name.
+// Replaces CUDA's header of the same name.
 #pragma once
 
 #include <cstddef>

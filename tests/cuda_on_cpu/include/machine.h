@@ -1,12 +1,12 @@
-// A GPU of one multiprocessor, played by one thread of the CPU.
+// A GPU with one multiprocessor, emulated by one thread of the CPU.
 //
-// Each thread of a block is a fiber that runs until it has to wait for others: at a barrier, or for the values of its
-// warp. The blocks of a cluster run together, clusters one after the other; the order of clusters, and of the threads
-// in every round, is drawn at random, so that what depends on the order comes out differently from time to time. Shared
-// memory is filled with NaN, and each variable is a block of the heap, so that AddressSanitizer watches its bounds.
+// Each CUDA thread is a fiber that runs until it has to wait for others: at a barrier, or for the values of its warp.
+// The blocks of a cluster run together, clusters one after another. The order of the clusters, and of the threads
+// between two waits, is random, so that a result that depends on the order varies. Shared memory is filled with NaN,
+// and each shared variable has its own heap allocation, so that AddressSanitizer checks its bounds.
 //
-// A kernel that could hang or go wrong on a GPU ends the process with a message: threads that wait at different
-// barriers, or for a thread that has left.
+// If threads wait at different barriers, or for a thread that has left, the process ends with a message: on a GPU such
+// a kernel could hang or compute nonsense.
 #pragma once
 
 #include <array>
@@ -35,37 +35,37 @@ enum class Group { warp, block, cluster };
 
 extern cudaError_t last_error;
 
-// Whether kernels are handed the numbers of a step themselves, rather than their addresses.
-extern "C" bool numbers_by_value;
+// Whether kernels get the scalars of a step by value, rather than by address.
+extern "C" bool scalars_by_value;
 
-// Seed the order that threads and blocks run in.
+// Seed the order in which threads and blocks run.
 extern "C" void cuda_on_cpu_seed(uint64_t seed);
 
 // The block's number in its cluster.
 unsigned rank_in_cluster();
 
-// End the process: the kernel is wrong.
+// End the process with a message: the kernel is wrong.
 [[noreturn]] void die(const char* what);
 
-// Wait for all threads of the group, which must come to the same place; null: to any place.
+// Wait for all threads of the group. All must wait at the same place, unless it is null.
 void wait_for(Group group, const void* place);
 
-// A barrier of the cluster in two parts.
+// The two parts of a cluster barrier.
 void cluster_arrive();
 void cluster_wait();
 
-// Hand `size` bytes to the other threads of the warp; return where those of thread 0 lie, `stride` before thread 1's.
+// Share `size` bytes with the warp. Return the address of thread 0's; thread 1's are kExchanged further on, and so on.
 constexpr size_t kExchanged = 64;
 const std::byte* hand_over(const void* from, size_t size);
 
-// Each thread of the warp's value.
+// Return the value of each thread of the warp.
 template <class T>
 std::array<T, 32> exchange(const T& value) {
   static_assert(sizeof(T) <= kExchanged && std::is_trivially_copyable_v<T>);
   const std::byte* const all = hand_over(&value, sizeof value);
   std::array<T, 32> values;
   for (int lane = 0; lane < 32; ++lane) std::memcpy(&values[lane], all + lane * kExchanged, sizeof(T));
-  wait_for(Group::warp, nullptr);  // before the next one overwrites them
+  wait_for(Group::warp, nullptr);  // until all have read them
   return values;
 }
 
@@ -77,13 +77,13 @@ T& shared(int id) {
   return *static_cast<T*>(shared_bytes(id, sizeof(T)));
 }
 
-// What the launch asked for besides.
+// The dynamic shared memory of the block.
 void* dynamic_shared();
 
-// Where a shared variable of this block lies in the cluster's block `rank`.
+// The address of the same shared variable in the cluster's block `rank`.
 void* of_rank(const void* shared, unsigned rank);
 
-// Run a kernel. cluster: blocks of a cluster.
+// Run a kernel. cluster: the number of blocks in a cluster.
 void launch(dim3 grid, dim3 block, size_t shared, cudaStream_t, const std::function<void()>& kernel,
             unsigned cluster = 1);
 

@@ -1,33 +1,36 @@
-// The CPU's operations over lists of tensors, on torch's threads.
+#include "operations.h"
+
 #include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 
+#include "../instruction_sets/dispatch.h"
 #include "../ring.h"
-#include "kernels.h"
 
 namespace bhfast::cpu {
 namespace {
 
-constexpr int64_t kGrain = 1 << 16;  // elements below which another thread costs more than it saves
+constexpr int64_t kGrain = 1 << 16;  // elements; with fewer, another thread costs more than it saves
 
-// The numbers of a step may come from anywhere, with any NaN.
+// The scalars of a step may hold a NaN of any bits.
 Coefficients with_plain_nans(const Coefficients& c) {
   return {plain_nan(c.decay),   plain_nan(c.bias2_sqrt), plain_nan(c.step_size), plain_nan(c.weight1),
           plain_nan(c.weight2), plain_nan(c.beta2),      plain_nan(c.eps)};
 }
 
+const Kernels& kernels() { return current_instruction_set().kernels; }
+
 }  // namespace
 
-void adam(std::vector<AdamTensors> tensors, Dtype dtype, Rounding rounding, const StepNumbers& n) {
-  const Coefficients coefficients = with_plain_nans(n.coefficients);
-  const float clip_coef = plain_nan(n.clip_coef);
-  const int64_t slot = n.slots ? slot_of(n.step, n.every, n.slots) : -1;
-  const Ranges<AdamTensors> ranges(std::move(tensors));
-  at::parallel_for(0, ranges.numel(), kGrain, [&](int64_t begin, int64_t end) {
-    ranges.visit(begin, end, [&](const AdamTensors& t, int64_t first, int64_t last) {
+void adam(std::vector<AdamTensors> tensors, Dtype dtype, Rounding rounding, const StepScalars& s) {
+  const Coefficients coefficients = with_plain_nans(s.coefficients);
+  const float clip_coef = plain_nan(s.clip_coef);
+  const int64_t slot = s.slots ? slot_of(s.step, s.every, s.slots) : -1;
+  const FlatTensors<AdamTensors> all(std::move(tensors));
+  at::parallel_for(0, all.numel(), kGrain, [&](int64_t begin, int64_t end) {
+    all.visit(begin, end, [&](const AdamTensors& t, int64_t first, int64_t last) {
       for (int64_t chunk = first; chunk < last; chunk += kChunk) {
         const int64_t chunk_end = std::min(chunk + kChunk, last);
         kernels().adam({t, chunk, chunk_end, dtype, rounding, coefficients, clip_coef});
@@ -48,7 +51,7 @@ void record(const AdamTensors& t, int64_t begin, int64_t end, Dtype dtype, int64
   }
 }
 
-float sum_squares(const Ranges<GradTensor>& grads, int64_t block) {
+float sum_squares(const FlatTensors<GradTensor>& grads, int64_t block) {
   alignas(64) float x[kNormBlock];
   int64_t filled = 0;
   grads.visit(block * kNormBlock, (block + 1) * kNormBlock, [&](const GradTensor& grad, int64_t first, int64_t last) {
@@ -56,32 +59,34 @@ float sum_squares(const Ranges<GradTensor>& grads, int64_t block) {
     filled += last - first;
   });
   std::fill(x + filled, x + kNormBlock, 0.0f);
-  return kernels().halve(x, kNormBlock);
+  return kernels().sum_by_halving(x, kNormBlock);
 }
 
-float norm_of(std::vector<float> sums) {
+float norm_from_sums(std::vector<float> sums) {
   while (sums.size() > 1) {
     int64_t width = 1;
     while (width < kNormBlock && width < static_cast<int64_t>(sums.size())) width *= 2;
     const int64_t blocks = (sums.size() + width - 1) / width;
     sums.resize(blocks * width);
-    for (int64_t block = 0; block < blocks; ++block) sums[block] = kernels().halve(&sums[block * width], width);
+    for (int64_t block = 0; block < blocks; ++block) {
+      sums[block] = kernels().sum_by_halving(&sums[block * width], width);
+    }
     sums.resize(blocks);
   }
   return std::sqrt(sums.empty() ? 0.0f : sums[0]);
 }
 
 float grad_norm(std::vector<GradTensor> grads) {
-  const Ranges<GradTensor> ranges(std::move(grads));
-  std::vector<float> sums(norm_blocks(ranges));
+  const FlatTensors<GradTensor> all(std::move(grads));
+  std::vector<float> sums(norm_blocks(all));
   at::parallel_for(0, sums.size(), kGrain / kNormBlock, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) sums[block] = sum_squares(ranges, block);
+    for (int64_t block = begin; block < end; ++block) sums[block] = sum_squares(all, block);
   });
-  return norm_of(std::move(sums));
+  return norm_from_sums(std::move(sums));
 }
 
-void record(const std::vector<RecordTensor>& records, const StepNumbers& n) {
-  const int64_t slot = slot_of(n.step, n.every, n.slots);
+void record(const std::vector<RecordTensor>& records, const StepScalars& s) {
+  const int64_t slot = slot_of(s.step, s.every, s.slots);
   if (slot < 0) return;
   for (const RecordTensor& r : records) std::memcpy(static_cast<char*>(r.ring) + slot * r.bytes, r.data, r.bytes);
 }

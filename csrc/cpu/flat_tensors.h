@@ -1,4 +1,4 @@
-// Elements counted through a list of tensors in order, as if they were one.
+// A list of tensors whose elements are numbered in order, as if they were one tensor.
 #pragma once
 
 #include <algorithm>
@@ -9,15 +9,15 @@
 namespace bhfast::cpu {
 
 template <class Tensor>
-class Ranges {
+class FlatTensors {
  public:
-  explicit Ranges(std::vector<Tensor> tensors) : tensors_(std::move(tensors)) {
+  explicit FlatTensors(std::vector<Tensor> tensors) : tensors_(std::move(tensors)) {
     for (const Tensor& tensor : tensors_) starts_.push_back(starts_.back() + tensor.numel);
   }
 
   int64_t numel() const { return starts_.back(); }
 
-  // Call visit(tensor, begin, end) for each tensor's share of elements [begin, end).
+  // Call visit(tensor, begin, end) for each tensor that has some of the elements [begin, end), with its own numbers.
   template <class Visit>
   void visit(int64_t begin, int64_t end, Visit visit) const {
     size_t i = std::upper_bound(starts_.begin(), starts_.end(), begin) - starts_.begin() - 1;

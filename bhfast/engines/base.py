@@ -1,0 +1,90 @@
+"""What an engine is given, and what it has to provide."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from bhfast.errors import BhfastError
+from bhfast.model import TiedGPT
+from bhfast.optim import FusedAdam
+from bhfast.recording.null import NullSlots
+from bhfast.recording.slots import RecordSlots
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """What an engine runs.
+
+    Attributes:
+        model: on the device to train on.
+        optimizer: updates all parameters of the model.
+        recorder: the slots of an open recorder. The engine logs ``losses``, ``logits``, ``learning_rates``,
+            ``clip_coefs`` and ``grad_norms`` of each step; the optimizer records embeddings and moments.
+        corpus: uint8 ``[bytes]``, on any device.
+        offsets: int64 ``[steps, grad_accum, batch]``, on the CPU: where in the corpus each window starts.
+        lrs: the learning rate of each step.
+        target_offset: see :func:`bhfast.model.window_loss`.
+    """
+
+    model: TiedGPT
+    optimizer: FusedAdam
+    recorder: RecordSlots | NullSlots
+    corpus: Tensor
+    offsets: Tensor
+    lrs: Sequence[float]
+    target_offset: int
+
+    def advance_optimizer(self, steps: int, done: int) -> None:
+        """Bring step counts and learning rates up to date after an engine has performed ``steps``, ``done`` in all."""
+        self.optimizer.count(steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lrs[done - 1]
+
+
+class StorageGuard:
+    """Notices when a tensor whose address an engine has cached is moved or replaced.
+
+    Args:
+        run: its parameters, gradients and optimizer state are guarded.
+        holder: what cached the addresses, for the error message: "the CUDA graph".
+    """
+
+    def __init__(self, run: TrainingRun, holder: str) -> None:
+        self.run = run
+        self.holder = holder
+        self._cached = self._addresses()
+
+    def _addresses(self) -> list[int | None]:
+        state = self.run.optimizer.state
+        return [
+            None if x is None else x.data_ptr()
+            for p in self.run.model.parameters()
+            for x in (p, p.grad, state[p].get("exp_avg"), state[p].get("exp_avg_sq"))
+        ]
+
+    def check(self) -> None:
+        """Raise BhfastError if any of them has been moved or replaced."""
+        if self._addresses() != self._cached:
+            raise BhfastError(
+                "a parameter, its gradient or its optimizer state was moved or replaced during the run, but "
+                f"{self.holder} still uses the old one; use --engine torch, which allows this"
+            )
+
+
+class Engine(Protocol):
+    """What ``train`` needs of an engine.
+
+    Attributes:
+        losses, grad_norms: float32 ``[steps]`` on the model's device; filled up to the last step done.
+    """
+
+    losses: Tensor
+    grad_norms: Tensor
+
+    def run(self, steps: int) -> None:
+        """Run and record the next ``steps`` training steps. On a GPU they may still be running when this returns."""
+        ...
