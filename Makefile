@@ -38,7 +38,7 @@ test: setup
 
 soak: setup
 	$(PY) -m pytest -m slow $(ARGS)
-	BHFAST_FUZZ_TIMES=50 $(PY) -m pytest -n 2 --dist worksteal tests/test_fuzz.py tests/test_journal.py $(ARGS)
+	BHFAST_FUZZ_TIMES=50 $(PY) -m pytest -n 2 --dist worksteal tests/test_fuzz.py tests/test_fuzz_programs.py tests/test_journal.py $(ARGS)
 
 bench: setup
 	$(PY) -m pytest benchmarks --benchmark-only $(ARGS)

@@ -75,8 +75,9 @@ def _why_not_param(trace: Trace, logged: Mapping[str, Tensor], name: str, descri
         return f"{name} is {tensors[0].dtype}, and its gradient or moments are {', '.join(sorted(dtypes))}"
     if any(x.shape != tensors[0].shape or len(x) != len(trace.steps) for x in tensors):
         raise ValueError(f"the fields of {name} have different shapes, or not one record for each step")
-    for flag in ("skipped", f"{name}.has_grad"):
-        if flag in logged and logged[flag].dim() != 1:
+    flags = _flags(trace, logged, name)
+    for flag, values in flags.items():
+        if values.dim() != 1:
             return f"{flag} is not one value for each step"
     if trace.optimizer["arithmetic"] == torch_adam.FUSED:
         size = described["numel"]
@@ -85,7 +86,7 @@ def _why_not_param(trace: Trace, logged: Mapping[str, Tensor], name: str, descri
                 f"some rows of {name} were recorded, and the bits of torch's fused AdamW depend on where in the "
                 "parameter an element is"
             )
-    gone = logged[f"{name}.has_grad"] == 0 if f"{name}.has_grad" in logged else torch.zeros(0)
+    gone = flags.get(f"{name}.has_grad", torch.ones(0)) == 0
     for record in gone.nonzero().flatten().tolist():
         if 0 < record < len(trace.steps) and any(_changes(trace[keys[field]], record) for field in REPLAYED):
             return f"{name} changed in step {int(trace.steps[record])}, for which it has no gradient"
@@ -94,7 +95,7 @@ def _why_not_param(trace: Trace, logged: Mapping[str, Tensor], name: str, descri
         if "grad_norms" in logged:
             changed &= ~logged["grad_norms"].isnan()  # NaN in the gradients makes NaN of the coefficient
         records = min(len(changed), len(trace.steps))
-        if bool((changed[:records] & _updated(logged, name, records)).any()):
+        if bool((changed[:records] & _updated(flags, records)).any()):
             return "between backward and step, gradients were changed by more than one factor"
     return None
 
@@ -103,13 +104,17 @@ def _changes(tensor: Tensor, record: int) -> bool:
     return not torch.equal(_bits(tensor[record]), _bits(tensor[record - 1]))
 
 
-def _updated(logged: Mapping[str, Tensor], name: str, records: int) -> Tensor:
+def _flags(trace: Trace, logged: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Return what says in which steps a parameter was not updated: each ``[R]``."""
+    keys = ("skipped", f"{name}.has_grad")
+    return {key: source[key] for source in (logged, trace) for key in keys if key in source}
+
+
+def _updated(flags: Mapping[str, Tensor], records: int) -> Tensor:
     """Return in which records a parameter was updated, as it had a gradient and no step was skipped: bool ``[R]``."""
     updated = torch.arange(records) > 0
-    if "skipped" in logged:
-        updated &= logged["skipped"][:records] == 0
-    if f"{name}.has_grad" in logged:
-        updated &= logged[f"{name}.has_grad"][:records] != 0
+    for key, values in flags.items():
+        updated &= (values[:records] == 0) == (key == "skipped")
     return updated
 
 
@@ -128,7 +133,7 @@ def _replay_param(
             if difference := _first_difference(trace, key, 0, trace[key][:1], torch.zeros_like(trace[key][:1])):
                 return difference
     records = min(len(trace.steps), len(logged["learning_rates"]))
-    updated = _updated(logged, name, records)
+    updated = _updated(_flags(trace, logged, name), records)
     steps = (done + updated.cumsum(0)).clamp(min=1)  # of the optimizer
     chunk = max(1, CHUNK // max(1, trace[keys["param"]][0].numel()))
     for start in range(1, records, chunk):

@@ -14,6 +14,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; the processes that tests start have it too
 import torch
+from traces import record
 
 from bhfast import corpus
 from bhfast.config import TrainConfig
@@ -160,3 +161,10 @@ def copy_of_run(run: TrainResult, tmp_path: Path) -> Path:
     path = tmp_path / "copy.safetensors"
     path.write_bytes(run.path.read_bytes())
     return path
+
+
+@pytest.fixture
+def recorded(tmp_path: Path) -> Path:
+    """A small trace that a replay proves."""
+    record(tmp_path / "t.safetensors", metadata={"of": "π", "seed": "1"})
+    return tmp_path / "t.safetensors"

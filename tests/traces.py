@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -15,7 +16,7 @@ from bhfast.recording.recorder import Recorder
 from bhfast.storage.memory import write_trace
 from bhfast.storage.output import OutputFile
 from bhfast.trace import open_trace
-from bhfast.trace.format import HEADER_CHECKSUM, header_checksum
+from bhfast.trace.format import HEADER_CHECKSUM, bytes_of, header_checksum
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -78,3 +79,22 @@ def assert_same_data(one: Path, other: Path) -> None:
     for name in a:
         x, y = (trace[name].contiguous().reshape(-1).view(torch.uint8) for trace in (a, b))
         assert torch.equal(x, y), name
+
+
+def raw(values: torch.Tensor | np.ndarray) -> bytes:
+    """Return the bytes of a tensor or an array."""
+    return values.tobytes() if isinstance(values, np.ndarray) else bytes(bytes_of(values.contiguous()))
+
+
+def flip(path: Path, tensor: str, *index: int, bit: int) -> None:
+    """Flip one bit of one element in the file."""
+    content = bytearray(path.read_bytes())
+    length = int.from_bytes(content[:8], "little")
+    entry = json.loads(content[8 : 8 + length])[tensor]
+    element = 0
+    for size, i in zip(entry["shape"], index, strict=True):
+        element = element * size + i
+    first, last = entry["data_offsets"]
+    itemsize = (last - first) // torch.Size(entry["shape"]).numel()
+    content[8 + length + first + element * itemsize + bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)

@@ -1,0 +1,138 @@
+"""verify on several files, and on the index of several."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from traces import flip, record, rewrite
+
+from bhfast import verify as module
+from bhfast.trace import open_trace
+from bhfast.trace.sharded import INDEX_FORMAT
+from bhfast.verify import main, verify
+
+
+@pytest.mark.parametrize(
+    ("names", "status"),
+    [
+        (["good", "good"], 0),
+        (["good", "unknown"], 2),
+        (["unknown", "damaged", "gone"], 1),
+        (["gone", "good"], 2),
+        (["truncated", "unknown"], 1),
+    ],
+)
+def test_the_worst_of_several_files_wins(names: list[str], status: int, tmp_path: Path, capsys) -> None:
+    for name in ("good", "damaged", "truncated"):
+        record(tmp_path / name)
+    record(tmp_path / "unknown", torch.optim.NAdam)
+    flip(tmp_path / "damaged", "w", 2, 1, 1, bit=3)
+    (tmp_path / "truncated").write_bytes((tmp_path / "good").read_bytes()[:-1])
+    assert main([str(tmp_path / name) for name in names]) == status
+    output = capsys.readouterr()
+    lines = [*output.out.splitlines(), *output.err.splitlines()]
+    assert len(lines) == len(names)
+    assert all(any(str(tmp_path / name) in line for line in lines) for name in names)
+
+
+@pytest.fixture
+def index(recorded: Path) -> Path:
+    """The index of two files: each has some rows of ``w``, the first has the rest."""
+    trace = open_trace(recorded)
+    shared = trace.optimizer["params"]["w"]["keys"].values()
+    path = recorded.with_name("run.safetensors.index.json")
+    files = [f"run-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    alone = json.dumps({**trace.optimizer, "params": {"w": trace.optimizer["params"]["w"]}})
+    for file, rows, offset in ((files[0], slice(0, 3), 0), (files[1], slice(3, 5), 3)):
+        shard = {"index": path.name, "tensors": {name: {"shape": [5, 8], "offset": [offset, 0]} for name in shared}}
+        tensors = {name: x[:, rows] if name in shared else x for name, x in trace.items()}
+        own = {name: x for name, x in tensors.items() if name in (*shared, "recorded_steps")}
+        metadata = {**trace.metadata, "shard": json.dumps(shard)}
+        if offset:
+            rewrite(path.with_name(file), own, {**metadata, "optimizer": alone})
+        else:
+            rewrite(path.with_name(file), tensors, metadata)
+    parts = [
+        {"file": file, "offset": [0, offset, 0], "shape": [7, rows, 8]}
+        for file, offset, rows in ((files[0], 0, 3), (files[1], 3, 2))
+    ]
+    content = {
+        "metadata": {"format": INDEX_FORMAT},
+        "weight_map": dict.fromkeys(trace, files[0]),
+        "shards": {name: {"shape": [7, 5, 8], "parts": parts} for name in shared},
+    }
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_all_files_of_an_index_are_verified(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify(index) == module.Verification(replayed=6, reason=None, difference=None)
+    second = index.with_name("run-00002-of-00002.safetensors")
+    found = verify(second)
+    assert found.reason.startswith("it is one of several files, of which the .index.json can be verified")
+    flip(second, "w.exp_avg", 4, 1, 3, bit=0)
+    difference = verify(index).difference
+    assert (difference.tensor, difference.step, difference.index) == ("w.exp_avg", 4, (1, 3))
+    capsys.readouterr()
+    assert main([str(index)]) == 1
+    assert f"{index}: DIFFERENT: {second.name}: step 4, w.exp_avg[1, 3]: recorded" in capsys.readouterr().out
+    second.write_bytes(second.read_bytes()[:-1])
+    assert main([str(index)]) == 1
+    assert f"{second} is truncated" in capsys.readouterr().err
+
+
+def in_index(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def apply(index: Path) -> None:
+        content = json.loads(index.read_text())
+        change(content)
+        index.write_text(json.dumps(content))
+
+    return apply
+
+
+def in_second(change: Callable[[dict[str, torch.Tensor], dict[str, str]], object]) -> Callable[[Path], None]:
+    def apply(index: Path) -> None:
+        path = index.with_name("run-00002-of-00002.safetensors")
+        trace = open_trace(path)
+        tensors, metadata = {name: x.clone() for name, x in trace.items()}, dict(trace.metadata)
+        change(tensors, metadata)
+        rewrite(path, tensors, metadata)
+
+    return apply
+
+
+def swap_parts(content: dict[str, Any]) -> None:
+    """So that the parts still cover the whole, in the wrong order."""
+    first, second = content["shards"]["w"]["parts"]
+    first["offset"], second["offset"] = [0, 2, 0], [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (in_index(swap_parts), "run-00001-of-00002.safetensors and the index disagree on the shapes or offsets"),
+        (in_index(lambda x: x["weight_map"].pop("loss")), "has a tensor loss that the index does not name"),
+        (in_index(lambda x: x["shards"]["w"].update(shape=[8, 5, 8])), "the index gives w [7, 8] records"),
+        (in_second(lambda x, m: m.update(shard="{}")), "belongs to the index None, not to run.safetensors.index.json"),
+        (in_second(lambda x, m: x.update(more=torch.ones(2))), "-00002-of-00002.safetensors has a tensor more that"),
+        (in_second(lambda x, m: x["recorded_steps"].add_(1)), "have different recorded_steps"),
+        (in_second(lambda x, m: x.update(loss=torch.ones(7))), "have different loss"),
+    ],
+)
+def test_an_index_must_agree_with_its_files(change, text: str, index: Path, capsys) -> None:
+    assert main([str(index)]) == 0
+    change(index)
+    capsys.readouterr()
+    assert main([str(index)]) == 1
+    assert text in capsys.readouterr().out
+
+
+def test_a_file_that_an_index_lacks_is_named(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    index.with_name("run-00002-of-00002.safetensors").unlink()
+    assert main([str(index)]) == 2
+    assert "run-00002-of-00002.safetensors: No such file" in capsys.readouterr().err
