@@ -28,13 +28,13 @@ endif
 # The same from another folder.
 PY_HERE := $(if $(findstring /,$(PY)),$(abspath $(PY)),$(PY))
 
-.PHONY: run test soak bench check cuda sanitize compat setup
+.PHONY: run test soak bench check cuda sanitize sanitize-address sanitize-threads compat setup
 
 run: setup
 	$(PY) -m bhfast.train --sigma 0 $(ARGS)
 
 test: setup
-	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
+	$(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 
 soak: setup
 	$(PY) -m pytest -m slow $(ARGS)
@@ -53,15 +53,14 @@ check: setup
 # A copy of the tree in build/$(1), so that the extension in use stays as it is.
 define copy
 rm -rf build/$(1) && mkdir -p build/$(1)
-cp -r benchmarks bhfast csrc data examples tests LICENSE README.md pyproject.toml setup.py build/$(1)
-rm -f build/$(1)/bhfast/*.so
+tar -c --exclude=__pycache__ --exclude='*.so' benchmarks bhfast csrc data examples tests LICENSE README.md pyproject.toml setup.py \
+    | tar -x -C build/$(1)
 endef
 
 # The C++ code unoptimized: `setup` has compiled it as it runs, `sanitize` with warnings as errors.
 cuda: setup
 	$(call copy,cuda)
-	sed -i '/^CXX_FLAGS/,/]/s/"-O3"/"-O0"/' build/cuda/setup.py && grep -q '"-O0"' build/cuda/setup.py
-	cd build/cuda && CFLAGS=-Werror NVCC_APPEND_FLAGS='-Werror all-warnings' BHFAST_BUILD=cuda $(PY_HERE) setup.py -q build_ext --inplace
+	cd build/cuda && CFLAGS='-O0 -Werror' NVCC_APPEND_FLAGS='-Werror all-warnings' BHFAST_BUILD=cuda $(PY_HERE) setup.py -q build_ext --inplace
 	nvcc -Werror all-warnings -std=c++20 -arch=sm_90 -c tests/cuda_on_cpu/instructions.cu -o build/cuda/instructions.o
 	$(PY) -c 'import sys, torch; sys.path.insert(0, "build/cuda/bhfast"); import _C; print("linked for", _C.cuda_architectures)'
 
@@ -69,8 +68,7 @@ cuda: setup
 # $(4) loaded first; the tests $(5).
 define sanitize
 $(call copy,$(1))
-sed -i '/^CXX_FLAGS/,/]/s/"-O3"/"-O1"/' build/$(1)/setup.py && grep -q '"-O1"' build/$(1)/setup.py
-cd build/$(1) && CFLAGS='-fsanitize=$(2) -fno-omit-frame-pointer -g1 -Werror' LDFLAGS='-fsanitize=$(2)' BHFAST_BUILD=cpu \
+cd build/$(1) && CFLAGS='-fsanitize=$(2) -fno-omit-frame-pointer -O1 -g1 -Werror' LDFLAGS='-fsanitize=$(2)' BHFAST_BUILD=cpu \
     $(PY_HERE) setup.py -q build_ext --inplace
 nm -D build/$(1)/bhfast/_C*.so | grep -q $(3)
 cd build/$(1) && BHFAST_REQUIRE_EXTENSION=1 ASAN_OPTIONS=detect_leaks=0 TSAN_OPTIONS=halt_on_error=1 OMP_NUM_THREADS=1 \
@@ -78,12 +76,16 @@ cd build/$(1) && BHFAST_REQUIRE_EXTENSION=1 ASAN_OPTIONS=detect_leaks=0 TSAN_OPT
     $(PY_HERE) -m pytest -q -p no:cacheprovider --capture=sys -n 2 --dist worksteal $(5)
 endef
 
-# Without what is in pure torch, and what takes long and reads and writes as others do. Threads share their work in the
-# same code for every instruction set: two of them will do.
-sanitize: setup
+sanitize: sanitize-address sanitize-threads
+
+# Without what is in pure torch, and what takes long and reads and writes as others do.
+sanitize-address: setup
 	$(call sanitize,sanitize,address$(COMMA)undefined -fno-sanitize-recover=all,__asan_report,libasan.so libstdc++.so, \
 	    tests/test_ops.py tests/test_optim.py tests/test_recorder.py tests/test_graph.py tests/test_native.py \
 	    -k 'not (torch-cpu or thousand or never_occur or other_threads)')
+
+# Threads share their work in the same code for every instruction set: two of them will do.
+sanitize-threads: setup
 	$(call sanitize,sanitize-threads,thread,__tsan_write,libtsan.so,tests/test_native.py -k 'any_number and not (portable or avx512-)')
 
 compat:
@@ -93,7 +95,15 @@ compat:
 	$(call copy,compat-$(TORCH))
 	cd build/compat-$(TORCH) && ../torch-$(TORCH)/bin/python -m pip install --quiet --no-build-isolation --editable '.[corpus,test]'
 	cd build/compat-$(TORCH) && ../torch-$(TORCH)/bin/python -m bhfast.doctor
-	cd build/compat-$(TORCH) && BHFAST_REQUIRE_EXTENSION=1 ../torch-$(TORCH)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+	cd build/compat-$(TORCH) && BHFAST_REQUIRE_EXTENSION=1 ../torch-$(TORCH)/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+define build
+@mkdir -p build
+@if $(PY) -c 'import setuptools' 2>/dev/null; then \
+    $(PY) setup.py -q build_ext --inplace >build/log 2>&1 || { cat build/log; exit 1; }; grep '^bhfast:' build/log; \
+    else echo 'bhfast: extension: none (setuptools is missing here)'; fi
+@touch $@
+endef
 
 ifneq ($(ENVIRONMENT),)
 NEEDS := numpy, safetensors, tqdm
@@ -104,16 +114,21 @@ check: NEEDS += , mypy, clang_format
 setup: $(READY)
 	@$(PY) -c 'import $(NEEDS)' || $(PY) -m pip install --no-build-isolation --editable '.[corpus,test]'
 $(READY): $(SOURCES)
-	@mkdir -p build
-	@if $(PY) -c 'import setuptools' 2>/dev/null; then \
-	    $(PY) setup.py -q build_ext --inplace >build/log 2>&1 || { cat build/log; exit 1; }; grep '^bhfast:' build/log; \
-	    else echo 'bhfast: extension: none (setuptools is missing here)'; fi
-	@touch $@
+	$(build)
 else
-setup: $(READY)
-$(READY): pyproject.toml Makefile $(SOURCES)
+# With no bytecode on disk, every process that imports torch compiles all of its Python again: three times the work.
+unexport PYTHONDONTWRITEBYTECODE
+setup: .venv/packages $(READY)
+$(READY): .venv/torch $(SOURCES)
+	$(build)
+# pip brings torch, from wherever it is set up to; uv keeps it and brings the rest in a fraction of pip's time.
+.venv/torch: Makefile
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet --no-compile 'setuptools>=77' ninja $(shell command -v nvidia-smi >/dev/null || echo $(TORCH_CPU))
-	.venv/bin/pip install --quiet --no-compile --no-build-isolation --editable '.[dev]'
-	touch $@
+	.venv/bin/pip install --quiet --no-compile 'setuptools>=77' ninja $(if $(shell command -v nvidia-smi),torch,$(TORCH_CPU))
+	.venv/bin/pip install --quiet uv || echo 'There is no uv for this machine: pip installs the rest.'
+	@touch $@
+.venv/packages: .venv/torch pyproject.toml
+	BHFAST_BUILD=none .venv/bin/uv pip install --quiet --python .venv --no-build-isolation --editable '.[dev]' || \
+	    BHFAST_BUILD=none .venv/bin/pip install --quiet --no-compile --no-build-isolation --editable '.[dev]'
+	@touch $@
 endif
