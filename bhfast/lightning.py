@@ -53,6 +53,10 @@ class RecorderCallback(RecordingCallback, Callback):
         start = trainer.global_step // len(trainer.optimizers)
         self.open_recorder(trainer.optimizers, pl_module, steps=_steps_to_come(trainer), start_step=start)
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        assert self.recorder is not None
+        self.recorder.begin_step()  # training_step may log before it calls a network
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
