@@ -2,100 +2,109 @@
 
 from __future__ import annotations
 
-import os
-import weakref
-from contextlib import ExitStack
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
-from accelerate.optimizer import AcceleratedOptimizer  # type: ignore[import-untyped]
-from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from bhfast.recording.recorder import Recorder
-from bhfast.recording.selection import Params
+from bhfast.errors import RecordingWarning
+from bhfast.recording.callback import RecordingCallback, StepLoss
 
 
-class RecorderCallback(TrainerCallback):
+class RecorderCallback(RecordingCallback, TrainerCallback):
     """Records what ``trainer.train()`` does to chosen parameters, with a :class:`bhfast.Recorder`::
 
         with RecorderCallback("transformer.wte.weight", path="run.safetensors") as callback:
             trainer = Trainer(..., callbacks=[callback])
             trainer.train()
 
-    Gradients are recorded as ``backward()`` leaves them, with those of all micro-batches added up, before the Trainer
-    clips them; the factor is in ``clip_coefs``. ``losses`` holds what the model returned as loss, in the forward pass
-    before the step: with gradient accumulation that of the last micro-batch, scaled as the Trainer has the model scale
-    it. A model that returns no loss has no ``losses``.
+    Record k is of the Trainer's ``global_step`` k, also if the training resumes from a checkpoint: then the first
+    record is the state in the checkpoint.
 
-    The trace is complete when training ends. The Trainer does not tell its callbacks of an exception, so it is the
-    ``with`` block that makes a trace of the steps so far; without one, that happens once the callback is garbage or the
-    interpreter exits. ``trainer.train()`` may be called again: a trace that exists is replaced only with
-    ``overwrite=True``. If it resumes from a checkpoint, record 0 is the state in the checkpoint.
+    Gradients are recorded as ``backward()`` leaves them: summed over all micro-batches, averaged over all processes,
+    and before the Trainer clips them. The clipping factor is in ``clip_coefs``.
+
+    ``losses`` (float32 ``[R]``) holds the loss of the whole step as the Trainer counts it: the sum of what
+    ``Trainer.training_step`` returned for its micro-batches, each already scaled by the number of items in the batch or
+    by the number of micro-batches. Under DDP it is the loss of rank 0 alone, where the Trainer logs the mean over all
+    ranks. A Trainer whose own ``training_step`` does not call ``Trainer.training_step`` has no ``losses``; a warning
+    says so.
+
+    The trace is complete when training ends. The Trainer does not tell its callbacks of an exception: the ``with``
+    block then saves the steps so far. Without a block, they are saved once the callback is garbage, or when the
+    interpreter exits. ``trainer.train()`` may be called again, but replaces an existing trace only with
+    ``overwrite=True``.
 
     Args:
         params: names, globs and regular expressions over the parameters of the Trainer's model; or parameters by name.
         path: the trace file.
         **options: for the recorder: ``rows``, ``fields``, ``every``, ``storage``, ``keys``, ``metadata``,
-            ``overwrite``.
+            ``overwrite``, ``strict``; ``unclipped=False`` records gradients as the optimizer gets them.
 
     Attributes:
-        recorder: of the training at hand, or of the last one; None before the first.
+        recorder: of the current training, or of the last one; None before the first.
 
     Raises:
         ConfigError: from ``trainer.train()``, if an argument is out of range.
         StorageError: likewise, as the recorder does.
     """
 
-    def __init__(self, params: Params, *, path: str | os.PathLike[str], **options: Any) -> None:
-        self.recorder: Recorder | None = None
-        self._params = params
-        self._options = {"path": path, **options}
-        self._stack = ExitStack()
-        self._close = weakref.finalize(self, self._stack.close)
-
-    def __enter__(self) -> RecorderCallback:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        if self._close.detach():
-            self._stack.__exit__(*error)
-
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._close()  # a training before this one may have failed
-        with ExitStack() as stack:
-            model, optimizer = kwargs["model"], kwargs["optimizer"]
-            if isinstance(optimizer, AcceleratedOptimizer):
-                optimizer = optimizer.optimizer
-            steps = state.max_steps - state.global_step
-            recorder = Recorder(optimizer, self._params, model=model, steps=steps, unclipped=True, **self._options)
-            self.recorder = stack.enter_context(recorder)
-            losses = _Losses(recorder)
-            stack.callback(model.register_forward_hook(losses.keep).remove)
-            stack.callback(optimizer.register_step_post_hook(losses.log).remove)
-            self._stack = stack.pop_all()
-        self._close = weakref.finalize(self, self._stack.close)
+        steps = max(1, state.max_steps - state.global_step)  # a finished training may be resumed, to no avail
+        self.open_recorder(kwargs["optimizer"], kwargs["model"], steps=steps, start_step=state.global_step)
+        assert self.step_loss is not None
+        self.enter_context(_training_step_losses(kwargs["optimizer"], self.step_loss))
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        assert self.step_loss is not None
+        if self.step_loss.is_empty:
+            warnings.warn(
+                "losses are not recorded: this Trainer's training_step does not call Trainer.training_step",
+                RecordingWarning,
+                stacklevel=2,
+            )
+        self.step_loss.begin_step()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._close()
+        self.close_recorder()
 
 
-class _Losses:
-    """Logs the loss that a model returned last, after each step. Unlike the callback, hooks may keep it alive."""
+# The Trainer shows no callback the losses of a step. So while a recorder is open, Trainer.training_step is replaced by
+# a function that passes on what the original returns.
 
-    def __init__(self, recorder: Recorder) -> None:
-        self._recorder = recorder
-        self._loss: Tensor | None = None
+_listeners: list[tuple[torch.optim.Optimizer, StepLoss]] = []
+_original = Trainer.training_step
 
-    def keep(self, model: nn.Module, args: Any, output: Any) -> None:
-        if model.training:
-            loss = output.get("loss") if isinstance(output, dict) else None
-            self._loss = None if loss is None else loss.detach()
 
-    def log(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if self._loss is not None:
-            self._recorder.log(losses=self._loss)
+@wraps(_original)
+def _training_step(self: Trainer, *args: Any, **kwargs: Any) -> Tensor:
+    loss = _original(self, *args, **kwargs)
+    for optimizer, step_loss in _listeners:
+        if optimizer is self.optimizer:
+            step_loss.add(loss)
+    return loss
+
+
+@contextmanager
+def _training_step_losses(optimizer: torch.optim.Optimizer, step_loss: StepLoss) -> Iterator[None]:
+    """Add to ``step_loss`` what ``training_step`` of the Trainer with this optimizer returns inside the block."""
+    listener = (optimizer, step_loss)
+    _listeners.append(listener)
+    Trainer.training_step = _training_step  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+        if not _listeners and Trainer.training_step is _training_step:
+            Trainer.training_step = _original  # type: ignore[method-assign]

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import run_ranks
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from bhfast.errors import StorageError
+from bhfast.errors import RecordingWarning, StorageError
 from bhfast.ops import checks
 from bhfast.recording.recorder import Recorder
 from bhfast.trace import open_trace
@@ -21,39 +22,51 @@ from bhfast.verify import verify
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed; it comes with bhfast[hf]")
 hf = pytest.importorskip("bhfast.hf", reason="accelerate is not installed; it comes with bhfast[hf]")
+from accelerate.state import AcceleratorState  # noqa: E402
 
 STEPS = 12
 WTE, HEAD = "transformer.wte.weight", "lm_head.weight"
 
 
 class Windows(Dataset):
-    """Random tokens; the model shifts the labels."""
+    """Random tokens, of which window k counts all but the first k % 8; the model shifts the labels."""
 
-    def __init__(self, fails_at: int | None = None) -> None:
+    def __init__(self, fails_at: int | None = None, count: int = 384) -> None:
+        self.count = count
         self.tokens = torch.randint(128, (400,), generator=torch.Generator().manual_seed(0))
         self.fails_at = fails_at
         self.read = 0
 
     def __len__(self) -> int:
-        return len(self.tokens) - 16
+        return self.count
 
     def __getitem__(self, start: int) -> dict[str, Tensor]:
         self.read += 1
         if self.read == self.fails_at:
             raise RuntimeError("the data's own")
         window = self.tokens[start : start + 16]
-        return {"input_ids": window, "labels": window}
+        labels = window.clone()
+        labels[: start % 8] = -100
+        return {"input_ids": window, "labels": labels}
 
 
-def tiny_gpt2() -> nn.Module:
+def tiny_gpt2(dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     torch.manual_seed(0)
     config = transformers.GPT2Config(
         vocab_size=128, n_positions=16, n_embd=64, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
     )
-    return transformers.GPT2LMHeadModel(config).bfloat16()
+    return transformers.GPT2LMHeadModel(config).to(dtype)
 
 
-def make_trainer(folder: Path, callback: Any, *, data: Windows | None = None, **arguments: Any) -> Any:
+def make_trainer(
+    folder: Path,
+    callback: Any,
+    *,
+    model: nn.Module | None = None,
+    data: Dataset | None = None,
+    kind: Any = transformers.Trainer,
+    **arguments: Any,
+) -> Any:
     settings = {
         "max_steps": STEPS,
         "per_device_train_batch_size": 1,
@@ -68,8 +81,8 @@ def make_trainer(folder: Path, callback: Any, *, data: Windows | None = None, **
         "disable_tqdm": True,
         "use_cpu": True,
     }
-    return transformers.Trainer(
-        model=tiny_gpt2(),
+    return kind(
+        model=model or tiny_gpt2(),
         args=transformers.TrainingArguments(output_dir=str(folder), **{**settings, **arguments}),
         train_dataset=data or Windows(),
         callbacks=[callback],
@@ -77,24 +90,32 @@ def make_trainer(folder: Path, callback: Any, *, data: Windows | None = None, **
 
 
 class Watch(transformers.TrainerCallback):
-    """What the model returns, and gradients between backward and step, seen without the recorder."""
+    """Gradients between clipping and step, and parameters after it, seen without the recorder."""
 
     def __init__(self) -> None:
-        self.losses: list[Tensor] = []
-        self.clipped: list[Tensor] = []
-
-    def on_train_begin(self, *args: Any, model: nn.Module, **kwargs: Any) -> None:
-        model.register_forward_hook(lambda model, args, output: self.losses.append(output.loss.detach().clone()))
+        self.gradients: list[dict[str, Tensor]] = []
+        self.params: list[dict[str, Tensor]] = []
 
     def on_pre_optimizer_step(self, *args: Any, model: nn.Module, **kwargs: Any) -> None:
-        self.clipped.append(model.get_parameter(WTE).grad.clone())
+        self.gradients.append({name: param.grad.clone() for name, param in model.named_parameters()})
+
+    def on_optimizer_step(self, *args: Any, model: nn.Module, **kwargs: Any) -> None:
+        self.params.append({name: param.detach().clone() for name, param in model.named_parameters()})
+
+
+def logged_losses(trainer: Any) -> list[float]:
+    """What the Trainer itself says of each step's loss, if it logs at every step."""
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+LOGGING = {"logging_strategy": "steps", "logging_steps": 1}
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_every_step_of_the_trainer_replays(accumulation: int, tmp_path: Path) -> None:
     path = tmp_path / "t.safetensors"
     callback, watch = hf.RecorderCallback("*", path=path), Watch()
-    trainer = make_trainer(tmp_path, callback, gradient_accumulation_steps=accumulation)
+    trainer = make_trainer(tmp_path, callback, gradient_accumulation_steps=accumulation, **LOGGING)
     trainer.add_callback(watch)
     trainer.train()
     result = verify(path)
@@ -102,7 +123,7 @@ def test_every_step_of_the_trainer_replays(accumulation: int, tmp_path: Path) ->
     trace = open_trace(path)
     for name, param in trainer.model.named_parameters():
         assert torch.equal(trace[name][-1], param), name
-    clipped, raw = torch.stack(watch.clipped), trace[f"{WTE}.grad"][1:]
+    clipped, raw = torch.stack([step[WTE] for step in watch.gradients]), trace[f"{WTE}.grad"][1:]
     assert clipped.shape == raw.shape
     coefs = trace["clip_coefs"][1:]
     assert coefs.min() < 1
@@ -110,9 +131,84 @@ def test_every_step_of_the_trainer_replays(accumulation: int, tmp_path: Path) ->
     assert torch.equal(raw * coefs.bfloat16()[:, None, None], clipped)
     norms = raw.float().flatten(1).norm(dim=1)
     assert (norms >= clipped.float().flatten(1).norm(dim=1)).all()
-    assert len(watch.losses) == STEPS * accumulation
-    assert torch.equal(trace["losses"][1:], torch.stack(watch.losses[accumulation - 1 :: accumulation]))
+    assert trace["losses"].dtype == torch.float32
+    assert trace["losses"][1:].tolist() == logged_losses(trainer)
     assert callback.recorder.saved_steps == STEPS
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch", "adafactor", "sgd"])
+def test_the_step_of_all_its_micro_batches(optim: str, tmp_path: Path) -> None:
+    """Of different numbers of items, in mixed precision, with checkpointed activations, and a last step of fewer."""
+    callback, watch = hf.RecorderCallback("*", path=tmp_path / "t.safetensors"), Watch()
+    trainer = make_trainer(
+        tmp_path,
+        callback,
+        model=tiny_gpt2(torch.float32),
+        data=Windows(count=11),
+        max_steps=-1,
+        num_train_epochs=1,
+        gradient_accumulation_steps=3,
+        per_device_train_batch_size=2,
+        max_grad_norm=0.0,  # no clipping, so that gradients are seen before the step as backward() left them
+        bf16=True,
+        gradient_checkpointing=True,
+        optim=optim,
+        **LOGGING,
+    )
+    trainer.add_callback(watch)
+    trainer.train()
+    trace = open_trace(tmp_path / "t.safetensors")
+    assert trace.steps.tolist() == [0, 1, 2]
+    assert trace["clip_coefs"][1:].tolist() == [1, 1]
+    assert trace["losses"][1:].tolist() == logged_losses(trainer)
+    for name, _ in trainer.model.named_parameters():
+        assert torch.equal(trace[f"{name}.grad"][1:], torch.stack([step[name] for step in watch.gradients])), name
+        assert torch.equal(trace[name][1:], torch.stack([step[name] for step in watch.params])), name
+
+
+def sum_of_squares(outputs: Any, labels: Tensor, num_items_in_batch: Any) -> Tensor:
+    return outputs["logits"].float().square().sum() / num_items_in_batch
+
+
+@pytest.mark.parametrize("how", ["compute_loss_func", "label_smoothing_factor"])
+def test_losses_that_the_model_does_not_compute(how: str, tmp_path: Path) -> None:
+    arguments = {"label_smoothing_factor": 0.1} if how == "label_smoothing_factor" else {}
+    callback = hf.RecorderCallback(WTE, path=tmp_path / "t.safetensors")
+    trainer = make_trainer(tmp_path, callback, gradient_accumulation_steps=2, **arguments, **LOGGING)
+    if how == "compute_loss_func":
+        trainer.compute_loss_func = sum_of_squares
+    trainer.train()
+    losses = open_trace(tmp_path / "t.safetensors")["losses"][1:].tolist()
+    assert len(set(losses)) > 1
+    assert losses == logged_losses(trainer)
+
+
+def test_a_trainer_with_a_training_step_of_its_own_has_no_losses(tmp_path: Path) -> None:
+    class OwnTrainer(transformers.Trainer):
+        def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+            loss = model(**inputs).loss
+            loss.backward()
+            return loss.detach()
+
+    trainer = make_trainer(tmp_path, hf.RecorderCallback(WTE, path=tmp_path / "t.safetensors"), kind=OwnTrainer)
+    with pytest.warns(RecordingWarning, match="losses are not recorded: this Trainer's training_step does not call"):
+        trainer.train()
+    trace = open_trace(tmp_path / "t.safetensors")
+    assert "losses" not in trace
+    assert torch.equal(trace[WTE][-1], trainer.model.get_parameter(WTE))
+
+
+def test_two_callbacks_of_one_trainer(tmp_path: Path) -> None:
+    """Each ends on its own, and the Trainer is left as it was."""
+    original = transformers.Trainer.training_step
+    callbacks = [hf.RecorderCallback(WTE, path=tmp_path / f"{every}", every=every, fields=["grad"]) for every in (1, 3)]
+    trainer = make_trainer(tmp_path, callbacks[0])
+    trainer.add_callback(callbacks[1])
+    trainer.train()
+    whole, third = (open_trace(tmp_path / name) for name in ("1", "3"))
+    for name in ("losses", f"{WTE}.grad"):
+        assert torch.equal(third[name][1:], whole[name][3::3]), name
+    assert transformers.Trainer.training_step is original
 
 
 def test_rows_every_other_step_streamed(tmp_path: Path) -> None:
@@ -195,11 +291,74 @@ def test_a_run_resumed_from_a_checkpoint(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, hf.RecorderCallback(WTE, path=paths[1]))
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
     whole, rest = map(open_trace, paths)
-    assert len(rest.steps) == STEPS - 8 + 1
+    assert rest.steps.tolist() == list(range(8, STEPS + 1))
+    assert torch.equal(rest["losses"][1:], whole["losses"][9:])
     assert torch.equal(rest[WTE], whole[WTE][8:])
     assert torch.equal(rest[f"{WTE}.exp_avg"], whole[f"{WTE}.exp_avg"][8:])
     result = verify(paths[1])
     assert (result.replayed, result.reason, result.difference) == (STEPS - 8, None, None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes
+
+
+class Integers(Dataset):
+    """Small integers: few steps of a linear model by them are exact in float32, in any order of summation."""
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(index)
+        return {
+            "x": torch.randint(-1, 2, (4,), generator=generator).float(),
+            "y": torch.randint(-2, 3, (3,), generator=generator).float(),
+        }
+
+
+class Linear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3, 4))
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor]:
+        return ((nn.functional.linear(x, self.weight) - y).square().sum(1).mean(),)
+
+
+def train_exactly(path: Path, **arguments: Any) -> Any:
+    AcceleratorState._reset_state(reset_partial_state=True)  # of tests before, or of the parent process
+    exact = {
+        "max_steps": 4,
+        "optim": "sgd",
+        "learning_rate": 0.25,
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.0,
+    }
+    trainer = make_trainer(
+        path.parent,
+        hf.RecorderCallback("*", path=path),
+        model=Linear(),
+        data=Integers(),
+        **{**exact, "max_grad_norm": 0.0, **arguments},
+        **LOGGING,
+    )
+    trainer.train()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return trainer
+
+
+def test_the_gradient_under_ddp_is_that_of_the_global_batch(tmp_path: Path) -> None:
+    trainer = train_exactly(tmp_path / "alone", per_device_train_batch_size=4)
+    run_ranks(lambda: train_exactly(tmp_path / "ddp", gradient_accumulation_steps=2, ddp_backend="gloo"), tmp_path)
+    alone, ddp = open_trace(tmp_path / "alone"), open_trace(tmp_path / "ddp")
+    assert ddp.steps.tolist() == [0, 1, 2, 3, 4]
+    for name in ("weight", "weight.grad", "clip_coefs"):
+        assert alone[name][1:].any(), name
+        assert torch.equal(ddp[name][1:], alone[name][1:]), name
+    assert alone["losses"][1:].tolist() == logged_losses(trainer)
+    assert len(ddp["losses"]) == 5  # of rank 0 alone
+    assert not torch.equal(ddp["losses"][1:], alone["losses"][1:])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

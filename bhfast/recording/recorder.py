@@ -280,7 +280,8 @@ class Recorder:
         """Record more values with the last step, or with record 0 before the first.
 
         Once a backward pass has begun after that step, or, if the recorder was given the ``model``, its forward pass in
-        training, they belong to the step to come: they are recorded with it, the last ones under each name.
+        training, or after :meth:`begin_step`, they belong to the step to come: they are recorded with it, the last ones
+        under each name.
 
         Args:
             values, named: by the name they get in the file: tensors, numpy arrays, numbers, and mappings of these,
@@ -300,6 +301,10 @@ class Recorder:
             self._cycle.pending |= {name: value.clone() for name, value in found.items()}
         else:
             self.slots.log(**found)
+
+    def begin_step(self) -> None:
+        """Let :meth:`log` give values to the step to come from now on, before its forward pass has begun."""
+        self._cycle.note_activity()
 
     @property
     def description(self) -> str:
