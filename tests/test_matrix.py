@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from matrix_run import FRAMEWORKS, OPTIMIZERS, OVERFLOW, STEPS, record, record_distributed
+from support_table import REFUSED, REFUSED_BY_TORCH, REPLAYED, REPLAYED_IN, support_table
 from torch import Tensor
 
 from bhfast.trace import open_trace
@@ -15,12 +15,7 @@ from bhfast.verify import verify
 
 CELLS = [(optimizer, framework) for framework in FRAMEWORKS for optimizer in OPTIMIZERS]
 DISTRIBUTED = [cell for cell in CELLS if FRAMEWORKS[cell[1]].processes > 1]
-DTENSOR = ("FSDP2", "FSDP2, accumulation, clipping", "tensor parallel")
-REFUSED = {
-    **{(o, "FSDP1"): "FullyShardedDataParallel keeps flat shards in place of parameters" for o in OPTIMIZERS},
-    **{("FusedAdam", f): "FusedAdam does not take DTensor parameters" for f in DTENSOR},
-}
-REFUSED_BY_TORCH = ("got mixed torch.Tensor and DTensor", "in-place operations that require placement changes")
+SUPPORT = Path(__file__).parent.parent / "docs" / "support.md"
 
 
 def bits(value: Tensor) -> Tensor:
@@ -65,13 +60,10 @@ def test_cell(optimizer: str, framework: str, tmp_path: Path, request: pytest.Fi
         if isinstance(wanted, list):
             assert torch.equal(wanted[1]["up.weight.grad"], others[1]["up.weight.grad"]), "reduced on every rank"
             assert not torch.equal(wanted[1]["loss"], others[1]["loss"]) or "tensor" in framework, "different data"
-    if (optimizer, framework) in REFUSED:
+    if refusal := REFUSED.get((optimizer, framework)) or REFUSED_BY_TORCH.get((optimizer, framework)):
         assert isinstance(wanted, str)
-        assert REFUSED[optimizer, framework] in wanted
+        assert refusal in wanted
         return
-    if isinstance(wanted, str) and any(text in wanted for text in REFUSED_BY_TORCH):
-        assert framework in DTENSOR
-        pytest.skip("torch itself refuses this optimizer on DTensor parameters")
     assert isinstance(wanted, list), wanted
     index = path.with_name(path.name + ".index.json")
     path = index if index.exists() else path
@@ -82,6 +74,11 @@ def test_cell(optimizer: str, framework: str, tmp_path: Path, request: pytest.Fi
     if FRAMEWORKS[framework].clips:
         coefs = trace["clip_coefs"][1:]
         assert ((coefs > 0) & (coefs < 1)).any()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert verify(path).difference is None
+    result = verify(path)
+    assert result.difference is None
+    assert (result.replayed > 0) == (optimizer in REPLAYED and framework in REPLAYED_IN), result
+
+
+@pytest.mark.skipif(not SUPPORT.exists(), reason="this copy of the tree has no docs/")
+def test_the_table_in_the_documents_is_this_matrix() -> None:
+    assert support_table() in SUPPORT.read_text(), f"python tests/support_table.py prints it for {SUPPORT}"

@@ -142,6 +142,7 @@ class Recorder:
         self._start_step = start_step
         self._wanted_storage = storage
         self._overwrite = overwrite
+        self._is_open = False
         self._started_at = time.monotonic()
         self._closed_at: float | None = None
         self._stack = ExitStack()
@@ -218,6 +219,7 @@ class Recorder:
             stack.enter_context(terminable())
             self._started_at = time.monotonic()
             self._stack = stack.pop_all()
+            self._is_open = True
 
     def _record_fused(self) -> None:
         for follower in self._followers:
@@ -237,8 +239,9 @@ class Recorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._partition.is_empty or self._cycle.is_in_other_process:
+        if not self._is_open or self._cycle.is_in_other_process:
             return
+        self._is_open = False
         with self._stack:
             with deferred_signals(redeliver=True):
                 fault = self._save()
@@ -246,7 +249,7 @@ class Recorder:
             raise fault
 
     def close(self) -> None:
-        """Turn the records so far into the trace, as leaving the ``with`` block does.
+        """Turn the records so far into the trace, as leaving the ``with`` block does; nothing if that is done.
 
         Raises:
             StorageError: some records could not be saved.
