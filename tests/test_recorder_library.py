@@ -318,3 +318,39 @@ def test_unclipped_gradients_of_every_third_step_with_a_closure(tmp_path: Path) 
     trace = open_trace(tmp_path / "t")
     assert torch.equal(trace["weight.grad"][1:], torch.stack([raw[2], raw[5]]))
     assert not trace["clip_coefs"][1:].isnan().any()
+
+
+class Doubled(torch.optim.AdamW):
+    """Steps as AdamW does, with doubled gradients."""
+
+    def step(self, closure: Callable[[], Tensor] | None = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad.mul_(2)
+        super().step(closure)
+        if getattr(self, "fails", False):
+            raise RuntimeError("the step failed")
+
+
+def test_a_step_that_calls_super_is_one_step(tmp_path: Path) -> None:
+    model = linear()
+    optimizer = Doubled(model.parameters(), lr=0.01)
+    wanted = []
+    with Recorder(optimizer, {"w": model.weight}, steps=4, path=tmp_path / "t"):
+        for step in range(5):
+            optimizer.zero_grad()
+            backward(model)
+            optimizer.fails = step == 2
+            if optimizer.fails:
+                with pytest.raises(RuntimeError, match="the step failed"):
+                    optimizer.step()
+                continue
+            optimizer.step()
+            wanted.append(model.weight.detach().clone())
+    trace = open_trace(tmp_path / "t")
+    assert trace.steps.tolist() == [0, 1, 2, 3, 4]
+    assert torch.equal(trace["w"][1], wanted[0])
+    assert torch.equal(trace["w"][2], wanted[1])
+    assert torch.equal(trace["w"][4], wanted[3])
+    assert torch.equal(trace["w"][3], wanted[2])
+    assert verify(tmp_path / "t").reason == "it did several steps in record 3"  # the one that failed, and the next

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -71,6 +73,8 @@ class OptimizerFollower:
         self._steps_in_record = self._steps_seen = 0
         self._state_sizes: dict[str, int] = {}  # by parameter, how many entries its state had
         self._compiled = [False]
+        self._step_frame: FrameType | None = None  # of the step that is under way
+        self._nested = 0  # steps inside it
         self._scaler: GradScaler | None = None
         self._scale: Tensor | None = None  # of a fused optimizer's gradients, in the current step
         self._by_hand: list[RecordedField] = []  # fields the fused optimizer does not record in this step
@@ -122,7 +126,7 @@ class OptimizerFollower:
     def _before_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if self._cycle.is_off or not self._begin():
+        if self._is_nested(sys._getframe(1)) or self._cycle.is_off or not self._begin():
             return None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args[0] is the optimizer
         if closure is None:
@@ -148,6 +152,20 @@ class OptimizerFollower:
 
         return (args[0], recording_closure), {k: v for k, v in kwargs.items() if k != "closure"}
 
+    def _is_nested(self, frame: FrameType) -> bool:
+        """Return whether a step calls another one of the same optimizer, as a subclass does with ``super().step()``.
+
+        Torch calls the hooks of both. The frame of the outer step tells, as a step that failed may not have ended.
+        """
+        caller: FrameType | None = frame
+        while self._step_frame is not None and caller is not None:
+            if caller is self._step_frame:
+                self._nested += 1
+                return True
+            caller = caller.f_back
+        self._step_frame, self._nested = frame, 0
+        return False
+
     def _begin(self) -> bool:
         if not self._cycle.begin():
             return False
@@ -172,6 +190,10 @@ class OptimizerFollower:
 
     @outside_graphs
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._nested:
+            self._nested -= 1
+            return
+        self._step_frame = None
         if self._cycle.is_off or not self._steps_in_record:
             return
         if self._compiled[0]:
