@@ -23,7 +23,7 @@ from torch import nn
 from bhfast.errors import BhfastError
 from bhfast.recording.recorder import Recorder
 
-ROWS = {"spread": [0, 3, 4, 9], "low": [1, 2], "unordered": [9, 0]}
+ROWS = {"spread": [0, 3, 4, 9], "low": [1, 2], "high": [9], "unordered": [9, 0]}
 SECONDS = 100  # that a process may take
 
 
@@ -34,6 +34,7 @@ class Case(NamedTuple):
     processes: int
     storage: str = "memory"
     rows: str = "spread"
+    is_late: bool = False  # what only appears during the run: unknown state, a missing gradient
 
 
 CASES = {
@@ -44,6 +45,7 @@ CASES = {
     "fsdp-all": Case("fsdp", 2, rows="all"),
     "fsdp-unordered": Case("fsdp", 2, rows="unordered"),
     "fsdp-precious": Case("fsdp", 2),  # where one process finds a file in its way
+    "fsdp-late": Case("fsdp", 2, rows="high", is_late=True),
     "hsdp": Case("hsdp", 4, rows="all"),
 }
 
@@ -76,25 +78,45 @@ def distribute(model: nn.Module, how: str) -> nn.Module:
     return model
 
 
-def record(case: Case, path: Path) -> str:
-    """Train 20 steps on the same batches in every process, so that averaging gradients changes no bit."""
+def record(case: Case, path: Path, rank: int = 0) -> str:
+    """Train 20 steps, on other batches in every process.
+
+    Alone, the process computes the gradients of all ``case.processes`` batches, and averages them as the processes do:
+    halves of halves, each sum rounded to bfloat16.
+    """
     torch.manual_seed(0)
     model = distribute(Model().bfloat16(), case.how)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, foreach=False)
-    generator = torch.Generator().manual_seed(1)
+    kind = torch.optim.RMSprop if case.is_late else torch.optim.AdamW
+    optimizer = kind(model.parameters(), lr=0.01, foreach=False)
+    ranks = range(case.processes) if case.how == "alone" else [rank]
+    generators = [torch.Generator().manual_seed(1 + own) for own in ranks]
     rows = {"wte.weight": ROWS[case.rows]} if case.rows != "all" else {}
     try:
         recorder = Recorder(optimizer, "*", model=model, rows=rows, steps=20, path=path, storage=case.storage)
         with recorder:
-            for _ in range(20):
-                optimizer.zero_grad()
-                loss = model(torch.randint(0, 11, (8,), generator=generator))
-                loss.backward()
+            for step in range(20):
+                losses, grads = [], []
+                for generator in generators:
+                    optimizer.zero_grad()
+                    losses.append(model(torch.randint(0, 11, (8,), generator=generator)))
+                    losses[-1].backward()
+                    grads.append([p.grad for p in model.parameters()])
+                while len(grads) > 1:
+                    grads = [[(a + b) / 2 for a, b in zip(*pair, strict=True)] for pair in batched(grads)]
+                for p, grad in zip(model.parameters(), grads[0], strict=True):
+                    p.grad = grad
+                if case.is_late and step == 7:
+                    model.head.bias.grad = None
                 optimizer.step()
-                recorder.log(loss=loss)
+                recorder.log(loss=losses[0])
     except BhfastError as error:
         return f"error {error}"
     return f"trace {Path(recorder.path).name}"
+
+
+def batched(grads: list[list[torch.Tensor]]) -> list[list[list[torch.Tensor]]]:
+    """Return neighbours in pairs."""
+    return [grads[i : i + 2] for i in range(0, len(grads), 2)]
 
 
 def work(folder: Path, names: list[str], rank: int, world: int) -> None:
@@ -102,7 +124,7 @@ def work(folder: Path, names: list[str], rank: int, world: int) -> None:
     signal.alarm(SECONDS)  # if the others have died, there is nobody to wait for
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting-{world}", rank=rank, world_size=world)
     for name in names:
-        said = record(CASES[name], folder / name / "run.safetensors")
+        said = record(CASES[name], folder / name / "run.safetensors", rank)
         (folder / f"{name}.{rank}").write_text(said)
         dist.barrier()
     dist.destroy_process_group()

@@ -11,11 +11,12 @@ from typing import Any
 import distributed_run
 import pytest
 import torch
-from distributed_run import CASES, ROWS, Case
+from distributed_run import CASES, Case
 from safetensors.torch import load_file
 
 from bhfast.recording.shards import RankPartition
 from bhfast.trace import Trace, open_trace
+from bhfast.verify import verify
 
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("this torch has no gloo", allow_module_level=True)
@@ -27,13 +28,13 @@ needs_shards = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trace]:
-    """What one process records, by the rows it was told."""
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Trace]:
+    """What one process records, by the rows it was told, and the number of processes whose batches it averages."""
     traces = {}
-    for rows in ("all", *ROWS):
+    for rows, processes in {(case.rows, case.processes) for case in CASES.values() if not case.is_late}:
         path = tmp_path_factory.mktemp(rows) / "run.safetensors"
-        assert distributed_run.record(Case("alone", 1, rows=rows), path) == "trace run.safetensors"
-        traces[rows] = open_trace(path)
+        assert distributed_run.record(Case("alone", processes, rows=rows), path) == "trace run.safetensors"
+        traces[rows, processes] = open_trace(path)
     return traces
 
 
@@ -70,25 +71,39 @@ def assert_same(one: Trace, other: Trace) -> None:
 
 
 @pytest.mark.parametrize("name", ["ddp", "ddp-stream"])
-def test_ddp_is_recorded_by_rank_0(name: str, recorded: Path, alone: dict[str, Trace]) -> None:
+def test_ddp_is_recorded_by_rank_0(name: str, recorded: Path, alone: dict[tuple[str, int], Trace]) -> None:
     assert files(recorded / name) == ["run.safetensors"]
-    assert_same(open_trace(recorded / name / "run.safetensors"), alone["spread"])
+    assert_same(open_trace(recorded / name / "run.safetensors"), alone["spread", 2])
 
 
 @pytest.mark.parametrize("name", ["fsdp", "fsdp-stream", "hsdp"])
 @needs_shards
-def test_each_rank_records_its_shards(name: str, recorded: Path, alone: dict[str, Trace]) -> None:
+def test_each_rank_records_its_shards(name: str, recorded: Path, alone: dict[tuple[str, int], Trace]) -> None:
     """Of parameters of odd sizes, with replicas recorded once."""
     assert said(recorded, name) == ["trace run.safetensors.index.json"] * CASES[name].processes
     own = [f"run-0000{i}-of-00002.safetensors" for i in (1, 2)]
     assert files(recorded / name) == [*own, "run.safetensors.index.json"]
     trace = open_trace(recorded / name / "run.safetensors.index.json")
-    assert_same(trace, alone[CASES[name].rows])
+    assert_same(trace, alone[CASES[name].rows, CASES[name].processes])
     assert trace.optimizer["name"] == "AdamW"
     assert "crc32" not in trace.metadata
     for file in own:
         assert list(open_trace(recorded / name / file).damage()) == []
         assert "head.weight.grad" in load_file(recorded / name / file)
+
+
+@needs_shards
+def test_what_appears_during_the_run_is_in_the_files(recorded: Path) -> None:
+    """Also if it appears only in a file that rank 0, which writes the index, knows nothing of."""
+    assert said(recorded, "fsdp-late") == ["trace run.safetensors.index.json"] * 2
+    path = recorded / "fsdp-late" / "run.safetensors.index.json"
+    trace = open_trace(path)
+    assert trace["head.bias.has_grad"].tolist() == [record not in (0, 8) for record in range(21)]
+    assert trace["head.weight.square_avg"].shape == (21, 5, 6)
+    assert "wte.weight.square_avg" not in trace
+    assert open_trace(path.with_name("run-00002-of-00002.safetensors"))["wte.weight.square_avg"].shape == (21, 1, 6)
+    result = verify(path)
+    assert (result.difference, result.reason) == (None, "a replay knows AdamW, not RMSprop")
 
 
 @needs_shards
@@ -108,9 +123,9 @@ def test_the_index_follows_the_convention(recorded: Path) -> None:
 
 
 @needs_shards
-def test_slices_across_the_files_are_those_of_the_whole(recorded: Path, alone: dict[str, Trace]) -> None:
+def test_slices_across_the_files_are_those_of_the_whole(recorded: Path, alone: dict[tuple[str, int], Trace]) -> None:
     tensor, whole = (
-        x["wte.weight"] for x in (open_trace(recorded / "fsdp-all" / "run.safetensors.index.json"), alone["all"])
+        x["wte.weight"] for x in (open_trace(recorded / "fsdp-all" / "run.safetensors.index.json"), alone["all", 2])
     )
     for index in (3, (slice(1, 9, 2), slice(4, 9)), (0, slice(7, 11), slice(2, 5)), (..., 3)):
         assert torch.equal(tensor[index], whole[index]), index

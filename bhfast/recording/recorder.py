@@ -267,7 +267,11 @@ class Recorder:
         is_cut = self.slots.records is not None and saved < self.slots.records
         if is_cut and path.exists() and not self._partition.is_sharded:
             path = path.with_name(f"{path.stem}.cut-at-{self._start_step + self.saved_steps}{path.suffix}")
-        metadata = {**self.metadata, **description_metadata(self._followers, self._tied), **self._partition.metadata()}
+        metadata = {
+            **self.metadata,
+            **description_metadata(self._followers, self._tied),
+            **self._partition.metadata(self.slots.tensors),
+        }
         names = self.slots.save(metadata, path)
         self.path = self._partition.finish(path, names, saved)
         if saved < self.slots.complete and fault is None:

@@ -9,7 +9,7 @@ and shape of each part.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -73,6 +73,7 @@ class RankPartition:
             rank: f"{path.stem}-{number:05}-of-{len(writers):05}{path.suffix}"
             for number, rank in enumerate(writers, start=1)
         }
+        self._first_file = files[0]
         for rank, file in files.items():
             for key, part in everyone[rank].items():
                 self._parts.setdefault(key, []).append({"file": file, **part})
@@ -80,12 +81,20 @@ class RankPartition:
             self.path = path.with_name(files[self.rank])
 
     def add(self, field: RecordedField) -> None:
-        """Add a tensor that is sharded as its parameter is, in every process that records a part of that."""
-        for parts in [parts for parts in self._parts.values() if parts[0]["param"] == field.of.name][:1]:
-            self._parts[field.name] = parts
+        """Add a tensor that is sharded as its parameter is, in every process that records a part of that.
 
-    def metadata(self) -> dict[str, str]:
-        """Return what the metadata of this process's file say of the whole."""
+        Rank 0 writes the index, so it must be one of them; else only the metadata of this process's file name it.
+        """
+        for parts in [parts for parts in self._parts.values() if parts[0]["param"] == field.of.name][:1]:
+            if any(part["file"] == self._first_file for part in parts):
+                self._parts[field.name] = parts
+
+    def metadata(self, names: Iterable[str] = ()) -> dict[str, str]:
+        """Return what the metadata of this process's file say of the whole.
+
+        Args:
+            names: of the tensors in the file.
+        """
         if self.index is None:
             return {}
         own = {
@@ -94,7 +103,10 @@ class RankPartition:
             for part in parts
             if part["file"] == self.path.name
         }
-        return {"shard": json.dumps({"index": self.index.name, "tensors": own})}
+        shard: dict[str, Any] = {"index": self.index.name, "tensors": own}
+        if self.rank > 0 and (unlisted := sorted(set(names) - own.keys())):
+            shard["unlisted"] = unlisted
+        return {"shard": json.dumps(shard)}
 
     @contextmanager
     def agreement(self) -> Iterator[None]:
@@ -134,6 +146,9 @@ class RankPartition:
             weight_map = {name: self.path.name for name in names} | {
                 key: parts[0]["file"] for key, parts in self._parts.items()
             }
+            for parts in self._parts.values():
+                if parts[0]["has_rows"]:
+                    weight_map.setdefault(f"{parts[0]['param']}.rows", parts[0]["file"])
             shards = {
                 key: {
                     "shape": [records, *parts[0]["shape"]],
@@ -158,7 +173,13 @@ def _is_sharded(param: Tensor) -> bool:
 def _describe(field: RecordedField) -> dict[str, Any]:
     """Return where a process's part of a tensor is in the whole."""
     of = field.of
-    return {"param": of.name, "shape": list(of.shape), "offset": list(of.offset), "part": list(field.tensor.shape)}
+    return {
+        "param": of.name,
+        "has_rows": of.all_rows is not None,
+        "shape": list(of.shape),
+        "offset": list(of.offset),
+        "part": list(field.tensor.shape),
+    }
 
 
 def _part(of: RecordedParam, rank: int) -> RecordedParam | None:
