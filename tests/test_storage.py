@@ -137,7 +137,7 @@ def test_a_trace_has_its_checksums_and_no_more_than_its_bytes(tmp_path: Path) ->
         output.reserve(1 << 20)
         write_trace(output, tensors(), {"of": "this"}, path)
     assert path.stat().st_size < 4096
-    assert open_trace(path).metadata.keys() == {"of", "crc32"}
+    assert open_trace(path).metadata.keys() == {"of", "crc32", "header_crc32"}
     assert list(open_trace(path).damage()) == []
 
 

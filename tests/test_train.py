@@ -75,7 +75,7 @@ def test_file_describes_itself(run: TrainResult, text: str) -> None:
     with safe_open(run.path, "pt") as file:
         metadata = file.metadata()
     assert metadata["format"] == "bhfast-trace"
-    assert metadata["format_version"] == "1"
+    assert metadata["format_version"] == "2"
     assert metadata["seed"] == "42"
     assert metadata["engine"] == select_engine("auto", torch.device("cpu"))[0]
     assert metadata["device"] == "cpu"
