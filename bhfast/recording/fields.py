@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -43,9 +44,10 @@ class RecordedParam:
     shape: tuple[int, ...]
     offset: tuple[int, ...]
 
-    def is_shaped_like(self, value: Tensor) -> bool:
-        """Whether ``value`` has an entry for each of the parameter's (in this process)."""
-        return local(value).shape == local(self.param).shape
+    @cached_property
+    def is_distributed(self) -> bool:
+        """Whether the parameter is a DTensor."""
+        return hasattr(self.param, "placements")
 
     def part_of(self, value: Tensor) -> Tensor:
         """Return what is recorded of a value: the chosen rows, where it has rows as the parameter does."""
@@ -94,8 +96,8 @@ class RecordedField:
         Raises:
             BhfastError: shape or dtype are not those of the records.
         """
-        rows = None if is_part else self.of.rows_of(value)
-        value = local(value)
+        rows = None if is_part or self.of.rows is None else self.of.rows_of(value)
+        value = local(value) if self.of.is_distributed else value
         shape = value.shape if rows is None else torch.Size([len(rows), *value.shape[1:]])
         if value.dtype != slot.dtype or shape != slot.shape:
             raise BhfastError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -150,7 +151,7 @@ class GradientRecorder:
 
 def _laid_out_gradient(of: RecordedParam) -> Tensor | None:
     """Return a parameter's gradient; None if it has none that is distributed as the parameter is."""
-    grad = of.param.grad
-    if grad is None or getattr(grad, "placements", None) != getattr(of.param, "placements", None):
+    grad: Any = of.param.grad
+    if grad is None or (of.is_distributed and grad.placements != of.param.placements):  # type: ignore[attr-defined]
         return None
     return grad.detach().to_dense() if grad.is_sparse else grad.detach()

@@ -77,16 +77,18 @@ class OptimizerFollower:
         self._nested = 0  # steps inside it
         self._scaler: GradScaler | None = None
         self._scale: Tensor | None = None  # of a fused optimizer's gradients, in the current step
-        self._by_hand: list[RecordedField] = []  # fields the fused optimizer does not record in this step
+        self._records_itself = isinstance(plan.optimizer, RecordsItself)
+        self._fused = [field for field in plan.at_start if self._is_fused(field)]
+        self._not_fused = [field for field in plan.at_start if not self._is_fused(field)]
+        self._by_hand: list[RecordedField] = []  # what the optimizer does not record itself in this step
         self.end_fused: Callable[[], None] = lambda: None
 
     @contextmanager
     def following(self, model: nn.Module | None) -> Iterator[None]:
         """Record the optimizer's steps inside the block."""
         with ExitStack() as stack:
-            if isinstance(self.optimizer, RecordsItself):
-                self.record_fused()
-                stack.callback(lambda: self.end_fused())
+            self.record_fused()
+            stack.callback(lambda: self.end_fused())
             watch = BackwardWatch(self._cycle.note_activity, self._keep_raw_gradients if self._unclipped else None)
             stack.enter_context(watch.watching(self.params, model))
             stack.enter_context(scaled_steps(self.optimizer, self._scaled_step))
@@ -110,14 +112,14 @@ class OptimizerFollower:
             return
         self.end_fused()
         slots: dict[Tensor, dict[str, Tensor]] = {}
-        for field in filter(self._is_fused, self.fields.values()):
+        for field in self._fused:
             slots.setdefault(field.of.param, {})[field.field] = self._slots.slots_of(field.name)
         self.end_fused = self.optimizer.record_into(slots, self._slots.step_tensor, self._slots.every)
 
     def _is_fused(self, field: RecordedField) -> bool:
         is_raw = self._unclipped and field.field == "grad"
         is_whole = field.of.rows is None and field.tensor.dtype == field.of.param.dtype
-        return isinstance(self.optimizer, RecordsItself) and field.field in checks.FIELDS and is_whole and not is_raw
+        return self._records_itself and field.field in checks.FIELDS and is_whole and not is_raw
 
     # -----------------------------------------------------------------------------------------------------------------
     # A step
@@ -182,9 +184,7 @@ class OptimizerFollower:
         if self._slots.record is None:
             return
         self._scale = getattr(self.optimizer, "grad_scale", None)
-        self._by_hand = [
-            field for field in self.fields.values() if field.of.param.grad is None or not self._is_fused(field)
-        ]
+        self._by_hand = [*self._not_fused, *(field for field in self._fused if field.of.param.grad is None)]
         if self._scale is None:  # else the optimizer unscales them in its step
             self._record_gradients()
 
@@ -290,6 +290,7 @@ class OptimizerFollower:
             for field in self._plan.discover(of, {own.field for own in self.fields.values() if own.of is of}):
                 if self._on_new_field(field):
                     self.fields[field.name] = field
+                    self._not_fused.append(field)
                     self._by_hand.append(field)
 
     def _fields(self, kind: str) -> list[RecordedField]:
