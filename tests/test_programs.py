@@ -40,7 +40,7 @@ ROOMS: dict[str, set[str]] = {
     "lightning": {"recording"},
     "replay": {"ops", "trace"},
     "verify": {"errors", "replay", "trace"},
-    "recover": {"errors", "storage"},
+    "recover": {"errors", "storage", "trace"},
     "summary": {"errors", "lattice", "trace"},
     "engines": {"errors", "model", "ops", "optim", "recording"},
     "config": {"engines", "errors", "model", "ops", "storage"},

@@ -273,7 +273,12 @@ class Recorder:
             **self._partition.metadata(self.slots.tensors),
         }
         names = self.slots.save(metadata, path)
-        self.path = self._partition.finish(path, names, saved)
+        try:
+            self.path = self._partition.finish(path, names, saved)
+        except OSError as error:
+            raise StorageError(
+                f"{path} is saved, but writing the index {self._partition.index} failed: {error.strerror}"
+            ) from error
         if saved < self.slots.complete and fault is None:
             fault = StorageError(
                 f"{self.slots.failure}; steps 0 to {self.saved_steps:,} of {self.slots.step:,} were saved: {self.path}"

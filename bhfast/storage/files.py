@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import warnings
+from contextlib import suppress
 from pathlib import Path
+
+from bhfast.errors import RecordingWarning
 
 CHUNK = 16 << 20  # bytes copied at once
 
@@ -11,6 +16,46 @@ CHUNK = 16 << 20  # bytes copied at once
 def journal_path(partial: Path) -> Path:
     """Return the name of the journal of ``partial``."""
     return partial.with_name(partial.name + ".journal")
+
+
+def copy_path(partial: Path) -> Path:
+    """Return the name of the file to which the records of ``partial`` are copied to close its gaps."""
+    return partial.with_name(partial.name + ".copy")
+
+
+def is_at(fd: int, path: Path) -> bool:
+    """Return whether ``path`` still names the open file ``fd``: it may have been renamed, deleted or replaced."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def remove(fd: int, partial: Path) -> None:
+    """Remove the open file ``partial``, its journal and its copy, unless ``partial`` names another file by now.
+
+    What cannot be removed is emptied, so that it neither fills the disk nor stops the next run.
+    """
+    with suppress(OSError):
+        if not is_at(fd, partial):
+            return
+    with suppress(OSError):
+        os.ftruncate(fd, 0)
+    for path in (journal_path(partial), copy_path(partial), partial):
+        with suppress(OSError):
+            path.unlink()
+
+
+def read_at(fd: int, size: int, offset: int) -> bytes:
+    """Read exactly ``size`` bytes.
+
+    Raises:
+        OSError: the file cannot be read, or ends before that.
+    """
+    data = os.pread(fd, size, offset)
+    if len(data) < size:
+        raise OSError(errno.EIO, f"the file was cut off at byte {offset + len(data)}")
+    return data
 
 
 def write_at(fd: int, data: memoryview, offset: int) -> None:
@@ -26,9 +71,16 @@ def sync(fd: int) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until a change of names in ``folder`` is on the disk."""
-    fd = os.open(folder, os.O_RDONLY)
+    """Wait until a change of names in ``folder`` is on the disk; warn if that cannot be had."""
     try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        warnings.warn(
+            f"cannot sync the folder {folder}: {error.strerror}; a power failure now may lose its newest files",
+            RecordingWarning,
+            stacklevel=2,
+        )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Mapping
+from contextlib import closing, suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bhfast.errors import StorageError, TraceError
-from bhfast.storage.files import CHUNK, journal_path, sync_folder, write_at
+from bhfast.storage.files import CHUNK, copy_path, journal_path, read_at, remove, sync_folder, write_at
 from bhfast.storage.journal import AHEAD, CommittedTensor, Journal, State, read_journal
 from bhfast.trace.checksums import checksum_metadata, checksums, join_checksums, records_per_checksum
 from bhfast.trace.format import ALIGNMENT, Entry, bytes_of, encode_header, place
@@ -21,7 +23,7 @@ from bhfast.trace.format import ALIGNMENT, Entry, bytes_of, encode_header, place
 WORTH_COPYING = 1 << 20  # bytes of gaps
 
 
-def finish(partial: Path, path: Path) -> None:
+def finish(partial: Path, path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Turn what is committed in ``partial`` into the trace ``path``, and remove the journal.
 
     If the run had as many records as it reserved room for, they are in place, and only the header and the small tensors
@@ -29,34 +31,49 @@ def finish(partial: Path, path: Path) -> None:
     blocks from a file (ext4, XFS), the gaps go without moving data; elsewhere the records are copied to a new file.
     Remaining gaps, also where there is no room for a copy, become padding.
 
-    It may be interrupted at any point and called again.
+    It may be interrupted at any point: :func:`bhfast.recover.recover` goes on from there. ``partial`` must be locked.
+
+    Args:
+        partial, path: the file as it is, and the trace.
+        metadata: more of it.
 
     Raises:
-        StorageError: the disk failed; ``partial`` and its journal are still there.
+        StorageError: the disk failed; the committed records can still be recovered.
         TraceError: the journal cannot be read.
     """
     state = read_journal(partial)
-    journal = Journal(journal_path(partial), state.end)
     try:
-        journal.release()
-        with open(partial, "r+b", buffering=0) as file:
-            can_collapse = _collapse_gaps(file.fileno(), state, journal)
-            if not can_collapse and _gaps(state) > WORTH_COPYING and _has_room(partial, state):
-                _copy(file.fileno(), partial, path, state)
-            else:
-                journal.append({"tail": True})
-                _write_rest(file.fileno(), state)
-                os.replace(partial, path)
-        sync_folder(path.parent)
-        journal.path.unlink()
-        partial.unlink(missing_ok=True)  # it was copied
+        with closing(Journal(journal_path(partial), state.end)) as journal:
+            _finish(partial, path, state, journal, metadata or {})
     except OSError as error:
         raise StorageError(
-            f"finishing the trace {path} failed: {error.strerror}; {state.records:,} records are safe in {partial} and "
-            f"{journal.path}: make room, then run python -m bhfast.recover {partial}"
+            f"finishing the trace {path} failed: {error.strerror}; {safe(state.records, partial)}: make room, then run "
+            f"python -m bhfast.recover {partial}"
         ) from error
-    finally:
-        journal.close()
+    sync_folder(path.parent)
+
+
+def _finish(partial: Path, path: Path, state: State, journal: Journal, metadata: Mapping[str, str]) -> None:
+    if metadata:
+        journal.append({"metadata": dict(metadata)})
+        state.metadata.update(metadata)
+    journal.release()
+    with open(partial, "r+b", buffering=0) as file:
+        can_collapse = _collapse_gaps(file.fileno(), state, journal)
+        if not can_collapse and _gaps(state) > WORTH_COPYING and _has_room(partial, state):
+            _copy(file.fileno(), partial, path, state)
+            remove(file.fileno(), partial)
+            return
+        journal.append({"tail": True})
+        _write_rest(file.fileno(), state)
+    with suppress(OSError):  # first, as once `partial` has its new name the next run may have a journal here
+        journal.path.unlink()
+    os.replace(partial, path)
+
+
+def safe(records: int, partial: Path) -> str:
+    """Return the words that committed records are safe."""
+    return f"{records:,} {'record is' if records == 1 else 'records are'} safe in {partial}"
 
 
 def _gaps(state: State) -> int:
@@ -105,20 +122,22 @@ def _has_room(partial: Path, state: State) -> bool:
 def _copy(fd: int, partial: Path, path: Path, state: State) -> None:
     """Write the trace to a new file, without gaps."""
     header, offset = state.start["header"], 0
-    target = partial.with_name(partial.name + ".copy")
+    target = copy_path(partial)
     try:
         with open(target, "w+b", buffering=0) as file:
             for tensor, at in state.in_file:
                 size = state.records * tensor.nbytes
                 for done in range(0, size, CHUNK):
-                    data = os.pread(fd, min(CHUNK, size - done), header + at + done)
+                    data = read_at(fd, min(CHUNK, size - done), header + at + done)
                     write_at(file.fileno(), memoryview(data), header + offset + done)
                 tensor.offset = offset
                 offset += size + -size % ALIGNMENT
             _write_rest(file.fileno(), state)
         os.replace(target, path)
-    finally:
-        target.unlink(missing_ok=True)
+    except BaseException:
+        with suppress(OSError):
+            target.unlink()
+        raise
 
 
 def _write_rest(fd: int, state: State) -> None:

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from bhfast.errors import TraceError
 from bhfast.storage.base import RecordedTensor
-from bhfast.storage.files import journal_path, sync, write_at
+from bhfast.storage.files import is_at, journal_path, sync, write_at
 from bhfast.trace.checksums import checksums
 from bhfast.trace.format import DTYPE_NAMES, DTYPES, bytes_of
 
@@ -69,8 +69,9 @@ class Journal:
         text = json.dumps(event, separators=(",", ":")).encode()
         line = b"%08x %s\n" % (zlib.crc32(text), text)
         if self.end + len(line) > self._reserved - AHEAD:
-            self._reserved = 2 * (self.end + len(line)) + 2 * AHEAD
-            os.posix_fallocate(self._fd, 0, self._reserved)
+            wanted = 2 * (self.end + len(line)) + 2 * AHEAD
+            os.posix_fallocate(self._fd, 0, wanted)
+            self._reserved = wanted
         write_at(self._fd, memoryview(line), self.end)
         sync(self._fd)
         self.end += len(line)
@@ -78,6 +79,11 @@ class Journal:
     def release(self) -> None:
         """Give back the reserved disk space."""
         os.ftruncate(self._fd, self.end)
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the file still has its name."""
+        return is_at(self._fd, self.path)
 
     def close(self) -> None:
         os.close(self._fd)
@@ -201,6 +207,16 @@ def read_journal(partial: Path) -> State:
             f"{path} is corrupted: at or after byte {end} there is an invalid line ({error!r:.200})"
         ) from None
     return state
+
+
+def may_hold_records(partial: Path) -> bool:
+    """Return False if it is certain that a run has left no committed record in ``partial``."""
+    if partial.stat().st_size == 0:
+        return False
+    try:
+        return b"\n" in journal_path(partial).read_bytes() and read_journal(partial).records > 0
+    except (OSError, TraceError):
+        return True
 
 
 def _events(data: bytes) -> Iterator[tuple[dict[str, Any], int]]:

@@ -62,6 +62,7 @@ class MemoryStorage:
         tensors = {name: tensor[: self._records] for name, tensor in self.tensors.items()}
         steps = self._start_step + torch.arange(self._records) * self._every
         tensors |= {"recorded_steps": steps, **self.constants}
+        self.output.restore()
         write_trace(self.output, tensors, metadata, path)
         self.committed = self._records
 
@@ -93,7 +94,15 @@ def write_trace(output: OutputFile, tensors: Mapping[str, Tensor], metadata: Map
             write_at(output.fd, bytes_of(tensors[name]), len(header) + entry.offset)
         os.ftruncate(output.fd, len(header) + max((entry.end for entry in entries.values()), default=0))
         os.fsync(output.fd)
-        os.replace(output.partial, path)
-        sync_folder(path.parent)
     except OSError as error:
         raise StorageError(f"writing the trace {path} failed: {error.strerror}; nothing was saved") from error
+    output.is_worth_keeping = True
+    try:
+        os.replace(output.partial, path)
+    except OSError as error:
+        raise StorageError(
+            f"naming the trace {path} failed: {error.strerror}; it is complete in {output.partial}: run "
+            f"python -m bhfast.recover {output.partial}"
+        ) from error
+    output.is_worth_keeping = False
+    sync_folder(path.parent)

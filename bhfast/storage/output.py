@@ -1,16 +1,23 @@
-"""The file that a run writes, locked against other runs."""
+"""The file that a run writes, locked against other runs.
+
+The lock is an ``flock`` on the open file: it ends with the process that holds it, however that ends. A forked child
+shares its parent's open files, and would keep the lock when the parent is killed, so every child closes them at once.
+POSIX record locks, which are not inherited, are no way out: a process loses them when it closes the file anywhere, and
+two recordings in one process would not see each other's.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 from bhfast.errors import StorageError
-from bhfast.storage.files import journal_path
+from bhfast.storage.files import copy_path, is_at, journal_path, remove
+from bhfast.storage.journal import may_hold_records
 from bhfast.trace.format import format_bytes
 
 
@@ -18,7 +25,7 @@ class OutputFile:
     """The trace file of a run while it grows: ``NAME.partial``, locked against other runs.
 
     Entering creates it. ``NAME`` itself stays untouched until the trace is complete. Leaving removes ``NAME.partial``
-    unless something in it is worth keeping.
+    and its journal, unless something in them is worth keeping. In a forked child leaving does nothing.
 
     Args:
         path: the final name.
@@ -29,7 +36,8 @@ class OutputFile:
         is_worth_keeping: whether ``NAME.partial`` can be recovered, so that it must stay if it could not be finished.
 
     Raises:
-        StorageError: on entering, if ``NAME`` or ``NAME.partial`` exists, or the folder is not writable.
+        StorageError: on entering, if ``NAME`` exists, or a ``NAME.partial`` that may hold records, or the folder is not
+            writable.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -37,6 +45,7 @@ class OutputFile:
         self.partial = self.path.with_name(self.path.name + ".partial")
         self.overwrite = overwrite
         self.is_worth_keeping = False
+        self._process = os.getpid()
 
     def __enter__(self) -> OutputFile:
         if self.path.is_dir():
@@ -45,20 +54,28 @@ class OutputFile:
             raise StorageError(
                 f"the trace {self.path} exists; pass --overwrite to replace it, or choose another file with --out"
             )
+        self.fd = self._open()
+        return self
+
+    def _open(self) -> int:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.fd = self._open()
+            fd = lock(self.partial, os.O_CREAT)
+            try:
+                self._clear(fd)
+            except BaseException:
+                if os.fstat(fd).st_size == 0:
+                    remove(fd, self.partial)
+                unlock(fd)
+                raise
         except OSError as error:
             raise StorageError(
                 f"cannot write the trace {self.path}: {error.strerror}; choose another place with --out"
             ) from None
-        return self
+        return fd
 
-    def _open(self) -> int:
-        exists = self.partial.exists()
-        fd = lock(self.partial, os.O_CREAT)
-        if exists and not self.overwrite:
-            os.close(fd)
+    def _clear(self, fd: int) -> None:
+        if not self.overwrite and may_hold_records(self.partial):
             keep = "delete it"
             if journal_path(self.partial).exists():
                 keep = f"keep its steps with python -m bhfast.recover {self.partial}, delete it,"
@@ -66,9 +83,24 @@ class OutputFile:
                 f"{self.partial} was left by a run that did not finish; {keep} or pass --overwrite to replace it, "
                 "or choose another file with --out"
             )
-        journal_path(self.partial).unlink(missing_ok=True)
         os.ftruncate(fd, 0)
-        return fd
+        journal_path(self.partial).unlink(missing_ok=True)
+        copy_path(self.partial).unlink(missing_ok=True)
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether ``NAME.partial`` is still the file that was opened."""
+        return is_at(self.fd, self.partial)
+
+    def restore(self) -> None:
+        """Create an empty ``NAME.partial`` again if it was deleted, alone or with its folder.
+
+        Raises:
+            StorageError: as on entering.
+        """
+        if not self.is_in_place:
+            lost, self.fd = self.fd, self._open()
+            unlock(lost)
 
     def reserve(self, size: int) -> None:
         """Reserve ``size`` bytes of disk in total, so that the trace cannot run out of space.
@@ -76,20 +108,20 @@ class OutputFile:
         Raises:
             StorageError: the disk is too small.
         """
-        if (free := self.free()) < size:
-            raise StorageError(
-                f"the disk of {self.path.parent} is too small for the trace: {format_bytes(size)} wanted, "
-                f"{format_bytes(free)} free; free some, choose another place with --out, or record less with "
-                "--record-every or --steps"
-            )
-        if size and hasattr(os, "posix_fallocate"):  # it refuses 0
-            try:
-                os.posix_fallocate(self.fd, 0, size)
-            except OSError as error:
+        try:
+            if (free := self.free()) < size:
                 raise StorageError(
-                    f"cannot reserve {format_bytes(size)} for the trace {self.path}: {error.strerror}; "
-                    "choose another place with --out"
-                ) from None
+                    f"the disk of {self.path.parent} is too small for the trace: {format_bytes(size)} wanted, "
+                    f"{format_bytes(free)} free; free some, choose another place with --out, or record less with "
+                    "--record-every or --steps"
+                )
+            if size and hasattr(os, "posix_fallocate"):  # it refuses 0
+                os.posix_fallocate(self.fd, 0, size)
+        except OSError as error:
+            raise StorageError(
+                f"cannot reserve {format_bytes(size)} for the trace {self.path}: {error.strerror}; "
+                "choose another place with --out"
+            ) from None
 
     def free(self) -> int:
         """Return how many bytes of disk the trace can use, including those it has."""
@@ -98,10 +130,14 @@ class OutputFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if os.getpid() != self._process:
+            return
         if not self.is_worth_keeping:
-            with contextlib.suppress(FileNotFoundError):  # renamed if it was finished
-                self.partial.unlink()
-        os.close(self.fd)
+            remove(self.fd, self.partial)
+        unlock(self.fd)
+
+
+_locked: set[int] = set()  # file descriptors
 
 
 def lock(partial: Path, flags: int = 0) -> int:
@@ -111,12 +147,36 @@ def lock(partial: Path, flags: int = 0) -> int:
         OSError: it cannot be opened.
         StorageError: another run is writing it.
     """
-    fd = os.open(partial, os.O_RDWR | flags, 0o644)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        raise StorageError(
-            f"{partial} is being written by another run; wait for it, or choose another file with --out"
-        ) from None
+    while True:
+        fd = os.open(partial, os.O_RDWR | flags, 0o644)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if is_at(fd, partial):
+                break
+        except BlockingIOError:
+            os.close(fd)
+            raise StorageError(
+                f"{partial} is being written by another run; wait for it, or choose another file with --out"
+            ) from None
+        except OSError:
+            os.close(fd)
+            raise
+        os.close(fd)  # another run finished it between the two calls, and it is that run's trace now
+    _locked.add(fd)
     return fd
+
+
+def unlock(fd: int) -> None:
+    """Close what :func:`lock` has opened."""
+    with suppress(OSError):  # closing unlocks, too, but not while a child is just being forked
+        fcntl.flock(fd, fcntl.LOCK_UN)
+    _locked.discard(fd)
+    os.close(fd)
+
+
+def _close_in_child() -> None:
+    while _locked:
+        os.close(_locked.pop())
+
+
+os.register_at_fork(after_in_child=_close_in_child)

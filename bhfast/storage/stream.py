@@ -18,8 +18,8 @@ from torch import Tensor
 
 from bhfast.errors import ConfigError, StorageError
 from bhfast.storage.base import RecordedTensor
-from bhfast.storage.files import journal_path, sync, write_at
-from bhfast.storage.finish import finish
+from bhfast.storage.files import journal_path, sync, sync_folder, write_at
+from bhfast.storage.finish import finish, safe
 from bhfast.storage.journal import VERSION, Journal, constant_event, encode, tensor_event
 from bhfast.storage.output import OutputFile
 from bhfast.trace.checksums import MAX_CHECKSUMS, checksums
@@ -135,7 +135,6 @@ class StreamStorage:
         self._stopping = False
         self._error: BaseException | None = None
         output.reserve(self._header)
-        self._journal = Journal(journal_path(output.partial))
         start = {
             "version": VERSION,
             "every": every,
@@ -144,9 +143,25 @@ class StreamStorage:
             "header": self._header,
             "metadata": self._metadata,
         }
-        self._journal.append({"start": start})
+        self._journal = self._start_journal(start)
         self._thread = threading.Thread(target=self._work, name="bhfast-writer", daemon=True)
         self._thread.start()
+
+    def _start_journal(self, start: Mapping[str, Any]) -> Journal:
+        try:
+            journal = Journal(journal_path(self.output.partial))
+            try:
+                journal.append({"start": start})
+            except OSError:
+                journal.close()
+                raise
+        except OSError as error:
+            raise StorageError(
+                f"cannot write the journal of the trace {self.output.path}: {error.strerror}; "
+                "choose another place with --out"
+            ) from None
+        sync_folder(self.output.partial.parent)
+        return journal
 
     def _most_records(self, size: int) -> int:
         """Return how many records the disk can hold, and half of a file of the size that is allowed."""
@@ -231,42 +246,52 @@ class StreamStorage:
     def _check(self) -> None:
         """Raise StorageError if the writer thread has failed."""
         if self._error is not None:
-            safe = "nothing was committed yet"
-            if self.committed:
-                safe = (
-                    f"{self.committed:,} records are safe in {self.output.partial}, and become a shorter trace when "
-                    "the recording ends"
-                )
-            raise StorageError(f"{self.failure}; {safe}") from self._error
+            if not self._is_in_place:
+                fate = "nothing can be saved"
+            elif self.committed:
+                fate = f"{safe(self.committed, self.output.partial)}, to become a shorter trace when the recording ends"
+            else:
+                fate = "nothing was committed yet"
+            raise StorageError(f"{self.failure}; {fate}") from self._error
+
+    @property
+    def _is_in_place(self) -> bool:
+        return self.output.is_in_place and self._journal.is_in_place
+
+    def _deleted(self) -> StorageError:
+        return StorageError(f"{self.output.partial} or its journal was deleted or replaced during the run")
 
     @property
     def failure(self) -> str | None:
         if self._error is None:
             return None
-        reason = getattr(self._error, "strerror", None) or repr(self._error)
+        reason = str(self._error) if isinstance(self._error, StorageError) else repr(self._error)
+        reason = getattr(self._error, "strerror", None) or reason
         return f"writing the trace {self.output.path} failed: {reason}"
 
     def settle(self, records: int) -> int:
+        self._stop(records)
+        if self._is_in_place:
+            return self.committed
+        self._error = self._error or self._deleted()
+        return 0
+
+    def _stop(self, records: int) -> None:
         with self._changed:
             self._submitted = max(records, self.committed)
             self._stopping = True
             self._changed.notify_all()
         self._thread.join()
-        return self.committed
 
     def save(self, metadata: Mapping[str, str], path: Path) -> None:
         self.output.is_worth_keeping = True
-        if metadata != self._metadata:
-            self._journal.append({"metadata": dict(metadata)})
-        finish(self.output.partial, path)
+        finish(self.output.partial, path, metadata if metadata != self._metadata else None)
         self.output.is_worth_keeping = False
 
     def close(self) -> None:
-        self.settle(self.committed)
+        self._stop(self.committed)
         self._tensors.clear()
         self._journal.close()
-        if not self.output.is_worth_keeping:
-            journal_path(self.output.partial).unlink(missing_ok=True)
 
     # -----------------------------------------------------------------------------------------------------------------
     # The writer's side
@@ -285,6 +310,8 @@ class StreamStorage:
                     while not ticket.query():
                         time.sleep(POLL)
                 self._commit(records, events, tensors)
+                if not self._is_in_place:
+                    raise self._deleted()
                 if is_last:
                     return
         except BaseException as error:
