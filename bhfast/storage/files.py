@@ -34,14 +34,18 @@ def is_at(fd: int, path: Path) -> bool:
 def remove(fd: int, partial: Path) -> None:
     """Remove the open file ``partial``, its journal and its copy, unless ``partial`` names another file by now.
 
-    What cannot be removed is emptied, so that it neither fills the disk nor stops the next run.
+    If ``partial`` cannot be removed it is emptied, so that it neither fills the disk nor stops the next run. It goes
+    first: a journal without it means nothing.
     """
     with suppress(OSError):
         if not is_at(fd, partial):
             return
-    with suppress(OSError):
-        os.ftruncate(fd, 0)
-    for path in (journal_path(partial), copy_path(partial), partial):
+    try:
+        partial.unlink()
+    except OSError:
+        with suppress(OSError):
+            os.ftruncate(fd, 0)
+    for path in (journal_path(partial), copy_path(partial)):
         with suppress(OSError):
             path.unlink()
 
