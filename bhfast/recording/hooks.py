@@ -45,6 +45,7 @@ class StepCycle:
     Attributes:
         is_under_way: whether a forward or backward pass has begun since the last step.
         pending: values logged meanwhile, by name; they belong to the step that is under way.
+        is_begun: whether one of the optimizers has begun its step, and the record is not complete yet.
     """
 
     def __init__(self, slots: RecordSlots, *, strict: bool) -> None:
@@ -53,7 +54,7 @@ class StepCycle:
         self.pending: dict[str, Tensor] = {}
         self.followers: list[OptimizerFollower] = []
         self._strict = strict
-        self._is_begun = False
+        self.is_begun = False
         self._own: set[str] | None = None  # values that the recorder itself logs
         self._has_stopped = False
         self._process = os.getpid()
@@ -81,7 +82,7 @@ class StepCycle:
 
     def begin(self) -> bool:
         """Begin a step, unless one of its optimizers has done so; return False if recording has stopped."""
-        if not self._is_begun:
+        if not self.is_begun:
             if self.slots.step >= self.slots.steps and not self._strict:
                 self._has_stopped = True
                 for follower in self.followers:
@@ -91,7 +92,7 @@ class StepCycle:
                 )
                 return False
             self.slots.begin(1)
-            self._is_begun = True
+            self.is_begun = True
         return True
 
     def end(self, follower: OptimizerFollower) -> None:
@@ -104,7 +105,7 @@ class StepCycle:
         self.slots.log(**self.pending)
         self.pending.clear()
         self.slots.end()
-        self._is_begun = self.is_under_way = False
+        self.is_begun = self.is_under_way = False
 
     def _log_own_values(self) -> None:
         """Log what a replay needs, except values the caller already logs."""
@@ -159,7 +160,6 @@ class OptimizerFollower:
         self._unclipped = unclipped
         self._on_new_field = on_new_field
         self._raw: dict[str, Tensor] = {}  # by parameter, as the backward pass left them
-        self._in_closure = False  # which calls backward() inside the step
         self._steps_in_record = 0
         self._state_sizes: dict[str, int] = {}  # by parameter, how many entries its state had
         self._compiled = [False]
@@ -230,11 +230,7 @@ class OptimizerFollower:
                     f"the recorder cannot follow {type(optimizer).__name__}, which calls the closure of a step more "
                     "than once"
                 )
-            self._in_closure = True
-            try:
-                loss = closure()
-            finally:
-                self._in_closure = False
+            loss = closure()
             self._before_update()
             return loss
 
@@ -307,6 +303,7 @@ class OptimizerFollower:
             for field in self._fields("grad"):
                 self._write_no_gradient(field)
             self._record_state()
+        self._raw.clear()
         self._steps_in_record = 0
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -314,7 +311,7 @@ class OptimizerFollower:
 
     def _keep_raw_gradients(self) -> None:
         """Keep what a backward pass has left."""
-        step = self._slots.step if self._in_closure else self._slots.step + 1
+        step = self._slots.step + (not self._cycle.is_begun)  # a closure, or another optimizer, may have begun it
         if step % self._slots.every or self._cycle.is_off:
             return
         for field in self._fields("grad"):
