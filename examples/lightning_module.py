@@ -1,18 +1,18 @@
-"""Record all parameters of a Lightning module, with a callback that opens the recorder when training starts.
+"""Record all parameters of a Lightning module, and prove the recording by a replay.
 
     python examples/lightning_module.py --steps 50
 
-By then the module is on its device, and its optimizer exists. Needs lightning.
+Needs bhfast[lightning].
 """
 
 import argparse
-from contextlib import ExitStack
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 
-from bhfast import Recorder, open_trace
+from bhfast import open_trace
+from bhfast.lightning import RecorderCallback
 from bhfast.verify import verify
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -35,34 +35,12 @@ class Regression(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
-class Record(L.Callback):
-    """Records from the first step to the last, or to an exception; ``unclipped``, as the Trainer clips gradients."""
-
-    def __init__(self) -> None:
-        self.stack = ExitStack()
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        recorder = Recorder(
-            trainer.optimizers[0], "*", model=pl_module, steps=trainer.max_steps, unclipped=True, path=args.out
-        )
-        self.recorder = self.stack.enter_context(recorder)
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:  # type: ignore[no-untyped-def]
-        self.recorder.log(losses=outputs["loss"])
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.stack.close()
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self.stack.close()
-
-
 torch.manual_seed(0)
 trainer = L.Trainer(
     max_steps=args.steps,
     gradient_clip_val=1.0,
     accelerator="cpu",
-    callbacks=[Record()],
+    callbacks=[RecorderCallback("*", path=args.out)],
     logger=False,
     enable_checkpointing=False,
     enable_progress_bar=False,

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -40,6 +41,20 @@ def run(page: str, folder: Path) -> None:
     names = {"__name__": "__main__", "print": lambda *values: printed.append(" ".join(map(str, values)))}
     exec(compile(python_of(page), f"{page}.md", "exec"), names)
     (folder / f"printed.{os.environ.get('RANK', 0)}").write_text("\n".join(printed))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    """What the pages import takes long to import: once, before they are forked."""
+    import torch._dynamo
+    import torch.distributed.fsdp
+    import torch.distributed.tensor.parallel  # noqa: F401
+
+    import bhfast.recording.recorder  # noqa: F401
+
+    for name, module in (("accelerate", "bhfast.hf"), ("lightning", "bhfast.lightning")):
+        if find_spec(name):
+            import_module(module)
 
 
 @pytest.mark.parametrize("page", PAGES)

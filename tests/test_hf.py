@@ -22,6 +22,7 @@ from bhfast.verify import verify
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed; it comes with bhfast[hf]")
 hf = pytest.importorskip("bhfast.hf", reason="accelerate is not installed; it comes with bhfast[hf]")
+from accelerate import Accelerator  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 
 STEPS = 12
@@ -359,6 +360,42 @@ def test_the_gradient_under_ddp_is_that_of_the_global_batch(tmp_path: Path) -> N
     assert alone["losses"][1:].tolist() == logged_losses(trainer)
     assert len(ddp["losses"]) == 5  # of rank 0 alone
     assert not torch.equal(ddp["losses"][1:], alone["losses"][1:])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Accelerate without the Trainer
+
+
+def test_accelerate_steps_only_when_it_has_accumulated(tmp_path: Path) -> None:
+    """What is logged after a micro-batch belongs to the step to come."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(gradient_accumulation_steps=3, cpu=True)
+    model = nn.Linear(4, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    data = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
+    model, optimizer, loader = accelerator.prepare(model, optimizer, torch.utils.data.DataLoader(data, batch_size=1))
+    gradients, losses = [], []
+    with Recorder(optimizer, "*", model=model, unclipped=True, steps=4, path=tmp_path / "t") as recorder:
+        for number, batch in enumerate(loader):
+            with accelerator.accumulate(model):
+                loss = model(batch).square().sum()
+                accelerator.backward(loss)
+                losses.append(loss.item())
+                if accelerator.sync_gradients:
+                    gradients.append(model.weight.grad.clone())
+                    accelerator.clip_grad_norm_(model.parameters(), 0.1)
+                else:
+                    recorder.log(before_the_step=number)
+                optimizer.step()
+                optimizer.zero_grad()
+                recorder.log(loss=loss)
+    trace = open_trace(tmp_path / "t")
+    assert trace.steps.tolist() == [0, 1, 2, 3, 4]
+    assert torch.equal(trace["weight.grad"][1:], torch.stack(gradients))
+    assert (trace["clip_coefs"][1:] < 1).all()
+    assert trace["loss"][1:].tolist() == losses[2::3]
+    assert trace["before_the_step"].tolist() == [0, 1, 4, 7, 10]
+    assert torch.equal(trace["weight"][-1], model.weight)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

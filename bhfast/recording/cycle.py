@@ -34,6 +34,7 @@ class StepCycle:
     Attributes:
         is_under_way: whether a forward or backward pass has begun since the last step.
         pending: values logged meanwhile, by name; they belong to the step that is under way.
+        is_begun: whether one of the optimizers has begun its step, and the record is not complete yet.
     """
 
     def __init__(self, slots: RecordSlots, *, strict: bool) -> None:
@@ -42,7 +43,7 @@ class StepCycle:
         self.pending: dict[str, Tensor] = {}
         self.followers: list[Follower] = []
         self._strict = strict
-        self._is_begun = False
+        self.is_begun = False
         self._own: set[str] | None = None  # values that the recorder itself logs
         self._has_stopped = False
         self._process = os.getpid()
@@ -70,7 +71,7 @@ class StepCycle:
 
     def begin(self) -> bool:
         """Begin a step, unless one of its optimizers has done so; return False if recording has stopped."""
-        if not self._is_begun:
+        if not self.is_begun:
             if self.slots.step >= self.slots.steps and not self._strict:
                 self._has_stopped = True
                 for follower in self.followers:
@@ -80,7 +81,7 @@ class StepCycle:
                 )
                 return False
             self.slots.begin(1)
-            self._is_begun = True
+            self.is_begun = True
         return True
 
     def end(self, follower: Follower) -> None:
@@ -93,7 +94,7 @@ class StepCycle:
         self.slots.log(**self.pending)
         self.pending.clear()
         self.slots.end()
-        self._is_begun = self.is_under_way = False
+        self.is_begun = self.is_under_way = False
 
     def _log_own_values(self) -> None:
         """Log what a replay needs, except values the caller already logs."""

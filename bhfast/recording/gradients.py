@@ -96,6 +96,10 @@ class GradientRecorder:
             if grad is not None:
                 self._raw[field.of.name] = field.of.part_of(grad).clone()
 
+    def clear(self) -> None:
+        """Forget what backward passes have left."""
+        self._raw.clear()
+
     def record(
         self, fields: Sequence[RecordedField], scaler: GradScaler | None, scale: Tensor | None, found_inf: Tensor | None
     ) -> Tensor | None:

@@ -69,7 +69,6 @@ class OptimizerFollower:
         self._unclipped = unclipped
         self._on_new_field = on_new_field
         self._gradients = GradientRecorder(cycle, self.description, unclipped=unclipped)
-        self._in_closure = False  # which calls backward() inside the step
         self._steps_in_record = self._steps_seen = 0
         self._state_sizes: dict[str, int] = {}  # by parameter, how many entries its state had
         self._compiled = [False]
@@ -144,11 +143,7 @@ class OptimizerFollower:
                     f"the recorder cannot follow {type(optimizer).__name__}, which calls the closure of a step more "
                     "than once"
                 )
-            self._in_closure = True
-            try:
-                loss = closure()
-            finally:
-                self._in_closure = False
+            loss = closure()
             self._before_update()
             return loss
 
@@ -238,13 +233,14 @@ class OptimizerFollower:
             for field in self._fields("grad"):
                 self._gradients.write_none(field, f"{type(self.optimizer).__name__} did no step")
             self._record_state()
+        self._gradients.clear()
         self._steps_in_record = 0
 
     # -----------------------------------------------------------------------------------------------------------------
     # Values
 
     def _keep_raw_gradients(self) -> None:
-        step = self._slots.step if self._in_closure else self._slots.step + 1
+        step = self._slots.step + (not self._cycle.is_begun)  # a closure, or another optimizer, may have begun it
         self._gradients.keep(self._fields("grad"), step)
 
     def _record_gradients(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from bhfast.recording.fields import unwrapped
 
 ScaledStep = Callable[[GradScaler, Callable[[], Any]], Any]
 
-_listeners: dict[int, ScaledStep] = {}  # by the id of an optimizer
+_listeners: list[tuple[torch.optim.Optimizer, ScaledStep]] = []
 _original = GradScaler.step
 
 
@@ -27,8 +27,10 @@ def _step(self: GradScaler, optimizer: torch.optim.Optimizer, *args: Any, **kwar
     def proceed() -> Any:
         return _original(self, optimizer, *args, **kwargs)
 
-    listener = _listeners.get(id(unwrapped(optimizer)))
-    return proceed() if listener is None else listener(self, proceed)
+    for own, listener in _listeners:
+        if own is unwrapped(optimizer):
+            proceed = partial(listener, self, proceed)
+    return proceed()
 
 
 @contextmanager
@@ -36,15 +38,16 @@ def scaled_steps(optimizer: torch.optim.Optimizer, listener: ScaledStep) -> Iter
     """Inside the block, call ``listener(scaler, proceed)`` in place of each ``scaler.step(optimizer)``.
 
     Args:
-        optimizer: without wrappers.
+        optimizer: without wrappers. Several recorders may listen to one.
         listener: calls ``proceed()``, and returns its result.
     """
-    _listeners[id(optimizer)] = listener
+    entry = (optimizer, listener)
+    _listeners.append(entry)
     GradScaler.step = _step  # type: ignore[method-assign]
     try:
         yield
     finally:
-        _listeners.pop(id(optimizer), None)
+        _listeners.remove(entry)
         if not _listeners and GradScaler.step is _step:
             GradScaler.step = _original  # type: ignore[method-assign]
 
