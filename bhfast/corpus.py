@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bhfast.errors import BhfastError, ConfigError, CorpusError
+from bhfast.cli import run_program
+from bhfast.errors import ConfigError, CorpusError
 
 GATSBY_URL = "https://www.gutenberg.org/files/64317/64317-0.txt"
 GATSBY_SHA256 = "c774efbbdbbd41711bdab8bf79f37f3451606da188b13d1a472f1f7e0a2ce931"
@@ -149,14 +150,13 @@ def main(argv: list[str] | None = None) -> int:
     gatsby = books.add_parser("gatsby", help="The Great Gatsby, Project Gutenberg eBook 64317")
     gatsby.add_argument("--raw", type=Path, metavar="FILE", help="the raw 64317-0.txt (default: download it)")
     gatsby.add_argument("--out", type=Path, metavar="FILE", default=GATSBY_PATH, help="default: %(default)s")
-    args = parser.parse_args(argv)
-    try:
-        raw = download(GATSBY_URL) if args.raw is None else _read(args.raw)
-        clean = clean_gutenberg(raw).encode("ascii")
-        _write(args.out, clean)
-    except BhfastError as error:
-        print(f"bhfast corpus: error: {error}", file=sys.stderr)
-        return 2
+    return run_program(parser, _make_gatsby, argv)
+
+
+def _make_gatsby(args: argparse.Namespace) -> int:
+    raw = download(GATSBY_URL) if args.raw is None else _read(args.raw)
+    clean = clean_gutenberg(raw).encode("ascii")
+    _write(args.out, clean)
     digest = hashlib.sha256(clean).hexdigest()
     print(f"{args.out}: {len(clean):,} bytes, {len(set(clean))} of 128 bytes occur, SHA-256 {digest}")
     if digest != GATSBY_SHA256:

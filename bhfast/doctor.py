@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from bhfast.cli import run_program
 from bhfast.engines.choose import select_engine
 from bhfast.machine import available_memory, select_device
 from bhfast.ops import extension
@@ -45,7 +46,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="bhfast doctor", description="Report the hardware, and what bhfast will use of it."
     )
-    parser.parse_args(argv)
+    return run_program(parser, _report, argv)
+
+
+def _report(args: argparse.Namespace) -> int:
     device, device_reason = select_device("auto")
     engine, engine_reason = select_engine("auto", device)
     backend, backend_reason = extension.backend(device)

@@ -16,7 +16,8 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from bhfast.errors import BhfastError, StorageError, TraceError
+from bhfast.cli import run_program
+from bhfast.errors import StorageError, TraceError
 from bhfast.storage.files import journal_path, sync_folder
 from bhfast.storage.finish import check_records, finish
 from bhfast.storage.journal import Journal, read_journal
@@ -113,12 +114,11 @@ def main(argv: list[str] | None = None) -> int:
         prog="bhfast recover", description="Make a trace of the committed steps of a run that was killed."
     )
     parser.add_argument("file", metavar="FILE.partial", help="what the run has left; its journal lies beside it")
-    args = parser.parse_args(argv)
-    try:
-        result = recover(args.file)
-    except BhfastError as error:
-        print(f"bhfast recover: error: {error}", file=sys.stderr)
-        return 2
+    return run_program(parser, _recover_and_say, argv)
+
+
+def _recover_and_say(args: argparse.Namespace) -> int:
+    result = recover(args.file)
     if result.damaged:
         print(f"left out {result.damaged:,} records after step {result.last_step:,}: a checksum does not hold")
     print(f"{result.path}: {result.records:,} records, steps 0 to {result.last_step:,}; all checksums hold")

@@ -328,6 +328,8 @@ def main() -> None:
                 if args.verbose:
                     print(broken[-1], file=sys.stderr, flush=True)
         tried[name] = len(chosen)
+        if args.verbose:
+            print(f"{name}: {len(chosen)} faults tried, {len(broken)} broken so far", file=sys.stderr, flush=True)
     json.dump({"tried": tried, "broken": broken}, sys.stdout, indent=1)
 
 

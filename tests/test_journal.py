@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from strategies import CHANGES, JUNK, fuzzed, mutated
 
 from bhfast.errors import StorageError, TraceError
+from bhfast.recover import recover
 from bhfast.storage.files import journal_path, sync_folder, write_at
 from bhfast.storage.finish import check_records, finish
 from bhfast.storage.journal import VERSION, Journal, State, encode, read_journal
@@ -181,14 +182,15 @@ def test_only_the_records_that_are_to_be_kept(partial: Path) -> None:
     assert_is_whole(partial.with_suffix(""), 4)
 
 
-def test_a_finish_that_fails_can_be_repeated(partial: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finish_that_fails_can_be_recovered_from(partial: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", lambda *_: os.stat("/nowhere"))
         with pytest.raises(
             StorageError, match=r"finishing the trace .* failed: No such file .*; 7 records are safe in"
         ):
             finish(partial, partial.with_suffix(""))
-    finish(partial, partial.with_suffix(""))
+    assert [path.name for path in partial.parent.iterdir()] == [partial.name]
+    recover(partial)
     assert_is_whole(partial.with_suffix(""))
 
 

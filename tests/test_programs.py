@@ -29,7 +29,7 @@ ROOMS: dict[str, set[str]] = {
     "lattice": set(),
     "machine": {"errors"},
     "model": {"errors"},
-    "corpus": {"errors"},
+    "corpus": {"cli", "errors"},
     "ops": set(),
     "optim": {"errors", "ops"},
     "trace": {"errors"},
@@ -40,7 +40,7 @@ ROOMS: dict[str, set[str]] = {
     "lightning": {"recording"},
     "replay": {"ops", "trace"},
     "verify": {"errors", "replay", "trace"},
-    "recover": {"errors", "storage", "trace"},
+    "recover": {"cli", "errors", "storage", "trace"},
     "summary": {"errors", "lattice", "trace"},
     "engines": {"errors", "model", "ops", "optim", "recording"},
     "config": {"engines", "errors", "model", "ops", "storage"},
@@ -56,7 +56,7 @@ ROOMS: dict[str, set[str]] = {
         *("summary", "trace", "train"),
     },
     "report": {"cli", "errors", "lattice", "summary", "sweep", "trace", "version"},
-    "doctor": {"engines", "machine", "ops", "optim", "trace", "version"},
+    "doctor": {"cli", "engines", "machine", "ops", "optim", "trace", "version"},
     "__main__": set(),
 }
 

@@ -198,9 +198,7 @@ def test_a_disk_that_fails_ends_the_run_with_what_was_saved(code, announced, tmp
     reached = []
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", failing_pwrite(code, after=60))
-        text = (
-            rf"failed: {os.strerror(code)}; [\d,]+ records are safe in .*t\.safetensors\.partial, to become a"
-        )
+        text = rf"failed: {os.strerror(code)}; [\d,]+ records are safe in .*t\.safetensors\.partial, to become a"
         with pytest.raises(StorageError, match=text):
             record(tmp_path / "t.safetensors", 20_000, announced=announced, after_step=lambda n, _: reached.append(n))
     trace = open_trace(tmp_path / "t.safetensors")

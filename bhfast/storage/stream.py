@@ -10,17 +10,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from bhfast.errors import ConfigError, StorageError
+from bhfast.errors import ConfigError, StorageError, TraceError
 from bhfast.storage.base import RecordedTensor
 from bhfast.storage.files import journal_path, sync, sync_folder, write_at
 from bhfast.storage.finish import finish, safe
-from bhfast.storage.journal import VERSION, Journal, constant_event, encode, tensor_event
+from bhfast.storage.journal import VERSION, Journal, constant_event, encode, read_journal, tensor_event
 from bhfast.storage.output import OutputFile
 from bhfast.trace.checksums import MAX_CHECKSUMS, checksums
 from bhfast.trace.format import bytes_of, format_bytes
@@ -271,10 +272,13 @@ class StreamStorage:
 
     def settle(self, records: int) -> int:
         self._stop(records)
-        if self._is_in_place:
-            return self.committed
-        self._error = self._error or self._deleted()
-        return 0
+        if not self._is_in_place:
+            self._error = self._error or self._deleted()
+            return 0
+        if self._error is not None:
+            with suppress(TraceError):  # the last commit may have failed when its line was there already
+                self.committed = read_journal(self.output.partial).records
+        return self.committed
 
     def _stop(self, records: int) -> None:
         with self._changed:
