@@ -15,7 +15,6 @@ import argparse
 import os
 import signal
 import sys
-import signal
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
