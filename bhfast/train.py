@@ -78,8 +78,8 @@ def train(config: TrainConfig | None = None, *, progress: Callable[[int, float],
     """Train and record one run.
 
     Ctrl-C, SIGTERM and SIGHUP end it after the steps under way, with a valid trace of the steps so far; ``steps`` of
-    the result says how many. Any other exception in the loop also leaves such a trace, and is raised. Outside the main thread,
-    where Python cannot install signal handlers, signals do what they did before.
+    the result says how many. Any other exception in the loop also leaves such a trace, and is raised. Outside the main
+    thread, where Python cannot install signal handlers, signals do what they did before.
 
     Args:
         config: the settings; None for those of the reference run.
