@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
+from bhfast.cli import lasting_streams
+
 PROGRAMS = {
     "train": "run the experiment and record it",
     "sweep": "run a grid of experiments",
@@ -18,6 +20,11 @@ PROGRAMS = {
 
 def main() -> int:
     """Run the program that the first argument names."""
+    with lasting_streams():
+        return _main()
+
+
+def _main() -> int:
     program, *rest = sys.argv[1:] or ["--help"]
     if program in PROGRAMS:
         return import_module(f"bhfast.{program}").main(rest)

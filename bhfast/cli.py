@@ -1,10 +1,14 @@
-"""What all programs share: how they end."""
+"""What all programs share: how they print, and how they end."""
 
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TextIO
 
 from bhfast.errors import BhfastError
 
@@ -14,15 +18,71 @@ def run_program(
 ) -> int:
     """Parse the arguments, run the program, and return its exit status.
 
-    A :class:`BhfastError` ends it with one line on stderr and status 2.
+    A :class:`BhfastError` ends it with one line on stderr and status 2, Ctrl-C with status 130.
 
     Args:
         parser: its ``prog`` is the name of the program in error messages.
         program: takes the parsed arguments; returns the exit status.
         argv: the arguments; None for those of the process.
     """
+    with lasting_streams():
+        try:
+            return program(parser.parse_args(argv))
+        except BhfastError as error:
+            print(f"{parser.prog}: error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            return 128 + signal.SIGINT
+
+
+@contextmanager
+def lasting_streams() -> Iterator[None]:
+    """Keep stdin, stdout and stderr usable inside the block, whatever happens at their other ends.
+
+    One that is closed becomes the null device; otherwise a trace could be opened under its number, and printed into.
+    Output to a reader that has gone away, a closed terminal or a full disk is dropped instead of ending the run.
+    """
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    streams = sys.stdin, sys.stdout, sys.stderr
+    sys.stdin = sys.stdin or open(0, closefd=False)
+    sys.stdout = _LastingStream(sys.stdout or open(1, "w", closefd=False))  # type: ignore[assignment]
+    sys.stderr = _LastingStream(sys.stderr or open(2, "w", closefd=False))  # type: ignore[assignment]
     try:
-        return program(parser.parse_args(argv))
-    except BhfastError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdin, sys.stdout, sys.stderr = streams
+
+
+class _LastingStream:
+    """Writes to a text stream; once that fails, to the null device."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            self._drop()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            self._drop()
+
+    def _drop(self) -> None:
+        """Connect the file descriptor to the null device, so that flushing what the stream still holds cannot fail."""
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self._stream.fileno())
+        os.close(null)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

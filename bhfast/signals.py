@@ -1,7 +1,11 @@
-"""SIGINT and SIGTERM during a recording: they end it between two steps, never in the middle of one."""
+"""SIGINT, SIGTERM and SIGHUP during a recording: they end it between two steps, never in the middle of one.
+
+SIGHUP comes when a terminal is closed. If it is ignored, as ``nohup`` has it, it stays ignored.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -9,12 +13,12 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
 def deferred_signals(*, redeliver: bool = False) -> Iterator[list[signal.Signals]]:
-    """Collect SIGINT and SIGTERM inside the block instead of acting on them.
+    """Collect the signals that come inside the block instead of acting on them.
 
     Args:
         redeliver: whether to raise them again after the block.
@@ -27,7 +31,8 @@ def deferred_signals(*, redeliver: bool = False) -> Iterator[list[signal.Signals
     def receive(number: int, frame: FrameType | None) -> None:
         received.append(signal.Signals(number))
 
-    with _handlers(dict.fromkeys(SIGNALS, receive)):
+    is_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    with _handlers({number: receive for number in SIGNALS if number != signal.SIGHUP or not is_ignored}):
         yield received
     if redeliver:
         for number in received:
@@ -36,14 +41,17 @@ def deferred_signals(*, redeliver: bool = False) -> Iterator[list[signal.Signals
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Make SIGTERM raise SystemExit inside the block if it would otherwise kill the process without cleaning up."""
+    """Make SIGTERM and SIGHUP raise SystemExit inside the block if they would otherwise kill without cleaning up."""
 
     def exit_with(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
-    is_deadly = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    with _handlers({signal.SIGTERM: exit_with} if is_deadly else {}):
+    deadly = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
+    with _handlers(dict.fromkeys(deadly, exit_with)):
         yield
+
+
+_previous: list[dict[signal.Signals, Any]] = []  # the handlers that each of the blocks we are in has replaced
 
 
 @contextmanager
@@ -51,8 +59,24 @@ def _handlers(wanted: dict[signal.Signals, Any]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         wanted = {}
     previous = {number: signal.signal(number, handler) for number, handler in wanted.items()}
+    _previous.append(previous)
     try:
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        if previous in _previous:  # else this is a child that was forked inside the block, and has them back
+            _previous.remove(previous)
+            _restore(previous)
+
+
+def _restore(handlers: dict[signal.Signals, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def _restore_in_child() -> None:
+    """Give a forked child the handlers from before the recording, which is none of its business."""
+    while _previous:
+        _restore(_previous.pop())
+
+
+os.register_at_fork(after_in_child=_restore_in_child)

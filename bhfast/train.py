@@ -59,7 +59,7 @@ class TrainResult:
         steps_per_second: of the training loop, recording included.
         losses: float32 ``[steps]``.
         model: the trained network.
-        signal: SIGINT or SIGTERM, if one of them interrupted the run; None if it ran to its end.
+        signal: SIGINT, SIGTERM or SIGHUP, if one of them interrupted the run; None if it ran to its end.
     """
 
     path: Path | None
@@ -77,9 +77,9 @@ class TrainResult:
 def train(config: TrainConfig | None = None, *, progress: Callable[[int, float], None] | None = None) -> TrainResult:
     """Train and record one run.
 
-    Ctrl-C and SIGTERM end it after the steps under way, with a valid trace of the steps so far; ``steps`` of the result
-    says how many. Any other exception in the loop also leaves such a trace, and is raised. Outside the main thread,
-    where Python cannot install signal handlers, signals do what they did before.
+    Ctrl-C, SIGTERM and SIGHUP end it after the steps under way, with a valid trace of the steps so far; ``steps`` of
+    the result says how many. Any other exception in the loop also leaves such a trace, and is raised. Outside the main
+    thread, where Python cannot install signal handlers, signals do what they did before.
 
     Args:
         config: the settings; None for those of the reference run.

@@ -28,6 +28,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from bhfast.cli import run_program
 from bhfast.errors import BhfastError, DamageError, TraceError
 from bhfast.replay import Difference, replay, why_not
 from bhfast.trace import Trace, open_trace
@@ -137,8 +138,7 @@ def main(argv: list[str] | None = None) -> int:
         "agree, 1 damaged, 2 not replayed or not readable.",
     )
     parser.add_argument("files", metavar="FILE", nargs="+", help=f"a trace, or the {INDEX_SUFFIX} of several")
-    args = parser.parse_args(argv)
-    return max((_report(file) for file in args.files), key=SEVERITY.index)
+    return run_program(parser, lambda args: max(map(_report, args.files), key=SEVERITY.index), argv)
 
 
 def _report(file: str) -> int:

@@ -39,7 +39,7 @@ ROOMS: dict[str, set[str]] = {
     "hf": {"errors", "recording"},
     "lightning": {"recording"},
     "replay": {"ops", "trace"},
-    "verify": {"errors", "replay", "trace"},
+    "verify": {"cli", "errors", "replay", "trace"},
     "recover": {"cli", "errors", "storage", "trace"},
     "summary": {"errors", "lattice", "trace"},
     "engines": {"errors", "model", "ops", "optim", "recording"},
@@ -57,7 +57,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "report": {"cli", "errors", "lattice", "summary", "sweep", "trace", "version"},
     "doctor": {"cli", "engines", "machine", "ops", "optim", "trace", "version"},
-    "__main__": set(),
+    "__main__": {"cli"},
 }
 
 

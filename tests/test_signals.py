@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
 
 import pytest
+from children import fork, status_of
 
 from bhfast.signals import SIGNALS, deferred_signals, terminable
 
@@ -69,12 +71,54 @@ def test_other_threads_leave_signals_alone(heard: list[int]) -> None:
     assert heard == [signal.SIGTERM]
 
 
-def test_sigterm_unwinds_what_it_would_just_kill() -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_signals_unwind_what_they_would_just_kill(number: signal.Signals) -> None:
+    signal.signal(number, signal.SIG_DFL)
     with pytest.raises(SystemExit) as leaving, terminable():
-        signal.raise_signal(signal.SIGTERM)
-    assert leaving.value.code == 143
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        signal.raise_signal(number)
+    assert leaving.value.code == 128 + number
+    assert signal.getsignal(number) == signal.SIG_DFL
+
+
+def test_nohup_is_respected() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with deferred_signals() as received, terminable():
+        signal.raise_signal(signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    assert received == []
+
+
+def test_a_child_has_the_handlers_from_before(heard: list[int]) -> None:
+    """A worker that is told to end must not collect that for a recording of its parent."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def work() -> None:
+        assert {number: signal.getsignal(number) for number in SIGNALS} == before | {signal.SIGTERM: signal.SIG_DFL}
+        signal.raise_signal(signal.SIGINT)
+        assert heard == [signal.SIGINT]
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with terminable(), deferred_signals() as received:
+        assert status_of(fork(work)) == -signal.SIGTERM
+        signal.raise_signal(signal.SIGINT)
+        assert received == [signal.SIGINT]
+
+
+def test_a_child_that_leaves_the_block_changes_no_handler() -> None:
+    def own(number: int, frame: object) -> None: ...
+
+    if child := os.fork():
+        assert status_of(child) == 0
+        return
+    try:
+        with deferred_signals():
+            if child := os.fork():
+                os._exit(status_of(child))
+            signal.signal(signal.SIGTERM, own)
+        os._exit(signal.getsignal(signal.SIGTERM) is not own)
+    finally:
+        os._exit(3)
 
 
 def test_sigterm_stays_with_who_has_it_already(heard: list[int]) -> None:

@@ -35,7 +35,7 @@ class Recorder:
 
     It hooks into ``optimizer.step()``. Record k holds the gradient that step k was given, and the parameter and the
     optimizer's state after step k. Record 0 holds parameters and state at the start, and zeros. When the ``with`` block
-    ends, the records so far become a trace file, also after an exception, Ctrl-C or SIGTERM::
+    ends, the records so far become a trace file, also after an exception, Ctrl-C, SIGTERM or SIGHUP::
 
         with Recorder(optimizer, {"wte": model.wte.weight}, steps=1000, path="run.safetensors") as recorder:
             for batch in batches:

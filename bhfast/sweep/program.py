@@ -22,7 +22,7 @@ from functools import partial
 from typing import Any
 
 import bhfast
-from bhfast.cli import run_program
+from bhfast.cli import lasting_streams, run_program
 from bhfast.sweep.grid import (
     ALWAYS_NAMED,
     NOT_IN_GRID,
@@ -49,7 +49,7 @@ class SweepSummary:
         runs: their entries in ``sweep.json``.
         kept: the names of those whose traces existed.
         seconds: since the start of the first worker.
-        signal: SIGINT or SIGTERM, if one of them interrupted the sweep; None if every run was tried.
+        signal: SIGINT, SIGTERM or SIGHUP, if one of them interrupted the sweep; None if every run was tried.
     """
 
     runs: list[dict[str, Any]]
@@ -182,11 +182,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program; return its exit status: 1 if a run failed."""
-    with Worker() as first_worker:
-        try:
-            return run_program(_parser(), partial(_sweep_with_flags, first_worker), argv)
-        except KeyboardInterrupt:  # before the first run
-            return 128 + signal.SIGINT
+    with lasting_streams(), Worker() as first_worker:
+        return run_program(_parser(), partial(_sweep_with_flags, first_worker), argv)
 
 
 def _sweep_with_flags(first_worker: Worker, args: argparse.Namespace) -> int:
