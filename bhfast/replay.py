@@ -75,7 +75,7 @@ def _why_not_param(trace: Trace, logged: Mapping[str, Tensor], name: str, descri
         return f"{name} is {tensors[0].dtype}, and its gradient or moments are {', '.join(sorted(dtypes))}"
     if any(x.shape != tensors[0].shape or len(x) != len(trace.steps) for x in tensors):
         raise ValueError(f"the fields of {name} have different shapes, or not one record for each step")
-    flags = _flags(trace, logged, name)
+    flags = _flags(trace, logged, name, described)
     for flag, values in flags.items():
         if values.dim() != 1:
             return f"{flag} is not one value for each step"
@@ -91,9 +91,9 @@ def _why_not_param(trace: Trace, logged: Mapping[str, Tensor], name: str, descri
         if 0 < record < len(trace.steps) and any(_changes(trace[keys[field]], record) for field in REPLAYED):
             return f"{name} changed in step {int(trace.steps[record])}, for which it has no gradient"
     if "clip_coefs" in logged:
-        changed = logged["clip_coefs"].isnan()
-        if "grad_norms" in logged:
-            changed &= ~logged["grad_norms"].isnan()  # NaN in the gradients makes NaN of the coefficient
+        changed = _of_optimizer(logged["clip_coefs"], described).isnan()
+        if "grad_norms" in logged:  # NaN in the gradients makes NaN of the coefficient
+            changed &= ~_of_optimizer(logged["grad_norms"], described).isnan()
         records = min(len(changed), len(trace.steps))
         if bool((changed[:records] & _updated(flags, records)).any()):
             return "between backward and step, gradients were changed by more than one factor"
@@ -104,10 +104,16 @@ def _changes(tensor: Tensor, record: int) -> bool:
     return not torch.equal(_bits(tensor[record]), _bits(tensor[record - 1]))
 
 
-def _flags(trace: Trace, logged: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+def _of_optimizer(values: Tensor, described: dict[str, Any]) -> Tensor:
+    """Return what was logged of a parameter's optimizer, ``[R]``, from a value for all, or one for each of several."""
+    return values[:, described["optimizer"]] if values.dim() > 1 and "optimizer" in described else values
+
+
+def _flags(trace: Trace, logged: Mapping[str, Tensor], name: str, described: dict[str, Any]) -> dict[str, Tensor]:
     """Return what says in which steps a parameter was not updated: each ``[R]``."""
     keys = ("skipped", f"{name}.has_grad")
-    return {key: source[key] for source in (logged, trace) for key in keys if key in source}
+    found = {key: source[key] for source in (logged, trace) for key in keys if key in source}
+    return {key: _of_optimizer(x, described) if key == "skipped" else x for key, x in found.items()}
 
 
 def _updated(flags: Mapping[str, Tensor], records: int) -> Tensor:
@@ -133,7 +139,7 @@ def _replay_param(
             if difference := _first_difference(trace, key, 0, trace[key][:1], torch.zeros_like(trace[key][:1])):
                 return difference
     records = min(len(trace.steps), len(logged["learning_rates"]))
-    updated = _updated(_flags(trace, logged, name), records)
+    updated = _updated(_flags(trace, logged, name, described), records)
     steps = (done + updated.cumsum(0)).clamp(min=1)  # of the optimizer
     chunk = max(1, CHUNK // max(1, trace[keys["param"]][0].numel()))
     for start in range(1, records, chunk):
@@ -162,7 +168,8 @@ def _advanced(
     grad = tensors["grad"][now]
     ones = [1] * (param.dim() - 1)
     if "clip_coefs" in logged:
-        grad = grad * logged["clip_coefs"][now].as_subclass(Tensor).to(grad.dtype).view(-1, *ones)
+        coefs = _of_optimizer(logged["clip_coefs"], described)
+        grad = grad * coefs[now].as_subclass(Tensor).to(grad.dtype).view(-1, *ones)
     rates = logged["learning_rates"]
     lrs = (rates[:, described["group"]] if rates.dim() > 1 else rates)[now].tolist()
     own = {"betas": tuple(settings["betas"]), "eps": settings["eps"], "weight_decay": settings["weight_decay"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from typing import Protocol
@@ -18,6 +19,7 @@ class Follower(Protocol):
 
     optimizer: torch.optim.Optimizer
     logged: dict[str, Tensor]
+    has_stepped: bool
 
     def complete_record(self) -> None: ...
 
@@ -105,6 +107,20 @@ class StepCycle:
             self._own = own - self.slots.tensors.keys() - self.pending.keys()
         rates = [float(group["lr"]) for follower in self.followers for group in follower.optimizer.param_groups]
         values = {"learning_rates": torch.tensor(rates if len(rates) > 1 else rates[0], dtype=torch.float64)}
-        for follower in self.followers:
-            values |= follower.logged
+        values |= self.followers[0].logged if len(self.followers) == 1 else self._values_of_each()
         self.slots.log(**{name: value for name, value in values.items() if name in self._own})
+
+    def _values_of_each(self) -> dict[str, Tensor]:
+        """Return what the optimizers log of a step, each as ``[optimizers]``."""
+        found = {}
+        for name, dtype in (("clip_coefs", torch.float32), ("grad_norms", torch.float32), ("skipped", torch.bool)):
+            if name not in self.slots.tensors and not any(name in follower.logged for follower in self.followers):
+                continue
+            values = []
+            for follower in self.followers:
+                missing = False if name == "skipped" else math.nan
+                if name == "clip_coefs" and follower.has_stepped:
+                    missing = 1.0  # it found the gradients as they are recorded
+                values.append(follower.logged.get(name, torch.tensor(missing, dtype=dtype)))
+            found[name] = torch.stack([value.to(values[0].device, dtype) for value in values])
+        return found

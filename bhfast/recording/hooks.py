@@ -48,6 +48,7 @@ class OptimizerFollower:
         fields: what is recorded, by name in the file.
         description: what the trace says of the optimizer.
         logged: values of the current step that a replay needs.
+        has_stepped: whether it has done a step in the last complete record.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class OptimizerFollower:
         self.fields = {field.name: field for field in plan.at_start}
         self.description = OptimizerDescription(plan.optimizer)
         self.logged: dict[str, Tensor] = {}
+        self.has_stepped = False
         self._plan = plan
         self._cycle = cycle
         self._slots = cycle.slots
@@ -227,7 +229,10 @@ class OptimizerFollower:
 
     def complete_record(self) -> None:
         """Fill the record of an optimizer that has not stepped since the last one."""
-        if not self._steps_in_record and self._slots.record is not None:
+        self.has_stepped = self._steps_in_record > 0
+        if not self.has_stepped:
+            self.logged = {}
+        if not self.has_stepped and self._slots.record is not None:
             self._by_hand = list(self.fields.values())
             self.description.mark_unknown(f"it did no step in record {self._slots.record}")
             for field in self._fields("grad"):

@@ -129,13 +129,16 @@ class OptimizerDescription:
 
 
 def joined_descriptions(described: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return one description for several optimizers that step together, their groups one after the other."""
+    """Return one description for several optimizers that step together, their groups one after the other.
+
+    Each parameter names its ``optimizer``: the column of what is logged once per step and optimizer.
+    """
     if len(described) == 1:
         return described[0]
     groups: list[Any] = []
     params: dict[str, Any] = {}
-    for own in described:
-        params |= {name: {**p, "group": p["group"] + len(groups)} for name, p in own["params"].items()}
+    for i, own in enumerate(described):
+        params |= {name: {**p, "optimizer": i, "group": p["group"] + len(groups)} for name, p in own["params"].items()}
         groups += own["groups"]
     unknown = next((own["reason"] for own in described if own["arithmetic"] is None), None)
     arithmetics = {own["arithmetic"] for own in described}
