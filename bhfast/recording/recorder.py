@@ -44,19 +44,14 @@ class Recorder:
                 optimizer.step()
                 recorder.log(loss=loss)
 
-    :meth:`start` and :meth:`close` do the same without a block.
-
-    Nothing is cached between steps: a parameter or gradient whose storage is replaced is read where it then is.
-    :class:`bhfast.FusedAdam` writes the records in the same pass that updates the parameters; on a CUDA device they
-    go through a ring (:mod:`bhfast.transfer.ring`), and the run waits only if that is full.
+    :meth:`start` and :meth:`close` do the same without a block. Nothing is cached between steps: a parameter or
+    gradient whose storage is replaced is read where it then is. :class:`bhfast.FusedAdam` writes the records in the
+    pass that updates the parameters; on a CUDA device they go through a ring, and the run waits only if that is full.
 
     What a step does not have is marked as missing, with one warning, and never stops the training: a parameter without
     a gradient has zeros, and ``NAME.has_grad`` (bool ``[R]``) says at which steps it had one. A step that a
     ``torch.amp.GradScaler`` skips is a step of the recording, marked in ``skipped`` (bool ``[R]``). Gradients are
     recorded without the loss scale.
-
-    With ``storage="stream"`` a thread writes the records to the file meanwhile, in flat memory. A run that is killed
-    leaves ``PATH.partial``, which ``python -m bhfast.recover`` turns into a trace.
 
     Under ``torch.distributed`` every process opens a recorder with the same arguments. Rank 0 records what is
     replicated, and what is logged. Each rank records its part of what is sharded (DTensor), to
@@ -83,8 +78,9 @@ class Recorder:
         unclipped: record each gradient as the backward pass leaves it, reduced over all processes, and not as
             ``step()`` finds it: for loops that clip in between. The factor that was applied is found from the bits, and
             recorded as ``clip_coefs``, NaN if the gradient was changed in another way.
-        storage: ``memory`` keeps all records and writes them at the end, ``stream`` writes them meanwhile. ``auto``
-            takes memory if the number of steps is known and the recording fits into half of what is free.
+        storage: ``memory`` keeps all records and writes them at the end. ``stream`` writes them meanwhile, in flat
+            memory, and a killed run leaves ``PATH.partial``, which ``python -m bhfast.recover`` turns into a trace.
+            ``auto`` takes memory if the number of steps is known and the recording fits into half of what is free.
         keys: for each field the name of its tensor in the file, with ``{name}`` for the parameter's.
         metadata: strings for the file's ``__metadata__``.
         overwrite: whether an existing file, and a ``.partial`` left by an earlier run, may be replaced. A run
@@ -161,9 +157,6 @@ class Recorder:
         self._cycle.followers += self._followers
         self._row_indices = {of.name: of.all_rows for of in self._partition.params if of.all_rows is not None}
 
-    def _fields(self) -> list[RecordedField]:
-        return [field for follower in self._followers for field in follower.fields.values()]
-
     @property
     def every(self) -> int:
         """Each step that is a multiple of this is recorded."""
@@ -190,7 +183,7 @@ class Recorder:
             raise
 
     def _open(self) -> None:
-        fields = {field.name: field for field in self._fields()}
+        fields = {name: field for follower in self._followers for name, field in follower.fields.items()}
         self._partition.meet(fields)
         self.slots.is_logging = self._partition.rank == 0
         if self._partition.is_empty:
@@ -227,9 +220,12 @@ class Recorder:
 
     def _take_new_field(self, field: RecordedField) -> bool:
         """Make room for a field that has appeared in an optimizer's state; return whether it can be recorded."""
-        value_is_whole = field.tensor.shape == field.of.record_shape(field.of.param)
-        if field.name in self.slots.tensors or (self._partition.is_sharded and not value_is_whole):
-            reason = "its name is taken" if field.name in self.slots.tensors else "it is not sharded as its parameter"
+        reason = None
+        if field.name in self.slots.tensors:
+            reason = "its name is taken"
+        elif self._partition.is_sharded and field.tensor.shape != field.of.record_shape(field.of.param):
+            reason = "it is not sharded as its parameter"
+        if reason is not None:
             self._cycle.warn(field.name, f"{field.name} is not recorded: {reason}")
             return False
         self.slots.add(field.tensor, local(field.of.param).device)
@@ -273,12 +269,7 @@ class Recorder:
             **self._partition.metadata(self.slots.tensors),
         }
         names = self.slots.save(metadata, path)
-        try:
-            self.path = self._partition.finish(path, names, saved)
-        except OSError as error:
-            raise StorageError(
-                f"{path} is saved, but writing the index {self._partition.index} failed: {error.strerror}"
-            ) from error
+        self.path = self._partition.finish(path, names, saved)
         if saved < self.slots.complete and fault is None:
             fault = StorageError(
                 f"{self.slots.failure}; steps 0 to {self.saved_steps:,} of {self.slots.step:,} were saved: {self.path}"

@@ -139,6 +139,9 @@ class RankPartition:
 
         Returns:
             Where the whole trace is.
+
+        Raises:
+            StorageError: the index could not be written.
         """
         if self.index is None:
             return path
@@ -161,8 +164,13 @@ class RankPartition:
             }
             content = {"metadata": {"format": INDEX_FORMAT}, "weight_map": weight_map, "shards": shards}
             temporary = self.index.with_name(self.index.name + ".partial")
-            temporary.write_text(json.dumps(content, indent=1))
-            temporary.replace(self.index)
+            try:
+                temporary.write_text(json.dumps(content, indent=1))
+                temporary.replace(self.index)
+            except OSError as error:
+                raise StorageError(
+                    f"{path} is saved, but writing the index {self.index} failed: {error.strerror}"
+                ) from error
         return self.index
 
 
