@@ -28,7 +28,7 @@ endif
 # The same from another folder.
 PY_HERE := $(if $(findstring /,$(PY)),$(abspath $(PY)),$(PY))
 
-.PHONY: run test soak bench check cuda sanitize sanitize-address sanitize-threads compat setup
+.PHONY: run test soak bench check cuda sanitize sanitize-address sanitize-threads compat setup packages
 
 run: setup
 	$(PY) -m bhfast.train --sigma 0 $(ARGS)
@@ -43,7 +43,7 @@ soak: setup
 bench: setup
 	$(PY) -m pytest benchmarks --benchmark-only $(ARGS)
 
-check: setup
+check: packages
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
@@ -111,14 +111,16 @@ test soak: NEEDS += , pytest, hypothesis
 test soak: NEEDS += , xdist
 bench: NEEDS += , pytest, pytest_benchmark
 check: NEEDS += , mypy, clang_format
-setup: $(READY)
+setup: packages $(READY)
+packages:
 	@$(PY) -c 'import $(NEEDS)' || $(PY) -m pip install --no-build-isolation --editable '.[corpus,test]'
 $(READY): $(SOURCES)
 	$(build)
 else
 # With no bytecode on disk, every process that imports torch compiles all of its Python again: three times the work.
 unexport PYTHONDONTWRITEBYTECODE
-setup: .venv/packages $(READY)
+setup: packages $(READY)
+packages: .venv/packages
 $(READY): .venv/torch $(SOURCES)
 	$(build)
 # pip brings torch, from wherever it is set up to; uv keeps it and brings the rest in a fraction of pip's time.
