@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
@@ -14,6 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from bhfast.errors import RecordingWarning
 from bhfast.recording.callback import RecordingCallback, StepLoss
+from bhfast.recording.replaced_method import ReplacedMethod
 
 
 class RecorderCallback(RecordingCallback, TrainerCallback):
@@ -60,7 +59,7 @@ class RecorderCallback(RecordingCallback, TrainerCallback):
         steps = max(1, state.max_steps - state.global_step)  # a finished training may be resumed, to no avail
         self.open_recorder(kwargs["optimizer"], kwargs["model"], steps=steps, start_step=state.global_step)
         assert self.step_loss is not None
-        self.enter_context(_training_step_losses(kwargs["optimizer"], self.step_loss))
+        self.enter_context(_method.heard_by((kwargs["optimizer"], self.step_loss)))
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -83,28 +82,16 @@ class RecorderCallback(RecordingCallback, TrainerCallback):
 # The Trainer shows no callback the losses of a step. So while a recorder is open, Trainer.training_step is replaced by
 # a function that passes on what the original returns.
 
-_listeners: list[tuple[torch.optim.Optimizer, StepLoss]] = []
-_original = Trainer.training_step
 
-
-@wraps(_original)
+@wraps(Trainer.training_step)
 def _training_step(self: Trainer, *args: Any, **kwargs: Any) -> Tensor:
-    loss = _original(self, *args, **kwargs)
-    for optimizer, step_loss in _listeners:
+    loss = _method.original(self, *args, **kwargs)
+    for optimizer, step_loss in _method.listeners:
         if optimizer is self.optimizer:
             step_loss.add(loss)
     return loss
 
 
-@contextmanager
-def _training_step_losses(optimizer: torch.optim.Optimizer, step_loss: StepLoss) -> Iterator[None]:
-    """Add to ``step_loss`` what ``training_step`` of the Trainer with this optimizer returns inside the block."""
-    listener = (optimizer, step_loss)
-    _listeners.append(listener)
-    Trainer.training_step = _training_step  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        _listeners.remove(listener)
-        if not _listeners and Trainer.training_step is _training_step:
-            Trainer.training_step = _original  # type: ignore[method-assign]
+_method: ReplacedMethod[tuple[torch.optim.Optimizer, StepLoss]] = ReplacedMethod(
+    Trainer, "training_step", _training_step
+)

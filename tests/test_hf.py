@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from children import fork, status_of
 from ranks import run_ranks
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -251,6 +252,22 @@ def test_a_callback_that_is_garbage_leaves_the_steps_so_far(tmp_path: Path) -> N
     assert len(open_trace(path).steps) > 1
 
 
+def test_a_fork_does_not_finish_the_recording_of_its_parent(tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    callback = hf.RecorderCallback(WTE, path=path)
+    trainer = make_trainer(tmp_path, callback, data=Windows(fails_at=9))
+    with pytest.raises(RuntimeError, match="the data's own"):
+        trainer.train()
+
+    def close() -> None:
+        callback.close_recorder()
+        raise SystemExit(path.exists())
+
+    assert status_of(fork(close)) == 0
+    callback.close_recorder()
+    assert len(open_trace(path).steps) > 1
+
+
 def test_an_interpreter_that_exits_leaves_the_steps_so_far(tmp_path: Path) -> None:
     path = tmp_path / "t.safetensors"
     code = f"""
@@ -349,16 +366,20 @@ def train_exactly(path: Path, **arguments: Any) -> Any:
     return trainer
 
 
-def test_the_gradient_under_ddp_is_that_of_the_global_batch(tmp_path: Path) -> None:
-    trainer = train_exactly(tmp_path / "alone", per_device_train_batch_size=4)
-    run_ranks(lambda: train_exactly(tmp_path / "ddp", gradient_accumulation_steps=2, ddp_backend="gloo"), tmp_path)
+@pytest.mark.parametrize("max_grad_norm", [0.0, 0.5])
+def test_the_gradient_under_ddp_is_that_of_the_global_batch(max_grad_norm: float, tmp_path: Path) -> None:
+    arguments = {"max_grad_norm": max_grad_norm, "max_steps": 1 if max_grad_norm else 4}  # clipped weights are inexact
+    trainer = train_exactly(tmp_path / "alone", per_device_train_batch_size=4, **arguments)
+    ddp = {**arguments, "gradient_accumulation_steps": 2, "ddp_backend": "gloo"}
+    run_ranks(lambda: train_exactly(tmp_path / "ddp", **ddp), tmp_path)
     alone, ddp = open_trace(tmp_path / "alone"), open_trace(tmp_path / "ddp")
-    assert ddp.steps.tolist() == [0, 1, 2, 3, 4]
+    assert ddp.steps.tolist() == [*range(arguments["max_steps"] + 1)]
     for name in ("weight", "weight.grad", "clip_coefs"):
         assert alone[name][1:].any(), name
         assert torch.equal(ddp[name][1:], alone[name][1:]), name
+    assert (alone["clip_coefs"][1:] < 1).all() == bool(max_grad_norm)
     assert alone["losses"][1:].tolist() == logged_losses(trainer)
-    assert len(ddp["losses"]) == 5  # of rank 0 alone
+    assert len(ddp["losses"]) == len(ddp.steps)  # of rank 0 alone
     assert not torch.equal(ddp["losses"][1:], alone["losses"][1:])
 
 

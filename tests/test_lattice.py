@@ -210,6 +210,13 @@ def test_life() -> None:
     assert found.phase(torch.tensor([1]))[:, 2].tolist() == [3]
 
 
+def test_a_token_that_is_nan_is_never_at_rest() -> None:
+    path = walk([[[0, 0, 0, 0]] * 3] * 2)
+    path[2:, 1, 0] = torch.nan
+    found = lattice.life(path, torch.tensor([0, 10, 20, 30]))
+    assert [last.tolist() for last in found] == [[0, 30]] * 3
+
+
 @settings(deadline=None, max_examples=25)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([8, 50, 1 << 20]))
 def test_streaming_sees_every_record(seed: int, values: int) -> None:

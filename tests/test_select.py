@@ -229,3 +229,20 @@ def test_refuses_rows_of_what_is_not_selected() -> None:
     for name in ("layers.0.bias", "gone"):
         with pytest.raises(ConfigError, match=rf"rows are given for {name}, which params do not name"):
             select("wte.*", model=model, optimizers=[optimizer], rows={name: [0]})
+
+
+def test_zero_redundancy_optimizers_are_refused(tmp_path: Path) -> None:
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model = nn.Linear(4, 2)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=0.1)
+        with pytest.raises(
+            ConfigError, match="ZeroRedundancyOptimizer keeps on each rank the state of some parameters"
+        ):
+            Recorder(optimizer, "*", model=model, steps=1, path=tmp_path / "t")
+    finally:
+        torch.distributed.destroy_process_group()

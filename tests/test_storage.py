@@ -16,6 +16,7 @@ from traces import tensors, write
 from bhfast.errors import StorageError
 from bhfast.machine import available_memory
 from bhfast.storage.base import RecordedTensor, Stats
+from bhfast.storage.files import copy_path, journal_path
 from bhfast.storage.memory import MemoryStorage, write_trace
 from bhfast.storage.output import OutputFile, lock
 from bhfast.trace import open_trace
@@ -31,6 +32,26 @@ def test_nothing_is_left_without_a_commit(tmp_path: Path) -> None:
         assert writer.partial.stat().st_size == 1 << 20
         assert not path.exists()
     assert list(path.parent.iterdir()) == []
+
+
+def test_no_other_run_gets_in_while_the_files_of_one_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "t.safetensors"
+    unlink, removed = Path.unlink, []
+
+    def unlink_and_try(self: Path, missing_ok: bool = False) -> None:
+        with pytest.raises(StorageError, match="is being written by another run"):
+            lock(path.with_name("t.safetensors.partial"), os.O_CREAT)
+        unlink(self, missing_ok)
+        removed.append(self.name)
+
+    with OutputFile(path) as output:
+        for own in (journal_path(output.partial), copy_path(output.partial)):
+            own.touch()
+        monkeypatch.setattr(Path, "unlink", unlink_and_try)
+    assert [name.removeprefix("t.safetensors.partial") for name in removed] == [".journal", ".copy", ""]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_refuses_to_replace(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ class Life(NamedTuple):
 
     A token is early while some displacement still to come is longer than √D ulp (L2). It is in midlife while one of its
     coordinates will still move by more than 1 ulp in one step, late while it will still move at all, and then frozen
-    for good.
+    for good. A displacement from or to NaN counts as longer than any.
     """
 
     last_early_step: Tensor
@@ -93,7 +93,8 @@ def life(embeddings: Tensor, steps: Tensor) -> Life:
     for begin, chunk in chunks(embeddings, overlap=1):
         size = norms(displacement(chunk[:-1], chunk[1:]))
         step = steps[begin + 1 : begin + len(chunk), None]
-        for last, goes_on in zip(last_steps, (size.l2 > limit, size.linf > 1, size.l1 > 0), strict=True):
+        rests = size.l2 <= limit, size.linf <= 1, size.l1 <= 0
+        for last, goes_on in zip(last_steps, (~rest for rest in rests), strict=True):  # NaN is no rest
             torch.maximum(last, (step * goes_on).amax(0), out=last)
     return Life(*last_steps)
 

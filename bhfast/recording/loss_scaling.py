@@ -6,8 +6,8 @@ optimizer's recorder about the step, and otherwise does what the original does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial, wraps
 from typing import Any
 
@@ -15,41 +15,33 @@ import torch
 from torch.amp.grad_scaler import GradScaler
 
 from bhfast.recording.fields import unwrapped
+from bhfast.recording.replaced_method import ReplacedMethod
 
 ScaledStep = Callable[[GradScaler, Callable[[], Any]], Any]
 
-_listeners: list[tuple[torch.optim.Optimizer, ScaledStep]] = []
-_original = GradScaler.step
 
-
-@wraps(_original)
+@wraps(GradScaler.step)
 def _step(self: GradScaler, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
     def proceed() -> Any:
-        return _original(self, optimizer, *args, **kwargs)
+        return _method.original(self, optimizer, *args, **kwargs)
 
-    for own, listener in _listeners:
+    for own, listener in _method.listeners:
         if own is unwrapped(optimizer):
             proceed = partial(listener, self, proceed)
     return proceed()
 
 
-@contextmanager
-def scaled_steps(optimizer: torch.optim.Optimizer, listener: ScaledStep) -> Iterator[None]:
+_method: ReplacedMethod[tuple[torch.optim.Optimizer, ScaledStep]] = ReplacedMethod(GradScaler, "step", _step)
+
+
+def scaled_steps(optimizer: torch.optim.Optimizer, listener: ScaledStep) -> AbstractContextManager[None]:
     """Inside the block, call ``listener(scaler, proceed)`` in place of each ``scaler.step(optimizer)``.
 
     Args:
         optimizer: without wrappers. Several recorders may listen to one.
         listener: calls ``proceed()``, and returns its result.
     """
-    entry = (optimizer, listener)
-    _listeners.append(entry)
-    GradScaler.step = _step  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        _listeners.remove(entry)
-        if not _listeners and GradScaler.step is _step:
-            GradScaler.step = _original  # type: ignore[method-assign]
+    return _method.heard_by((optimizer, listener))
 
 
 def unscaled(grad: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:

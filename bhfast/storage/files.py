@@ -32,20 +32,17 @@ def is_at(fd: int, path: Path) -> bool:
 
 
 def remove(fd: int, partial: Path) -> None:
-    """Remove the open file ``partial``, its journal and its copy, unless ``partial`` names another file by now.
+    """Remove the open, locked file ``partial``, its journal and its copy, unless ``partial`` names another file by now.
 
-    If ``partial`` cannot be removed it is emptied, so that it neither fills the disk nor stops the next run. It goes
-    first: a journal without it means nothing.
+    First it is emptied, so that it neither fills the disk nor stops the next run if removing it fails. It goes last: as
+    long as it is there, its lock keeps other runs from having a journal and a copy of the same names.
     """
     with suppress(OSError):
         if not is_at(fd, partial):
             return
-    try:
-        partial.unlink()
-    except OSError:
-        with suppress(OSError):
-            os.ftruncate(fd, 0)
-    for path in (journal_path(partial), copy_path(partial)):
+    with suppress(OSError):
+        os.ftruncate(fd, 0)
+    for path in (journal_path(partial), copy_path(partial), partial):
         with suppress(OSError):
             path.unlink()
 
