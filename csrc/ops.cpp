@@ -23,6 +23,7 @@ namespace {
 
 using at::Tensor;
 using at::TensorList;
+using cpu::AdamSteps;
 
 // Whether the CUDA kernels handle the tensor, whether the host can read a scalar, and the stream to launch on.
 #if defined(BHFAST_CUDA_ON_CPU)
@@ -289,10 +290,57 @@ void record_op(TensorList values, TensorList rings, const Tensor& step, int64_t 
     cpu::record(list, s);
 }
 
+void adam_steps_op(const Tensor& param, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& grads,
+                   const Tensor& coefficients, const Tensor& clip_coefs, const Tensor& updated,
+                   std::string_view rounding, const std::optional<Tensor>& params,
+                   const std::optional<Tensor>& exp_avgs, const std::optional<Tensor>& exp_avg_sqs, int64_t first) {
+  const Dtype dtype = dtype_of("params", 0, param);
+  check_like("exp_avgs", 0, exp_avg, param);
+  check_like("exp_avg_sqs", 0, exp_avg_sq, param);
+  TORCH_CHECK_VALUE(rounding == "per-op" || rounding == "opmath", "rounding must be per-op or opmath, got ", rounding);
+  TORCH_CHECK_VALUE(grads.dim() == param.dim() + 1 && grads.sizes().slice(1) == param.sizes(),
+                    "grads must have shape [steps, *", param.sizes(), "], got ", grads.sizes());
+  TORCH_CHECK_TYPE(grads.scalar_type() == param.scalar_type(), "grads must be ", name_of(param.scalar_type()),
+                   " like param, got ", name_of(grads.scalar_type()));
+  const int64_t steps = grads.size(0);
+  check_scalars("coefficients", coefficients, at::kFloat, steps * kCoefficientCount, param);
+  check_scalars("clip_coefs", clip_coefs, at::kFloat, steps, param);
+  check_scalars("updated", updated, at::kBool, steps, param);
+  TORCH_CHECK_VALUE(0 <= first && first <= steps, "first must be between 0 and ", steps, ", got ", first);
+  if (steps == 0) return;
+
+  ContiguousMemory memory;
+  const bool has_plain_steps = grads.select(0, 0).is_contiguous();
+  AdamSteps s{};
+  s.param = memory.update(param);
+  s.exp_avg = memory.update(exp_avg);
+  s.exp_avg_sq = memory.update(exp_avg_sq);
+  s.grads = has_plain_steps ? grads.const_data_ptr() : memory.read(grads);
+  s.numel = param.numel();
+  s.grad_stride = has_plain_steps ? grads.stride(0) : s.numel;
+  s.steps = steps;
+  s.first = first;
+  s.coefficients = reinterpret_cast<const Coefficients*>(coefficients.const_data_ptr());
+  s.clip_coefs = clip_coefs.const_data_ptr<float>();
+  s.updated = updated.const_data_ptr<bool>();
+  const std::optional<Tensor>* const records[] = {&params, &exp_avgs, &exp_avg_sqs};
+  for (int field = 0; field < 3; ++field) {
+    const std::optional<Tensor>& record = *records[field];
+    if (!record || first == steps) continue;
+    check_ring("records", *record, param, steps - first);
+    s.records[field] = memory.update(*record);
+  }
+  cpu::adam_steps(s, dtype, rounding == "per-op" ? Rounding::per_op : Rounding::opmath);
+  memory.copy_back();
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(BHFAST_LIBRARY, CPU, m) {
   m.impl("adam_", &adam_op);
+#ifndef BHFAST_CUDA_ON_CPU
+  m.impl("adam_steps_", &adam_steps_op);
+#endif
   m.impl("clip_coefficient", &clip_coefficient_op);
   m.impl("record_", &record_op);
 }

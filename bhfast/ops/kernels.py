@@ -163,6 +163,54 @@ def adam_(
         _write([lists[which % len(FIELDS)][which // len(FIELDS)] for which in ring_of], rings, step, every)
 
 
+@_operation(
+    "(Tensor(a!) param, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor grads, Tensor coefficients,"
+    " Tensor clip_coefs, Tensor updated, str rounding, Tensor(d!)? params, Tensor(e!)? exp_avgs,"
+    " Tensor(f!)? exp_avg_sqs, int first) -> ()"
+)
+def adam_steps_(
+    param: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grads: Tensor,
+    coefficients: Tensor,
+    clip_coefs: Tensor,
+    updated: Tensor,
+    rounding: str,
+    params: Tensor | None,
+    exp_avgs: Tensor | None,
+    exp_avg_sqs: Tensor | None,
+    first: int,
+) -> None:
+    """Advance a state of Adam in place by several steps, on the CPU, and keep the states after the last of them.
+
+    Args:
+        param, exp_avg, exp_avg_sq: ``[*shape]``, bfloat16 or float32; the state before the first step.
+        grads: ``[steps, *shape]``, before clipping.
+        coefficients: float32 ``[steps, 7]``; see :func:`adam_coefficients`.
+        clip_coefs: float32 ``[steps]``, multiply the gradients.
+        updated: bool ``[steps]``; a step for which it is False changes nothing.
+        rounding: ``"per-op"`` or ``"opmath"``.
+        params, exp_avgs, exp_avg_sqs: ``[steps - first, *shape]``, contiguous: get the states after the steps from
+            ``first`` on. None: not wanted.
+        first: counted from 0.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+    """
+    state = (param, exp_avg, exp_avg_sq)
+    for i in range(len(grads)):
+        if updated[i]:
+            grad = grads[i] * clip_coefs[i].to(grads.dtype)
+            values = adam(param, grad, exp_avg, exp_avg_sq, coefficients[i : i + 1], rounding)
+            for old, new in zip(state, values, strict=True):
+                old.copy_(new)
+        if i >= first:
+            for value, records in zip(state, (params, exp_avgs, exp_avg_sqs), strict=True):
+                if records is not None:
+                    records[i - first] = value
+
+
 def _adam_torch_(p: Tensor, g: Tensor, m: Tensor, v: Tensor, coefficients: Tensor) -> None:
     """One step of per-op :func:`adam`, in place, with the operations of torch's unfused AdamW: three times as fast."""
     decay, bias2_sqrt, step_size, weight1, weight2, beta2, eps = coefficients[0].tolist()

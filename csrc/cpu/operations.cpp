@@ -51,6 +51,32 @@ void record(const AdamTensors& t, int64_t begin, int64_t end, Dtype dtype, int64
   }
 }
 
+void adam_steps(const AdamSteps& s, Dtype dtype, Rounding rounding) {
+  const int64_t itemsize = dtype == Dtype::bfloat16 ? 2 : 4;
+  std::vector<Coefficients> coefficients(s.steps);
+  std::transform(s.coefficients, s.coefficients + s.steps, coefficients.begin(), with_plain_nans);
+  const void* const state[3] = {s.param, s.exp_avg, s.exp_avg_sq};
+  const int64_t grain = std::max(kChunk / 2, kGrain / std::max(s.steps, int64_t{1}));
+  at::parallel_for(0, s.numel, grain, [&](int64_t from, int64_t to) {
+    for (int64_t begin = from; begin < to; begin += kChunk / 2) {  // half: the gradients of all steps pass by
+      const int64_t end = std::min(begin + kChunk / 2, to);
+      for (int64_t i = 0; i < s.steps; ++i) {
+        const char* grad = static_cast<const char*>(s.grads) + i * s.grad_stride * itemsize;
+        const AdamTensors tensors{s.param, grad, s.exp_avg, s.exp_avg_sq, {}, s.numel};
+        if (s.updated[i]) {
+          kernels().adam({tensors, begin, end, dtype, rounding, coefficients[i], plain_nan(s.clip_coefs[i])});
+        }
+        for (int field = 0; i >= s.first && field < 3; ++field) {
+          if (!s.records[field]) continue;
+          const char* value = static_cast<const char*>(state[field]) + begin * itemsize;
+          char* record = static_cast<char*>(s.records[field]) + ((i - s.first) * s.numel + begin) * itemsize;
+          std::memcpy(record, value, (end - begin) * itemsize);
+        }
+      }
+    }
+  });
+}
+
 float sum_squares(const FlatTensors<GradTensor>& grads, int64_t block) {
   alignas(64) float x[kNormBlock];
   int64_t filled = 0;

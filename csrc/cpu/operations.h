@@ -14,6 +14,23 @@ void adam(std::vector<AdamTensors>, Dtype, Rounding, const StepScalars&);
 float grad_norm(std::vector<GradTensor>);
 void record(const std::vector<RecordTensor>&, const StepScalars&);
 
+// Several steps of Adam on one tensor, from given gradients. The states after the steps from `first` on are recorded.
+struct AdamSteps {
+  void* param;
+  void* exp_avg;
+  void* exp_avg_sq;
+  const void* grads;  // [steps, numel], each step contiguous
+  int64_t grad_stride;
+  int64_t numel;
+  int64_t steps;
+  int64_t first;
+  void* records[3];                  // of param, exp_avg, exp_avg_sq: each [steps - first, numel], or null
+  const Coefficients* coefficients;  // [steps]
+  const float* clip_coefs;           // [steps]
+  const bool* updated;               // [steps]: false if a step changes nothing
+};
+void adam_steps(const AdamSteps&, Dtype, Rounding);
+
 // Elements that Adam updates before they are recorded: few enough to stay in the L1 cache.
 constexpr int64_t kChunk = 4096;
 
