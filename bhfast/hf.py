@@ -22,22 +22,22 @@ class RecorderCallback(RecordingCallback, TrainerCallback):
             trainer = Trainer(..., callbacks=[callback])
             trainer.train()
 
-    Record k is of the Trainer's ``global_step`` k, also if the training resumes from a checkpoint: then the first
-    record is the state in the checkpoint.
+    Record k is step k of the Trainer's ``global_step``. If the training resumes from a checkpoint, the first record is
+    the state in the checkpoint.
 
     Gradients are recorded as ``backward()`` leaves them: summed over all micro-batches, averaged over all processes,
     and before the Trainer clips them. The clipping factor is in ``clip_coefs``.
 
     ``losses`` (float32 ``[R]``) holds the loss of the whole step as the Trainer counts it: the sum of what
     ``Trainer.training_step`` returned for its micro-batches, each already scaled by the number of items in the batch or
-    by the number of micro-batches. Under DDP it is the loss of rank 0 alone, where the Trainer logs the mean over all
-    ranks. A Trainer whose own ``training_step`` does not call ``Trainer.training_step`` has no ``losses``; a warning
-    says so.
+    by the number of micro-batches. Under DDP it is the loss of rank 0 alone; the Trainer logs the mean over all ranks.
+    If your Trainer overrides ``training_step`` without calling ``Trainer.training_step``, there are no ``losses``, and
+    a warning says so.
 
-    The trace is complete when training ends. The Trainer does not tell its callbacks of an exception: the ``with``
-    block then saves the steps so far. Without a block, they are saved once the callback is garbage, or when the
-    interpreter exits. ``trainer.train()`` may be called again, but replaces an existing trace only with
-    ``overwrite=True``.
+    The trace is complete when training ends. The Trainer does not report an exception to its callbacks: after one,
+    leaving the ``with`` block saves the steps so far. Without a block, they are saved when the callback is
+    garbage-collected, or when the interpreter exits. You may call ``trainer.train()`` again, but it replaces an
+    existing trace only with ``overwrite=True``.
 
     Args:
         params: names, globs and regular expressions over the parameters of the Trainer's model; or parameters by name.
@@ -46,17 +46,16 @@ class RecorderCallback(RecordingCallback, TrainerCallback):
             ``overwrite``, ``strict``; ``unclipped=False`` records gradients as the optimizer gets them.
 
     Attributes:
-        recorder: of the current training, or of the last one; None before the first.
+        recorder: the recorder of the current training, or of the last one; None before the first.
 
     Raises:
-        ConfigError: from ``trainer.train()``, if an argument is out of range.
-        StorageError: likewise, as the recorder does.
+        ConfigError, StorageError: from ``trainer.train()``; see :class:`bhfast.Recorder`.
     """
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        steps = max(1, state.max_steps - state.global_step)  # a finished training may be resumed, to no avail
+        steps = max(1, state.max_steps - state.global_step)  # resuming a finished training does no step
         self.open_recorder(kwargs["optimizer"], kwargs["model"], steps=steps, start_step=state.global_step)
         assert self.step_loss is not None
         self.enter_context(_method.heard_by((kwargs["optimizer"], self.step_loss)))
@@ -79,8 +78,8 @@ class RecorderCallback(RecordingCallback, TrainerCallback):
         self.close_recorder()
 
 
-# The Trainer shows no callback the losses of a step. So while a recorder is open, Trainer.training_step is replaced by
-# a function that passes on what the original returns.
+# Callbacks do not see the losses of a step. So while a recorder is open, Trainer.training_step is replaced by a
+# function that also passes on what the original returns.
 
 
 @wraps(Trainer.training_step)

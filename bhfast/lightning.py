@@ -19,10 +19,10 @@ class RecorderCallback(RecordingCallback, Callback):
         trainer = Trainer(..., callbacks=[RecorderCallback("net.*", path="run.safetensors")])
         trainer.fit(module, batches)
 
-    Record k is of the Trainer's ``global_step`` k, also if the training resumes from a checkpoint: then the first
-    record is the state in the checkpoint. Several optimizers (manual optimization) make one record together, which the
-    step of the last one completes; Lightning counts each of their steps, so record k is of ``global_step`` k times the
-    number of optimizers.
+    Record k is step k of the Trainer's ``global_step``. If the training resumes from a checkpoint, the first record is
+    the state in the checkpoint. Several optimizers (manual optimization) make one record together, which the step of
+    the last one completes. Lightning counts each of their steps, so ``global_step`` is k times the number of optimizers
+    at record k.
 
     Gradients are recorded as ``backward()`` leaves them: summed over all micro-batches, averaged over all processes,
     and before Lightning clips them. The clipping factor is in ``clip_coefs``.
@@ -32,7 +32,7 @@ class RecorderCallback(RecordingCallback, Callback):
     the backward pass. Under manual optimization it is the loss of the last batch before the record was complete. Under
     DDP it is the loss of rank 0 alone. Without a returned loss there are no ``losses``.
 
-    The trace is complete when the fit ends, also with an exception.
+    The trace is complete when the fit ends, even if it ends with an exception.
 
     Args:
         params: names, globs and regular expressions over the module's parameters; or parameters by name.
@@ -42,11 +42,10 @@ class RecorderCallback(RecordingCallback, Callback):
             which Lightning does not know under manual optimization.
 
     Attributes:
-        recorder: of the current fit, or of the last one; None before the first.
+        recorder: the recorder of the current fit, or of the last one; None before the first.
 
     Raises:
-        ConfigError: from ``trainer.fit()``, if an argument is out of range.
-        StorageError: likewise, as the recorder does.
+        ConfigError, StorageError: from ``trainer.fit()``; see :class:`bhfast.Recorder`.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

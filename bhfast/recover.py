@@ -1,10 +1,10 @@
-"""A valid trace of a run that was killed while it streamed.
+"""Makes a valid trace of a run that was killed while it streamed.
 
     python -m bhfast.recover FILE.partial
 
-Checks every committed record against its checksum, makes a trace of all up to the first damaged one, and says how many
-steps it holds. A run that kept its records in memory can be recovered if it was killed after it had written them all.
-Exits 0 if it has made a trace, 2 if there is nothing to recover.
+Checks every committed record against its checksum, makes a trace of the records before the first damaged one, and says
+how many there are. A run that kept its records in memory can be recovered only if it had written them all when it was
+killed. Exits with 0 if it made a trace, with 2 if there is nothing to recover.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from bhfast.trace import open_trace
 
 @dataclass(frozen=True)
 class Recovery:
-    """What :func:`recover` has made.
+    """What :func:`recover` made.
 
     Attributes:
         path: the trace.
-        records: how many it holds, step 0 included.
-        last_step: the last one recorded.
-        damaged: how many committed records were left out, as a checksum did not hold.
+        records: how many it holds, record 0 included.
+        last_step: the step of its last record.
+        damaged: how many committed records were left out, because the checksum of the first of them did not match.
     """
 
     path: Path
@@ -43,9 +43,9 @@ class Recovery:
 
 
 def recover(partial: str | os.PathLike[str]) -> Recovery:
-    """Turn ``NAME.partial`` and its journal into ``NAME``, or ``STEM.cut-at-STEP`` beside it if there is one already.
+    """Turn ``NAME.partial`` and its journal into ``NAME``, or into ``STEM.cut-at-STEP`` beside it if ``NAME`` exists.
 
-    It may be interrupted, and run again.
+    If it is interrupted, it can be run again.
 
     Raises:
         TraceError: there is nothing to recover.
@@ -53,7 +53,7 @@ def recover(partial: str | os.PathLike[str]) -> Recovery:
     """
     partial = Path(partial)
     if partial.suffix != ".partial":
-        raise TraceError(f"{partial} is no .partial: a run that was killed leaves NAME.partial and its journal")
+        raise TraceError(f"{partial} is not a .partial file: a run that was killed leaves NAME.partial and its journal")
     try:
         fd = lock(partial)
     except OSError as error:
@@ -82,7 +82,7 @@ def _recover_from_journal(partial: Path) -> Recovery:
 
 
 def _recover_whole(partial: Path) -> Recovery:
-    """Name a trace that was written whole, and its journal removed, if it had one."""
+    """Rename a trace that was complete, and whose journal, if it had one, was already removed."""
     try:
         trace = open_trace(partial)
         is_whole = "crc32" in trace.metadata and not any(trace.damage())
@@ -90,7 +90,8 @@ def _recover_whole(partial: Path) -> Recovery:
         is_whole = False
     if not is_whole:
         raise TraceError(
-            f"{partial} has no journal: its run kept the records in memory (--storage memory), and had not written all"
+            f"{partial} has no journal: its run kept the records in memory (--storage memory), and was "
+            "killed before it had written them all"
         )
     path = _free_name(partial, int(trace.steps[-1]))
     os.replace(partial, path)
@@ -113,14 +114,16 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="bhfast recover", description="Make a trace of the committed steps of a run that was killed."
     )
-    parser.add_argument("file", metavar="FILE.partial", help="what the run has left; its journal lies beside it")
+    parser.add_argument(
+        "file", metavar="FILE.partial", help="the file that the run left; its journal must be beside it"
+    )
     return run_program(parser, _recover_and_say, argv)
 
 
 def _recover_and_say(args: argparse.Namespace) -> int:
     result = recover(args.file)
     if result.damaged:
-        print(f"left out {result.damaged:,} records after step {result.last_step:,}: a checksum does not hold")
+        print(f"left out {result.damaged:,} records after step {result.last_step:,}: a checksum does not match")
     print(f"{result.path}: {result.records:,} records, steps 0 to {result.last_step:,}; all checksums hold")
     return 0
 

@@ -1,4 +1,4 @@
-"""Adam replayed over a trace: each step from the state recorded before it, and every bit compared."""
+"""Replays Adam over a trace: each step starts from the state recorded before it, and every bit is compared."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ REPLAYED = ("exp_avg", "exp_avg_sq", "param")
 
 @dataclass(frozen=True)
 class Difference:
-    """The first place where a trace is not what was recorded.
+    """The first place where a trace differs from what was recorded.
 
     Attributes:
-        tensor: its name in the file; None if it is the header.
-        record: along axis 0; -1 if the checksum that failed does not tell.
-        step: of that record; None likewise.
-        index: of the element within the step's record; None if found by checksum, which does not tell.
-        text: one line that says all this, and what was found.
+        tensor: its name in the file; None for the header.
+        record: the index along axis 0; -1 if a checksum failed that covers no single record.
+        step: the step of that record; None if ``record`` is -1.
+        index: the element within the record; None if a checksum found the difference.
+        text: all this in one line, with the values found.
     """
 
     tensor: str | None
@@ -40,14 +40,12 @@ def why_not(trace: Trace, logged: Mapping[str, Tensor]) -> str | None:
 
     Args:
         trace: one file.
-        logged: what was recorded once per step: ``learning_rates``, ``clip_coefs``, ``grad_norms``, ``skipped``. The
-            trace itself, or, for one of several files, the trace that joins them.
+        logged: has the values that were recorded once per step (``learning_rates``, ``clip_coefs``, ``grad_norms``,
+            ``skipped``): the trace itself, or, for one of several files, the trace that joins them.
     """
     optimizer, steps = trace.optimizer, trace.steps
-    if isinstance(optimizer, list):
-        return "several optimizers were recorded together"
     if steps.dim() != 1 or not torch.equal(steps - steps[:1], torch.arange(len(steps))):
-        return "a replay needs every step, and this run recorded some (--record-every)"
+        return "a replay needs every step, but this run recorded only some (--record-every)"
     rounding = optimizer["arithmetic"]
     if rounding is None:
         return str(optimizer["reason"])
@@ -72,7 +70,7 @@ def _why_not_param(trace: Trace, logged: Mapping[str, Tensor], name: str, descri
         return f"a replay needs {', '.join(missing)} of {name}"
     tensors = [trace[keys[field]] for field in checks.FIELDS]
     if dtypes := {str(x.dtype) for x in tensors if x.dtype != tensors[0].dtype}:
-        return f"{name} is {tensors[0].dtype}, and its gradient or moments are {', '.join(sorted(dtypes))}"
+        return f"{name} is {tensors[0].dtype}, but its gradient or moments are {', '.join(sorted(dtypes))}"
     if any(x.shape != tensors[0].shape or len(x) != len(trace.steps) for x in tensors):
         raise ValueError(f"the fields of {name} have different shapes, or not one record for each step")
     flags = _flags(trace, logged, name, described)
@@ -83,20 +81,20 @@ def _why_not_param(trace: Trace, logged: Mapping[str, Tensor], name: str, descri
         size = described["numel"]
         if tensors[0][0].numel() != size and size % torch_adam.FUSED_BLOCK:
             return (
-                f"some rows of {name} were recorded, and the bits of torch's fused AdamW depend on where in the "
+                f"only some rows of {name} were recorded, but the bits of torch's fused AdamW depend on where in the "
                 "parameter an element is"
             )
     gone = flags.get(f"{name}.has_grad", torch.ones(0)) == 0
     for record in gone.nonzero().flatten().tolist():
         if 0 < record < len(trace.steps) and any(_changes(trace[keys[field]], record) for field in REPLAYED):
-            return f"{name} changed in step {int(trace.steps[record])}, for which it has no gradient"
+            return f"{name} changed in step {int(trace.steps[record])}, in which it had no gradient"
     if "clip_coefs" in logged:
         changed = _of_optimizer(logged["clip_coefs"], described).isnan()
         if "grad_norms" in logged:  # NaN in the gradients makes NaN of the coefficient
             changed &= ~_of_optimizer(logged["grad_norms"], described).isnan()
         records = min(len(changed), len(trace.steps))
         if bool((changed[:records] & _updated(flags, records)).any()):
-            return "between backward and step, gradients were changed by more than one factor"
+            return "between backward and step, gradients were changed by something other than one common factor"
     return None
 
 
@@ -105,19 +103,19 @@ def _changes(tensor: Tensor, record: int) -> bool:
 
 
 def _of_optimizer(values: Tensor, described: dict[str, Any]) -> Tensor:
-    """Return what was logged of a parameter's optimizer, ``[R]``, from a value for all, or one for each of several."""
+    """Return the logged values of a parameter's optimizer, ``[R]``: its column, if there is one for each optimizer."""
     return values[:, described["optimizer"]] if values.dim() > 1 and "optimizer" in described else values
 
 
 def _flags(trace: Trace, logged: Mapping[str, Tensor], name: str, described: dict[str, Any]) -> dict[str, Tensor]:
-    """Return what says in which steps a parameter was not updated: each ``[R]``."""
+    """Return the tensors that say in which steps a parameter was not updated: bool ``[R]`` each."""
     keys = ("skipped", f"{name}.has_grad")
     found = {key: source[key] for source in (logged, trace) for key in keys if key in source}
     return {key: _of_optimizer(x, described) if key == "skipped" else x for key, x in found.items()}
 
 
 def _updated(flags: Mapping[str, Tensor], records: int) -> Tensor:
-    """Return in which records a parameter was updated, as it had a gradient and no step was skipped: bool ``[R]``."""
+    """Return in which records a parameter was updated: it had a gradient and the step was not skipped. bool ``[R]``."""
     updated = torch.arange(records) > 0
     for key, values in flags.items():
         updated &= (values[:records] == 0) == (key == "skipped")
@@ -125,7 +123,7 @@ def _updated(flags: Mapping[str, Tensor], records: int) -> Tensor:
 
 
 def replay(trace: Trace, logged: Mapping[str, Tensor]) -> Difference | None:
-    """Replay all parameters; return the first difference. For traces that :func:`why_not` finds nothing against."""
+    """Replay all parameters; return the first difference. Only for traces that :func:`why_not` returns None for."""
     found = [_replay_param(trace, logged, name, x) for name, x in trace.optimizer["params"].items()]
     return min((x for x in found if x), key=lambda difference: difference.record, default=None)
 

@@ -1,20 +1,20 @@
-"""Proof of a recording: Adam replayed over the whole trace, every bit of moments and parameters compared.
+"""Proves a recording: replays Adam over the whole trace, and compares every bit of moments and parameters.
 
     python -m bhfast.verify FILE...
 
-Prints one line for each file. The exit status is that of the worst:
+Prints one line for each file. The exit status is that of the worst file, in this order:
 
     0   every step was replayed, and all bits agree
-    2   not replayed: the optimizer's arithmetic is not known to the bit, say, and only checksums could be compared; or
-        the file cannot be read
+    2   not replayed, for example because the optimizer's arithmetic is not known to the bit, so only checksums were
+        compared; or the file cannot be read
     1   damaged: names the first difference, with step, tensor and index
 
-Traces of the reference run can be replayed, and those of :class:`bhfast.Recorder` around an optimizer whose arithmetic
-is known to the bit. Of the index of several files, all files are verified, and that they are what the index says.
+It replays traces of the reference run, and those of :class:`bhfast.Recorder` if the optimizer's arithmetic is known to
+the bit. Given the index of several files, it verifies all of them, and that they agree with the index.
 
-Every step is replayed from the state recorded before it, so all steps of a chunk are computed at once. What a replay
-cannot see (a damaged bit of a gradient that rounding hides; logits, losses; names and metadata) is checked against the
-CRC-32 of each record and of the header.
+Every step is replayed from the state recorded before it, so all steps of a chunk are computed at once. A replay does
+not see everything: rounding may hide a damaged bit of a gradient, and it does not use logits, losses, names and
+metadata. So the CRC-32 of each record and of the header are checked, too.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class Verification:
     """What :func:`verify` found.
 
     Attributes:
-        replayed: number of steps replayed; 0 if only checksums could be compared.
-        reason: why there was no replay; None if there was.
+        replayed: number of steps replayed; 0 if only checksums were compared.
+        reason: why nothing was replayed; None if it was.
         difference: None if every bit agrees.
-        has_header_checksum: whether names, shapes and metadata could be checked, too; not in format version 1.
+        has_header_checksum: whether names, shapes and metadata could be checked; False for format version 1.
     """
 
     replayed: int
@@ -55,7 +55,7 @@ class Verification:
 
     @property
     def status(self) -> int:
-        """The exit status of ``bhfast verify``."""
+        """The exit status of ``bhfast verify`` for this file: 0, 1 or 2."""
         return 1 if self.difference else 2 if self.reason else 0
 
     def __str__(self) -> str:
@@ -68,11 +68,11 @@ class Verification:
 
 
 def verify(path: str | os.PathLike[str]) -> Verification:
-    """Check a trace, or the index of several. It reads each file once and needs some 100 MB beside it.
+    """Check a trace, or the index of several files. Takes about 100 MB of memory besides the mapped file.
 
     Raises:
         TraceError: the file cannot be read, or is not a trace that can be checked.
-        DamageError: it is truncated, or what it says of itself does not fit its data.
+        DamageError: it is truncated, or its header or metadata do not fit its data.
     """
     path = Path(path)
     if path.name.endswith(INDEX_SUFFIX):
@@ -85,12 +85,12 @@ def _verify_file(trace: Trace, logged: Mapping[str, Tensor]) -> Verification:
     """Check one file; ``logged`` as for :func:`bhfast.replay.why_not`."""
     is_intact = trace.header_is_intact()
     if is_intact is False:
-        text = "the header: its CRC-32 is not the one written with it; names, dtypes, shapes or metadata were changed"
+        text = "the header: its CRC-32 does not match; names, dtypes, shapes or metadata were changed"
         return Verification(0, None, Difference(None, -1, None, None, text))
     lacks = [name for name in ("optimizer", "crc32") if name not in trace.metadata]
     if lacks or "recorded_steps" not in trace:
         lacking = ", ".join(lacks or ["recorded_steps"])
-        raise TraceError(f"{trace.path} cannot be verified: it was not written by bhfast, as it lacks {lacking}")
+        raise TraceError(f"{trace.path} cannot be verified: bhfast did not write it, because it has no {lacking}")
     try:
         reason = why_not(trace, logged)
         difference = (None if reason else replay(trace, logged)) or _compare_checksums(trace)
@@ -99,24 +99,24 @@ def _verify_file(trace: Trace, logged: Mapping[str, Tensor]) -> Verification:
         raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise DamageError(
-            f"{trace.path} is corrupted: what it says of its optimizer does not fit its tensors ({error})"
+            f"{trace.path} is corrupted: its description of the optimizer does not fit its tensors ({error})"
         ) from None
     if reason and "shard" in trace.metadata and trace is logged:
-        reason = f"it is one of several files, of which the {INDEX_SUFFIX} can be verified; {reason}"
+        reason = f"it is one of several files; verify their {INDEX_SUFFIX} instead; {reason}"
     return Verification(0 if reason else steps, reason, difference, is_intact is not None)
 
 
 def _compare_checksums(trace: Trace) -> Difference | None:
     for name, record in trace.damage():
         step = None if record is None else int(trace.steps[record])
-        where = f"{name}, of the whole run" if step is None else f"step {step}, {name}"
-        text = f"{where}: the CRC-32 of its bytes is not the one written with them"
+        where = name if step is None else f"step {step}, {name}"
+        text = f"{where}: the CRC-32 of its bytes does not match"
         return Difference(name, -1 if record is None else record, step, None, text)
     return None
 
 
 def _verify_index(index: Index) -> Verification:
-    """Check all files of an index; the result is that of the worst."""
+    """Check all files of an index; return the result of the worst one."""
     for text in disagreements(index):
         return Verification(0, None, Difference(None, -1, None, None, text))
     found = {file: _verify_file(trace, index.trace) for file, trace in index.files.items()}
@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
         description="Replay Adam over traces and compare every bit with what was recorded. Exit status: 0 all bits "
         "agree, 1 damaged, 2 not replayed or not readable.",
     )
-    parser.add_argument("files", metavar="FILE", nargs="+", help=f"a trace, or the {INDEX_SUFFIX} of several")
+    parser.add_argument("files", metavar="FILE", nargs="+", help=f"a trace, or the {INDEX_SUFFIX} of several files")
     return run_program(parser, lambda args: max(map(_report, args.files), key=SEVERITY.index), argv)
 
 

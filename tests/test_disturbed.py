@@ -175,7 +175,9 @@ def test_a_partial_without_a_journal_that_is_damaged_is_not_recovered(tmp_path: 
     with open(partial, "r+b") as file:
         file.seek(-300, os.SEEK_END)
         file.write(b"damage")
-    with pytest.raises(TraceError, match=r"its run kept the records in memory .*, and had not written all"):
+    with pytest.raises(
+        TraceError, match=r"its run kept the records in memory .*, and was killed before it had written them all"
+    ):
         recover(partial)
     shutil.copy(path, partial)
     assert len(open_trace(recover(partial).path).steps) == STEPS + 1

@@ -21,7 +21,7 @@ from bhfast.trace import Trace, open_trace
 from bhfast.trace.checksums import checksum_metadata, checksums
 from bhfast.trace.format import DTYPE_NAMES, DTYPES, FORMAT, PADDING, Entry, bytes_of, encode_header, place
 
-OURS = re.compile(r"a name stands twice|the metadata's (config|optimizer|tied) is")  # what only we refuse, by message
+OURS = re.compile(r"a name appears twice|the metadata's (config|optimizer|tied) is")  # what only we refuse, by message
 
 
 @pytest.fixture(scope="module")

@@ -316,7 +316,10 @@ def test_records_through_a_ring_what_it_records_without(optimizer_class, every, 
         ({"fields": []}, "fields must name at least one field, got none"),
         ({"keys": {f: "same" for f in FIELDS}}, "keys must give every tensor a name of its own, got same twice"),
         ({"storage": "cloud"}, "storage must be one of auto, memory, stream, got 'cloud'"),
-        ({"storage": "memory", "steps": None}, "storage memory needs steps=; if it is not known, use storage stream"),
+        (
+            {"storage": "memory", "steps": None},
+            "storage memory needs steps=; if you do not know it, use storage stream",
+        ),
     ],
 )
 def test_refuses_bad_arguments(options, message, tmp_path: Path) -> None:

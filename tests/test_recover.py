@@ -203,7 +203,7 @@ def test_damaged_records_are_left_out(killed: Path, capsys: pytest.CaptureFixtur
         file.write(b"damage")
     assert main([str(killed)]) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith("left out 21 records after step 39: a checksum does not hold\n")
+    assert printed.startswith("left out 21 records after step 39: a checksum does not match\n")
     assert_begins_like(killed.with_suffix(""), reference(killed.parent, 60))
     assert len(open_trace(killed.with_suffix("")).steps) == 40
 
@@ -223,7 +223,7 @@ def test_refuses_what_it_cannot_recover(killed: Path, capsys: pytest.CaptureFixt
     folder = killed.parent
     journal_path(killed).rename(folder / "away")
     for name, message in [
-        ("t.safetensors", "is no .partial: a run that was killed leaves NAME.partial and its journal"),
+        ("t.safetensors", "is not a .partial file: a run that was killed leaves NAME.partial and its journal"),
         ("gone.partial", "cannot open .*gone.partial: No such file or directory"),
         ("t.safetensors.partial", "has no journal: its run kept the records in memory"),
     ]:

@@ -63,7 +63,7 @@ def test_names_globs_and_regular_expressions(params, wanted: list[str]) -> None:
 
 
 def test_a_regular_expression_must_match_all_of_a_name() -> None:
-    with pytest.raises(ConfigError, match=r"nothing matches 'layers'; there are wte\.weight, layers\.0\.weight, "):
+    with pytest.raises(ConfigError, match=r"nothing matches 'layers'; the model has wte\.weight, layers\.0\.weight, "):
         names_of(re.compile("layers"))
 
 
@@ -138,12 +138,12 @@ def test_what_cannot_be_selected() -> None:
         (
             ["wte.weight", "layers.0.bias"],
             {"optimizers": [some]},
-            r"must be the optimizer's, but wte\.weight are in none",
+            r"must be updated by the optimizer, but none of its groups has wte\.weight",
         ),
-        ({"x": nn.Parameter(torch.zeros(2))}, {}, "must be the optimizer's, but x are in none of its groups"),
-        ("wpe.*", {}, rf"nothing matches 'wpe\.\*'; there are {', '.join(NAMES)}".replace(".w", r"\.w")),
+        ({"x": nn.Parameter(torch.zeros(2))}, {}, "must be updated by the optimizer, but none of its groups has x"),
+        ("wpe.*", {}, rf"nothing matches 'wpe\.\*'; the model has {', '.join(NAMES)}".replace(".w", r"\.w")),
         (["wte.weight", "wpe"], {}, "nothing matches 'wpe'"),
-        ("wte.weight", {"model": None}, "params are names or patterns, so model= must say whose"),
+        ("wte.weight", {"model": None}, "params are names or patterns, so model= is needed to look them up"),
         ({}, {}, "params must name at least one parameter, got none"),
         ([], {}, "params must name at least one parameter, got none"),
         ([], {"model": None}, "params must name at least one parameter, got none"),
@@ -161,7 +161,7 @@ def test_patterns_pass_over_frozen_parameters() -> None:
 
 def test_a_message_names_only_some_of_many() -> None:
     model = nn.Sequential(*(nn.Linear(1, 1, bias=False) for _ in range(50)))
-    with pytest.raises(ConfigError, match=r"there are 0\.weight, .*, 7\.weight and 42 more$"):
+    with pytest.raises(ConfigError, match=r"the model has 0\.weight, .*, 7\.weight and 42 more$"):
         names_of("gone", model)
 
 
@@ -206,9 +206,12 @@ def test_rows(rows, wanted: list[int]) -> None:
         ([-1, 3], r"must be 0 to 5, got -1 to 3"),
         ([True, False], r"as a mask must have shape \[6\], got \[2\]"),
         (torch.ones(6, 4, dtype=torch.bool), r"as a mask must have shape \[6\], got \[6, 4\]"),
-        ([0.0, 1.0], r"must be integers of one axis, or a mask, got torch\.float32 \[2\]"),
-        (torch.zeros(2, 2, dtype=torch.int64), r"must be integers of one axis, or a mask, got torch\.int64 \[2, 2\]"),
-        (torch.tensor(1), r"must be integers of one axis, or a mask, got torch\.int64 \[\]"),
+        ([0.0, 1.0], r"must be a 1-D sequence of integers, or a mask, got torch\.float32 \[2\]"),
+        (
+            torch.zeros(2, 2, dtype=torch.int64),
+            r"must be a 1-D sequence of integers, or a mask, got torch\.int64 \[2, 2\]",
+        ),
+        (torch.tensor(1), r"must be a 1-D sequence of integers, or a mask, got torch\.int64 \[\]"),
     ],
     ids=str,
 )
@@ -219,7 +222,7 @@ def test_refuses_rows(rows, message: str) -> None:
 
 @pytest.mark.parametrize("rows", [[0], [], torch.tensor(True)], ids=str)
 def test_a_scalar_has_no_rows(rows) -> None:
-    with pytest.raises(ConfigError, match=r"rows\['w'\] cannot be: a scalar has no rows"):
+    with pytest.raises(ConfigError, match=r"rows\['w'\] must be left out: the parameter is a scalar"):
         rows_of(rows, shape=())
 
 
@@ -227,7 +230,7 @@ def test_refuses_rows_of_what_is_not_selected() -> None:
     model = Tied()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for name in ("layers.0.bias", "gone"):
-        with pytest.raises(ConfigError, match=rf"rows are given for {name}, which params do not name"):
+        with pytest.raises(ConfigError, match=rf"rows are given for {name}, which params do not include"):
             select("wte.*", model=model, optimizers=[optimizer], rows={name: [0]})
 
 

@@ -276,7 +276,7 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         ({"a": "x"}, 8, "the header's entry for a is"),
         ({"a": {**ENTRY, "data_offsets": [4, 12]}}, 12, "a starts at byte 4 of the data, wanted 0"),
         ({"a": ENTRY, "b": {**ENTRY, "data_offsets": [4, 12]}}, 12, "b starts at byte 4 of the data, wanted 8"),
-        (b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{}}', 1, "a name stands twice"),
+        (b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{}}', 1, "a name appears twice"),
     ],
 )
 def test_refuses_corrupted_headers(tmp_path: Path, header: object, size: int, message: str) -> None:

@@ -74,7 +74,7 @@ def test_all_files_of_an_index_are_verified(index: Path, capsys: pytest.CaptureF
     assert verify(index) == module.Verification(replayed=6, reason=None, difference=None)
     second = index.with_name("run-00002-of-00002.safetensors")
     found = verify(second)
-    assert found.reason.startswith("it is one of several files, of which the .index.json can be verified")
+    assert found.reason.startswith("it is one of several files; verify their .index.json instead")
     flip(second, "w.exp_avg", 4, 1, 3, bit=0)
     difference = verify(index).difference
     assert (difference.tensor, difference.step, difference.index) == ("w.exp_avg", 4, (1, 3))

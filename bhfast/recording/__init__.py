@@ -1,1 +1,1 @@
-"""The recorder: what of which parameters is recorded, by which process, and when."""
+"""The recorder: which parameters it records, which of their tensors, in which process, and when."""

@@ -1,4 +1,4 @@
-"""What the callbacks of training frameworks share: a recorder that is closed however the training ends."""
+"""What the callbacks for training frameworks share: a recorder that is closed however the training ends."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from bhfast.recording.selection import Params
 
 
 class RecordingCallback:
-    """Opens a recorder when a training begins, and closes it when the training ends.
+    """Opens a recorder when training begins, and closes it when training ends.
 
     The callback is a context manager: leaving its block closes the recorder after an exception that the framework
-    did not report. Without a block this happens once the callback is garbage, or when the interpreter exits.
+    did not report. Without a block, the recorder is closed when the callback is garbage-collected, or when the
+    interpreter exits.
 
     Args:
         params, path, options: for :class:`bhfast.Recorder`.
 
     Attributes:
-        recorder: of the current training, or of the last one; None before the first.
-        step_loss: logs the loss of each step to it.
+        recorder: the recorder of the current training, or of the last one; None before the first.
+        step_loss: logs the loss of each step to that recorder.
     """
 
     def __init__(self, params: Params, *, path: str | os.PathLike[str], **options: Any) -> None:
@@ -50,11 +51,11 @@ class RecordingCallback:
         model: nn.Module,
         **options: Any,
     ) -> None:
-        """Open a recorder of unclipped gradients, after closing the one that a failed training has left open.
+        """Open a recorder of unclipped gradients, after closing any that a failed training left open.
 
         Args:
             optimizer, model: what to record.
-            **options: for the recorder, where the user has given none.
+            **options: for the recorder; those that the user gave take precedence.
 
         Raises:
             ConfigError, StorageError: see :class:`bhfast.Recorder`.

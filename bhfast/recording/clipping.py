@@ -8,21 +8,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-WITNESSES = 256  # elements that a clipping coefficient is found from
+WITNESSES = 256  # elements of each gradient from which the factor is found
 
 
 @torch.no_grad()
 def clip_coefficient(gradients: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """Return the factor by which gradients were clipped together, found from their bits.
 
-    A gradient of few elements, or of zeros, allows several factors; so one is looked for that fits them all.
+    One gradient may allow several factors, if it has few elements or zeros. So this looks for one that fits all.
 
     Args:
-        gradients: of each parameter, the gradient before clipping and after it, floating point ``[...]``.
+        gradients: for each parameter, the gradient before clipping and after it: floating point ``[...]``.
 
     Returns:
-        A float32 scalar c with ``raw * c``, rounded to the dtype, equal to ``clipped`` in every bit, at the 256 largest
-        elements of each gradient; 1 if nothing was changed, NaN if there is no such factor.
+        A float32 scalar c: at the 256 largest elements of each gradient, ``raw * c`` rounded to the dtype equals
+        ``clipped``. 1 if nothing was changed, NaN if there is no such factor.
     """
     witnesses = [_witnesses(raw, clipped) for raw, clipped in gradients if raw.numel()]
     if not witnesses:
@@ -44,7 +44,7 @@ def clip_coefficient(gradients: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def _witnesses(raw: Tensor, clipped: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the largest elements of a gradient, first the largest of all, and what clipping made of them."""
+    """Return the largest elements of a gradient in descending order, and their values after clipping."""
     raw, clipped = raw.flatten(), clipped.flatten()
     at = raw.abs().topk(min(WITNESSES, len(raw))).indices
     return raw[at], clipped[at]

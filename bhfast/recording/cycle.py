@@ -1,4 +1,4 @@
-"""The steps of a recording, whichever of its optimizers performs them."""
+"""The steps of a recording. Each may consist of the steps of several optimizers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bhfast.recording.slots import RecordSlots
 
 
 class Follower(Protocol):
-    """What a step needs of whoever follows an optimizer: see :class:`bhfast.recording.hooks.OptimizerFollower`."""
+    """What a step needs from an :class:`bhfast.recording.hooks.OptimizerFollower`."""
 
     optimizer: torch.optim.Optimizer
     logged: dict[str, Tensor]
@@ -35,8 +35,8 @@ class StepCycle:
 
     Attributes:
         is_under_way: whether a forward or backward pass has begun since the last step.
-        pending: values logged meanwhile, by name; they belong to the step that is under way.
-        is_begun: whether one of the optimizers has begun its step, and the record is not complete yet.
+        pending: values logged since then, by name; they belong to the step that is under way.
+        is_begun: whether an optimizer has begun its step, and the record is not complete yet.
     """
 
     def __init__(self, slots: RecordSlots, *, strict: bool) -> None:
@@ -46,7 +46,7 @@ class StepCycle:
         self.followers: list[Follower] = []
         self._strict = strict
         self.is_begun = False
-        self._own: set[str] | None = None  # values that the recorder itself logs
+        self._own: set[str] | None = None  # names of the values that the recorder itself logs
         self._has_stopped = False
         self._process = os.getpid()
         self._warned: set[str] = set()
@@ -64,7 +64,7 @@ class StepCycle:
 
     @property
     def is_off(self) -> bool:
-        """Whether nothing is recorded any more, or not in this process."""
+        """Whether recording has stopped, or this process is a fork."""
         return self._has_stopped or self.is_in_other_process
 
     def note_activity(self) -> None:
@@ -72,7 +72,7 @@ class StepCycle:
         self.is_under_way = True
 
     def begin(self) -> bool:
-        """Begin a step, unless one of its optimizers has done so; return False if recording has stopped."""
+        """Begin a step, unless another optimizer has already begun it; return False if recording has stopped."""
         if not self.is_begun:
             if self.slots.step >= self.slots.steps and not self._strict:
                 self._has_stopped = True
@@ -87,7 +87,7 @@ class StepCycle:
         return True
 
     def end(self, follower: Follower) -> None:
-        """Complete the record, if ``follower`` is the last one that a step waits for."""
+        """Complete the record, if ``follower`` follows the last optimizer."""
         if follower is not self.followers[-1]:
             return
         for other in self.followers:
@@ -111,7 +111,7 @@ class StepCycle:
         self.slots.log(**{name: value for name, value in values.items() if name in self._own})
 
     def _values_of_each(self) -> dict[str, Tensor]:
-        """Return what the optimizers log of a step, each as ``[optimizers]``."""
+        """Return the values of a step that each optimizer has one of, by name: ``[optimizers]`` each."""
         found = {}
         for name, dtype in (("clip_coefs", torch.float32), ("grad_norms", torch.float32), ("skipped", torch.bool)):
             if name not in self.slots.tensors and not any(name in follower.logged for follower in self.followers):
@@ -120,7 +120,7 @@ class StepCycle:
             for follower in self.followers:
                 missing = False if name == "skipped" else math.nan
                 if name == "clip_coefs" and follower.has_stepped:
-                    missing = 1.0  # it found the gradients as they are recorded
+                    missing = 1.0  # it used the gradients as they are recorded
                 values.append(follower.logged.get(name, torch.tensor(missing, dtype=dtype)))
             found[name] = torch.stack([value.to(values[0].device, dtype) for value in values])
         return found

@@ -1,4 +1,4 @@
-"""What is recorded: parameters, or rows of them, and of each parameter some fields."""
+"""What is recorded: parameters, or some of their rows, and for each parameter some fields."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from bhfast.ops import checks
 from bhfast.recording.protocols import RecordsItself
 from bhfast.storage.base import RecordedTensor
 
-NAMES = {"param": "{name}"}  # of a field's tensor in the file
+NAMES = {"param": "{name}"}  # of the fields' tensors in the file
 STATE_NAME = "{name}.{field}"
-NOT_RECORDED = ("step",)  # of an optimizer's state: a count that says nothing new
+NOT_RECORDED = ("step",)  # keys of an optimizer's state
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return what this process holds of a tensor: the local part of a DTensor, or the tensor itself."""
+    """Return the part of a tensor that this process holds: the local part of a DTensor, or the tensor itself."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 @dataclass(frozen=True)
 class RecordedParam:
-    """A parameter, and which part of it this process records.
+    """A parameter, and the part of it that this process records.
 
     Attributes:
-        name: under which it is recorded.
+        name: the name it is recorded under.
         param: the parameter; a DTensor if it is sharded over several processes.
         rows: indices along axis 0 of the local part, int64 ``[n]``; None for all of them.
-        all_rows: indices along axis 0 of the whole parameter that the user asked for; None for all of them.
-        shape: of a record of the whole, over all processes.
-        offset: where in it this process's part starts.
+        all_rows: indices along axis 0 of the whole parameter that the user asked for, int64 ``[n]``; None for all.
+        shape: the shape of a record over all processes.
+        offset: where this process's part starts in that shape.
     """
 
     name: str
@@ -50,7 +50,7 @@ class RecordedParam:
         return hasattr(self.param, "placements")
 
     def part_of(self, value: Tensor) -> Tensor:
-        """Return what is recorded of a value: the chosen rows, where it has rows as the parameter does."""
+        """Return the part of a value to record: the chosen rows, if its rows are those of the parameter."""
         rows = self.rows_of(value)
         return local(value) if rows is None else local(value).index_select(0, rows)
 
@@ -73,7 +73,7 @@ class RecordedField:
     Attributes:
         of: the parameter.
         field: ``param``, ``grad``, or a key of the optimizer's state.
-        tensor: what becomes of it in the file.
+        tensor: its tensor in the file.
     """
 
     of: RecordedParam
@@ -89,12 +89,12 @@ class RecordedField:
         """Copy a value to the slot of its record.
 
         Args:
-            slot: of the tensor's shape and dtype.
-            value: shaped as the parameter; or, if ``is_part``, only what is recorded of it.
-            step: for the error.
+            slot: has the shape and dtype of a record.
+            value: has the shape of the parameter; if ``is_part``, it is only the part to record.
+            step: the current step, for the error message.
 
         Raises:
-            BhfastError: shape or dtype are not those of the records.
+            BhfastError: shape or dtype are not those of a record.
         """
         rows = None if is_part or self.of.rows is None else self.of.rows_of(value)
         value = local(value) if self.of.is_distributed else value
@@ -111,13 +111,14 @@ class RecordedField:
 
 
 class FieldPlan:
-    """Which fields of its parameters are recorded of an optimizer.
+    """The fields to record of the parameters that one optimizer updates.
 
     Args:
-        optimizer: has the state.
-        params: what this process records; the plan is for those that the optimizer updates.
-        chosen: fields that the user asked for; None for ``param``, ``grad``, and every tensor of the optimizer's state.
-        names: for some fields the name of their tensors in the file, with ``{name}`` for the parameter's.
+        optimizer: without wrappers.
+        params: what this process records; the plan covers those that the optimizer updates.
+        chosen: the fields that the user asked for; None for ``param``, ``grad``, and every tensor in the optimizer's
+            state.
+        names: for some fields, the name of their tensors in the file, with ``{name}`` for the parameter's.
 
     Attributes:
         params: those that the optimizer updates.
@@ -141,7 +142,7 @@ class FieldPlan:
     def _at_start(self, of: RecordedParam) -> list[RecordedField]:
         """Return the fields of a parameter that are known now.
 
-        State that is not there yet has the parameter's shape and dtype in all optimizers whose state is known.
+        State that does not exist yet has the parameter's shape and dtype, in all optimizers whose state is known.
         """
         expected = _known_fields(self.optimizer)
         found = []
@@ -154,7 +155,7 @@ class FieldPlan:
         return found + self.discover(of, {own.field for own in found})
 
     def discover(self, of: RecordedParam, known: set[str]) -> list[RecordedField]:
-        """Return the fields that the optimizer's state has and ``known`` lacks: zeros until they appeared."""
+        """Return the fields in the optimizer's state that are not in ``known``. Their earlier records hold zeros."""
         return [
             self._field(of, key, value, fill=0.0)
             for key, value in self._state(of).items()
@@ -162,7 +163,7 @@ class FieldPlan:
         ]
 
     def missing(self, of: RecordedParam) -> list[str]:
-        """Return the fields that the user asked for and the optimizer's state lacks."""
+        """Return the fields that the user asked for but the optimizer's state does not have."""
         state = self._state(of)
         return [field for field in self._chosen or () if field not in ("param", "grad") and field not in state]
 
@@ -180,7 +181,7 @@ class FieldPlan:
 
 
 def _known_fields(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
-    """Return the fields that an optimizer is known to keep for every parameter, before it has done a step."""
+    """Return the fields that an optimizer will keep for every parameter, as far as they are known before a step."""
     if isinstance(optimizer, torch.optim.Adam | RecordsItself):
         return checks.FIELDS
     if isinstance(optimizer, torch.optim.SGD) and any(group["momentum"] for group in optimizer.param_groups):

@@ -1,4 +1,4 @@
-"""Gradients as a backward pass leaves them: after all processes have reduced them, and before anybody clips them."""
+"""Gradients as a backward pass leaves them: after all processes have reduced them, and before they are clipped."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from bhfast.storage.base import RecordedTensor
 
 
 class BackwardWatch:
-    """Notices backward passes of recorded parameters, and calls back when one has begun, and when it is over.
+    """Notices backward passes through recorded parameters, and calls back when one has begun and when it is over.
 
     ``DistributedDataParallel`` and ``fully_shard`` finish their reductions in callbacks at the end of the backward pass
-    (``queue_callback`` of the autograd engine), which run in the order in which they were queued. A hook of a
-    parameter runs before theirs are queued, or after; so its callback only queues another one, which runs after all of
-    them.
+    (``queue_callback`` of the autograd engine), which run in the order in which they were queued. A parameter's hook
+    may run before or after these callbacks are queued. So the hook queues a callback that only queues another one,
+    which runs after all of them.
 
     Args:
-        begun: called in each backward pass when a first gradient is there, and before each forward pass in training.
-        over: called at the end of each backward pass; None if nobody needs it.
+        begun: called in each backward pass, once the first gradient exists; and before each forward pass in training
+            mode.
+        over: called at the end of each backward pass; None for no call.
     """
 
     def __init__(self, begun: Callable[[], None], over: Callable[[], None] | None) -> None:
@@ -39,9 +40,9 @@ class BackwardWatch:
 
     @contextmanager
     def watching(self, params: Sequence[RecordedParam], model: nn.Module | None) -> Iterator[None]:
-        """Watch the backward passes through ``params`` inside the block, and those of ``model``'s outputs.
+        """Inside the block, watch the backward passes through ``params``, and those from ``model``'s outputs.
 
-        Parameters under ``fully_shard`` have no hooks of their own that fire: of these only the model tells.
+        Hooks of parameters under ``fully_shard`` do not fire: their backward passes are noticed at the model's outputs.
         """
         with ExitStack() as stack:
             for of in params:
@@ -72,11 +73,11 @@ class BackwardWatch:
 
 
 class GradientRecorder:
-    """Records the gradients of an optimizer's parameters: as its step finds them, or as the backward pass left them.
+    """Records the gradients of an optimizer's parameters, as its step finds them or as the backward pass left them.
 
     Args:
         cycle: the steps of the recording.
-        description: of the optimizer, to note in it what a replay cannot know.
+        description: of the optimizer; it is marked when a step cannot be replayed.
         unclipped: record gradients as the backward pass leaves them.
     """
 
@@ -88,7 +89,7 @@ class GradientRecorder:
         self._raw: dict[str, Tensor] = {}  # by parameter, as the backward pass left them
 
     def keep(self, fields: Sequence[RecordedField], step: int) -> None:
-        """Keep what a backward pass has left for ``step``."""
+        """Keep the gradients that a backward pass has left for ``step``."""
         if step % self._slots.every or self._cycle.is_off:
             return
         for field in fields:
@@ -97,7 +98,7 @@ class GradientRecorder:
                 self._raw[field.of.name] = field.of.part_of(grad).clone()
 
     def clear(self) -> None:
-        """Forget what backward passes have left."""
+        """Forget the gradients that were kept."""
         self._raw.clear()
 
     def record(
@@ -107,13 +108,14 @@ class GradientRecorder:
 
         Args:
             fields: the gradients to write.
-            scaler: that performs the step; None if there is none.
-            scale: of gradients that a fused step has just unscaled in place, unless it ``found_inf``; None if they have
-                no scale.
+            scaler: the scaler that performs the step; None without one.
+            scale: the loss scale, if the gradients still have it when ``found_inf`` is set: a fused step has unscaled
+                them in place, unless it found infinities. None if they have no scale.
+            found_inf: float32; above 0 if the step found infinities or NaN and was skipped. None without a scaler.
 
         Returns:
-            The factor by which the gradients were clipped, a float32 scalar, NaN if there is no single one; None if
-            they are recorded as the step finds them.
+            The factor by which the gradients were clipped: a float32 scalar, NaN if there is no single factor. None if
+            the gradients are recorded as the step finds them.
         """
         clipped: list[tuple[Tensor, Tensor]] = []  # before and after
         for field in fields:
@@ -137,12 +139,12 @@ class GradientRecorder:
         return clip_coefficient(clipped) if clipped else None
 
     def _lose(self, field: RecordedField, why: str) -> None:
-        """Record that there is no gradient to record, though the optimizer has one."""
+        """Record a gradient as missing, although the optimizer used one; so the step cannot be replayed."""
         self._description.mark_unknown(f"{why} at step {self._slots.step}")
         self.write_none(field, why)
 
     def write_none(self, field: RecordedField, why: str) -> None:
-        """Write zeros for a gradient that is not there, and mark that in ``NAME.has_grad``."""
+        """Write zeros for a missing gradient, and mark it as missing in ``NAME.has_grad``."""
         name = f"{field.of.name}.has_grad"
         self._cycle.warn(
             why, f"{why} at step {self._slots.step}: zeros are recorded, and {name} says which steps have a gradient"
@@ -154,7 +156,7 @@ class GradientRecorder:
 
 
 def _laid_out_gradient(of: RecordedParam) -> Tensor | None:
-    """Return a parameter's gradient; None if it has none that is distributed as the parameter is."""
+    """Return a parameter's gradient; None if it has none, or if that is not distributed like the parameter."""
     grad: Any = of.param.grad
     if grad is None or (of.is_distributed and grad.placements != of.param.placements):  # type: ignore[attr-defined]
         return None

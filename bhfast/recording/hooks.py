@@ -1,4 +1,4 @@
-"""The hooks by which a recorder follows optimizers, their gradients and their loss scaling."""
+"""The hooks with which a recorder follows an optimizer, its gradients and its loss scaling."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class OptimizerFollower:
         plan: the optimizer, and what to record of it.
         cycle: the steps of the recording.
         unclipped: record gradients as the backward pass leaves them.
-        on_new_field: makes room for a field that has appeared in the optimizer's state; returns whether it could.
+        on_new_field: makes room for a field that has appeared in the optimizer's state; returns False if it cannot.
 
     Attributes:
         optimizer: without wrappers.
@@ -48,7 +48,7 @@ class OptimizerFollower:
         fields: what is recorded, by name in the file.
         description: what the trace says of the optimizer.
         logged: values of the current step that a replay needs.
-        has_stepped: whether it has done a step in the last complete record.
+        has_stepped: whether it did a step in the last complete record.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class OptimizerFollower:
         self._steps_in_record = self._steps_seen = 0
         self._state_sizes: dict[str, int] = {}  # by parameter, how many entries its state had
         self._compiled = [False]
-        self._step_frame: FrameType | None = None  # of the step that is under way
+        self._step_frame: FrameType | None = None  # of the current call of step()
         self._nested = 0  # steps inside it
         self._scaler: GradScaler | None = None
         self._scale: Tensor | None = None  # of a fused optimizer's gradients, in the current step
@@ -96,7 +96,7 @@ class OptimizerFollower:
             compiled = self._compiled
 
             def notice_compilation(*_: object) -> None:
-                if torch.compiler.is_compiling():  # a constant in the graph, which then sets the flag when it runs
+                if torch.compiler.is_compiling():  # becomes a constant: the compiled graph sets the flag when it runs
                     compiled[0] = True
 
             stack.callback(self.optimizer.register_step_pre_hook(notice_compilation).remove)
@@ -108,7 +108,7 @@ class OptimizerFollower:
     # What the optimizer records itself
 
     def record_fused(self) -> None:
-        """Let an optimizer that can do so write its fields itself, counted as the slots are now."""
+        """If the optimizer can, let it write its fields itself, with the slots' current step counter."""
         if not isinstance(self.optimizer, RecordsItself):
             return
         self.end_fused()
@@ -152,9 +152,10 @@ class OptimizerFollower:
         return (args[0], recording_closure), {k: v for k, v in kwargs.items() if k != "closure"}
 
     def _is_nested(self, frame: FrameType) -> bool:
-        """Return whether a step calls another one of the same optimizer, as a subclass does with ``super().step()``.
+        """Return whether this step was called by another step of the same optimizer, as in ``super().step()``.
 
-        Torch calls the hooks of both. The frame of the outer step tells, as a step that failed may not have ended.
+        torch calls the hooks of both. A counter would not do: a step that raises an exception never ends. So this looks
+        for the frame of the outer step on the stack.
         """
         caller: FrameType | None = frame
         while self._step_frame is not None and caller is not None:
@@ -177,7 +178,7 @@ class OptimizerFollower:
         return True
 
     def _before_update(self) -> None:
-        """Record the gradients, and find out which fields the optimizer does not record itself in this step."""
+        """Record the gradients, and determine which fields the optimizer does not record itself in this step."""
         if self._slots.record is None:
             return
         self._scale = getattr(self.optimizer, "grad_scale", None)
@@ -228,7 +229,7 @@ class OptimizerFollower:
         self._cycle.end(self)
 
     def complete_record(self) -> None:
-        """Fill the record of an optimizer that has not stepped since the last one."""
+        """If the optimizer has not stepped since the last record, fill in its part of this one."""
         self.has_stepped = self._steps_in_record > 0
         if not self.has_stepped:
             self.logged = {}
@@ -256,7 +257,7 @@ class OptimizerFollower:
             self.logged["clip_coefs"] = factor
 
     def record_start(self) -> None:
-        """Write record 0: parameters and state as they are, and zeros."""
+        """Write record 0: parameters and state as they are, and zeros for the gradients."""
         for field in self.fields.values():
             self._write_value(field)
 
@@ -277,7 +278,7 @@ class OptimizerFollower:
             self._slots.write(field, value)
 
     def _discover_fields(self) -> None:
-        """Record what has appeared in the optimizer's state, from now on."""
+        """From now on, also record what is new in the optimizer's state."""
         for of in self.params:
             size = len(self.optimizer.state.get(of.param, ()))
             if size == self._state_sizes.get(of.name):

@@ -18,12 +18,12 @@ def as_tensors(values: Mapping[str, Any], known: Mapping[str, RecordedTensor | T
     """Return values as tensors by name.
 
     Args:
-        values: tensors, numpy arrays and numbers. A number becomes float64, int64 or bool, or has the dtype that its
-            name has already.
-        known: what fixes shape and dtype of a name.
+        values: tensors, numpy arrays and numbers. A number becomes float64, int64 or bool, or the dtype that its name
+            already has.
+        known: for each name in use, something with its shape and dtype.
 
     Raises:
-        ConfigError: a value is something else, or has another shape or dtype than those before it.
+        ConfigError: a value is of another type, or its shape or dtype differs from that of earlier values.
     """
     found = {}
     for name, value in values.items():
@@ -42,7 +42,7 @@ def as_tensors(values: Mapping[str, Any], known: Mapping[str, RecordedTensor | T
 
 
 def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return values and those in nested mappings, whose names are joined with dots."""
+    """Flatten nested mappings, joining their names with dots."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         found |= flattened(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}

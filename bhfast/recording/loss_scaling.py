@@ -1,7 +1,7 @@
-"""Steps that a ``torch.amp.GradScaler`` performs: whether it skipped one, and what it scaled gradients by.
+"""Steps that a ``torch.amp.GradScaler`` performs: whether it skips them, and the loss scale of the gradients.
 
 A scaler has no hooks. So while a recorder is open, ``GradScaler.step`` is replaced by a function that tells the
-optimizer's recorder about the step, and otherwise does what the original does.
+optimizer's recorder about the step, and otherwise does the same as the original.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def scaled_steps(optimizer: torch.optim.Optimizer, listener: ScaledStep) -> Abst
     """Inside the block, call ``listener(scaler, proceed)`` in place of each ``scaler.step(optimizer)``.
 
     Args:
-        optimizer: without wrappers. Several recorders may listen to one.
-        listener: calls ``proceed()``, and returns its result.
+        optimizer: without wrappers. Several recorders may listen to the same one.
+        listener: must call ``proceed()``, and return its result.
     """
     return _method.heard_by((optimizer, listener))
 
@@ -49,7 +49,10 @@ def unscaled(grad: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
 
     Args:
         grad: floating point ``[...]``.
-        scale: float32 scalar. Its reciprocal is rounded to float32 once, the product to the gradient's dtype.
+        scale: float32 scalar. Its reciprocal is rounded to float32 once, and the product to the gradient's dtype.
+
+    Returns:
+        A tensor of the gradient's shape and dtype.
     """
     inverse = torch.as_tensor(scale, device=grad.device).double().reciprocal().float()
     return (grad.float() * inverse).to(grad.dtype) if grad.dtype != torch.float64 else grad * inverse

@@ -1,4 +1,4 @@
-"""What stands in for a recorder where nothing is recorded."""
+"""A recorder that records nothing."""
 
 from __future__ import annotations
 

@@ -19,21 +19,21 @@ DTYPES = (torch.bfloat16, torch.float32)
 
 
 class OptimizerDescription:
-    """Settings of an optimizer, and whether its arithmetic is one that a replay has.
+    """The settings of an optimizer, and its arithmetic if a replay knows it.
 
     Args:
-        optimizer: to be described, as it is now.
+        optimizer: what to describe; its settings are read now.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
         self.settings = _settings(optimizer)
         self.flags = _flags(optimizer)
-        self.unknown: str | None = None  # why the arithmetic of its steps is not known, whatever its kind
-        self.steps_done: dict[str, int] = {}  # before the recording, by parameter
+        self.unknown: str | None = None  # why its steps cannot be replayed, whatever kind of optimizer it is
+        self.steps_done: dict[str, int] = {}  # by parameter: steps done before the recording
 
     def look(self, step: int) -> None:
-        """Note if the settings, except learning rates, have been changed before ``step``, or gradients are scaled."""
+        """Note if settings other than learning rates changed before ``step``, or if its gradients have a loss scale."""
         if self.unknown is None and (_settings(self.optimizer), _flags(self.optimizer)) != (self.settings, self.flags):
             self.mark_unknown(f"the optimizer's settings were changed before step {step}")
         if getattr(self.optimizer, "grad_scale", None) is not None:
@@ -50,7 +50,7 @@ class OptimizerDescription:
             params: the recorded parameters by name.
             keys: for each of them, for each field the name of its tensor in the file.
         """
-        for name, param in params.items():  # as it is at the first call
+        for name, param in params.items():  # keeps the counts of the first call
             self.steps_done.setdefault(name, int(self.optimizer.state.get(param, {}).get("step", 0)))
         arithmetic, reason = self._arithmetic(list(params.values()))
         groups = {id(p): i for i, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
@@ -71,7 +71,7 @@ class OptimizerDescription:
         return described
 
     def _arithmetic(self, params: list[Tensor]) -> tuple[str | None, str]:
-        """Return the arithmetic of the optimizer, and why it is that; None and why a replay does not know it.
+        """Return the optimizer's arithmetic and the reason for it; or None, and why a replay does not know it.
 
         The arithmetic is a rounding of :func:`bhfast.ops.arithmetic.adam`, or that of torch's own fused kernel.
         """
@@ -90,11 +90,11 @@ class OptimizerDescription:
         if is_foreach and not all(torch_adam.foreach_rounds_per_op(p.dtype) for p in params):
             return None, f"{kind} with foreach does not have the bits of {kind} without it on this CPU"
         if not all(kernels.torch_has_one_lerp(float(group["betas"][0])) for group in optimizer.param_groups):
-            return None, f"at betas[0] = 0 the sign that torch's {kind} gives a zero depends on where it lies"
+            return None, f"at betas[0] = 0 the sign that torch's {kind} gives a zero depends on its place in the tensor"
         return "per-op", f"{kind} on a CPU rounds after every operation"
 
     def _unknown(self, params: list[Tensor]) -> str | None:
-        """Return why no replay knows an optimizer of torch with such parameters; None if one may."""
+        """Return why a replay does not know this optimizer, or not with these parameters; None if it may."""
         optimizer, kind = self.optimizer, type(self.optimizer).__name__
         groups = optimizer.param_groups
         if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
@@ -111,7 +111,7 @@ class OptimizerDescription:
         if any(isinstance(x, Tensor) for group in groups for x in (group["lr"], *group["betas"])):
             return f"a replay does not know {kind} with a learning rate or betas that are tensors"
         if any(param.device.type != "cpu" for param in params):
-            return f"{kind} is only on a CPU known to the bit"
+            return f"{kind} is known to the bit on a CPU only"
         if any(param.dtype not in DTYPES for param in params):
             return "a replay knows bfloat16 and float32"
         return None
@@ -119,19 +119,20 @@ class OptimizerDescription:
     def _fused(self, params: list[Tensor]) -> tuple[str | None, str]:
         kind = type(self.optimizer).__name__
         if not all(group.get("fused") for group in self.optimizer.param_groups):
-            return None, f"a replay does not know {kind} that is fused in some parameter groups only"
+            return None, f"a replay does not know {kind} that is fused in only some parameter groups"
         if not all(local(param).is_contiguous() for param in params):
             return (
                 None,
-                f"the bits of {kind} with fused depend on where elements lie, and a parameter is not contiguous",
+                f"the bits of {kind} with fused depend on the memory layout, and a parameter is not contiguous",
             )
         return torch_adam.FUSED, f"{kind} with fused runs torch's own kernel"
 
 
 def joined_descriptions(described: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return one description for several optimizers that step together, their groups one after the other.
+    """Return one description for several optimizers that step together.
 
-    Each parameter names its ``optimizer``: the column of what is logged once per step and optimizer.
+    Their groups are joined in order. Each parameter has the index of its ``optimizer``: its column in the tensors with
+    one value per optimizer. The result has an arithmetic only if all optimizers have the same one.
     """
     if len(described) == 1:
         return described[0]
@@ -150,7 +151,6 @@ def joined_descriptions(described: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "reason": unknown or described[0]["reason"],
         "groups": groups,
         "params": params,
-        **{key: value for own in described for key, value in own.items() if key == "kernel"},
     }
 
 

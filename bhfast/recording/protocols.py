@@ -1,4 +1,4 @@
-"""What a recorder asks of an optimizer that records its own fields."""
+"""What a recorder needs from an optimizer that records its own fields."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @runtime_checkable
 class RecordsItself(Protocol):
-    """An optimizer that can record in the pass that updates, as :class:`bhfast.FusedAdam` does."""
+    """An optimizer that records in the same pass that updates the parameters, like :class:`bhfast.FusedAdam`."""
 
     def record_into(self, rings: Mapping[Tensor, Mapping[str, Tensor]], step: Tensor, every: int) -> Callable[[], None]:
         """See :meth:`bhfast.FusedAdam.record_into`."""

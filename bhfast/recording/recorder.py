@@ -1,4 +1,4 @@
-"""Recorder: what an optimizer does to chosen parameters, bit for bit at every step, without changing the loop."""
+"""The recorder: what an optimizer does to chosen parameters, bit for bit at every step, without changing the loop."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ class Recorder:
     """Records parameters, their gradients and their optimizer state at every step of an optimizer.
 
     It hooks into ``optimizer.step()``. Record k holds the gradient that step k was given, and the parameter and the
-    optimizer's state after step k. Record 0 holds parameters and state at the start, and zeros. When the ``with`` block
-    ends, the records so far become a trace file, also after an exception, Ctrl-C, SIGTERM or SIGHUP::
+    optimizer's state after step k. Record 0 holds parameters and state at the start, and zeros for the gradients. When
+    the ``with`` block ends, the records so far become a trace file, even after an exception, Ctrl-C, SIGTERM or
+    SIGHUP::
 
         with Recorder(optimizer, {"wte": model.wte.weight}, steps=1000, path="run.safetensors") as recorder:
             for batch in batches:
@@ -44,62 +45,67 @@ class Recorder:
                 optimizer.step()
                 recorder.log(loss=loss)
 
-    :meth:`start` and :meth:`close` do the same without a block. Nothing is cached between steps: a parameter or
-    gradient whose storage is replaced is read where it then is. :class:`bhfast.FusedAdam` writes the records in the
-    pass that updates the parameters; on a CUDA device they go through a ring, and the run waits only if that is full.
+    :meth:`start` and :meth:`close` do the same without a block. No address is cached between steps: if the storage of a
+    parameter or gradient is replaced, the recorder reads the new one. :class:`bhfast.FusedAdam` writes the records in
+    the pass that updates the parameters. From a CUDA device, records go to the host through a ring of slots; the run
+    waits only if the ring is full.
 
-    What a step does not have is marked as missing, with one warning, and never stops the training: a parameter without
-    a gradient has zeros, and ``NAME.has_grad`` (bool ``[R]``) says at which steps it had one. A step that a
-    ``torch.amp.GradScaler`` skips is a step of the recording, marked in ``skipped`` (bool ``[R]``). Gradients are
-    recorded without the loss scale.
+    Missing values are marked as missing, with one warning, and never stop the training. A parameter without a gradient
+    has zeros for it, and ``NAME.has_grad`` (bool ``[R]``) says which steps had one. A step that a
+    ``torch.amp.GradScaler`` skips is recorded too, and marked in ``skipped`` (bool ``[R]``). Gradients are recorded
+    without the loss scale.
 
-    Under ``torch.distributed`` every process opens a recorder with the same arguments. Rank 0 records what is
-    replicated, and what is logged. Each rank records its part of what is sharded (DTensor), to
-    ``STEM-0000K-of-0000N``, and rank 0 writes ``PATH.index.json``, which :func:`bhfast.open_trace` opens. Nothing is
-    gathered during the run. After a fork only the process that opened the recorder records.
+    Under ``torch.distributed`` every process opens a recorder with the same arguments. Rank 0 records replicated
+    parameters, and what it logs. Each rank records its own shards (DTensor), to
+    ``STEM-0000K-of-0000N.safetensors``, and rank 0 writes ``PATH.index.json``, which :func:`bhfast.open_trace` opens.
+    Nothing is gathered during the run. After a fork, only the process that opened the recorder records.
 
     Args:
-        optimizer: any ``torch.optim.Optimizer``, or several, whose steps together make one: the step of the last one
-            completes the record. Wrappers that keep theirs as ``.optimizer`` (Accelerate, Lightning) are unwrapped.
-            An optimizer that is stepped with a closure must call it once in a step.
+        optimizer: any ``torch.optim.Optimizer``, or several. The steps of several make one step of the recording
+            together; the step of the last one completes the record. Wrappers that keep their optimizer as
+            ``.optimizer`` (Accelerate, Lightning) are unwrapped. If ``step()`` gets a closure, it must call it once.
         params: parameters by the name they get in the file; or names, globs and compiled regular expressions over
-            ``model.named_parameters()``, where globs pass over frozen parameters. A parameter under several names is
-            recorded once.
-        steps: the number of steps the run will have; None if it is not known, and the file is to grow. After that many
-            recording stops, with a warning.
-        path: the trace file; grown under ``PATH.partial``.
-        model: for names in ``params``. If it is given, what is logged during its forward pass in training belongs to
-            the step to come.
-        rows: of the parameters named here, record only these rows: indices along axis 0, or a mask over it. The file
-            has them as ``NAME.rows``.
-        fields: ``param``, ``grad``, and keys of the optimizer's state. None: ``param``, ``grad``, and every tensor that
-            the optimizer's state has of a parameter, but its step count.
-        every: record each step that is a multiple of this, besides record 0.
-        unclipped: record each gradient as the backward pass leaves it, reduced over all processes, and not as
+            ``model.named_parameters()``. Patterns skip frozen parameters. A tied parameter is recorded once.
+        steps: the number of steps the run will have; the recording stops after that many, with a warning. None if the
+            number is not known: the file grows.
+        path: the trace file; called ``PATH.partial`` while it grows.
+        model: needed for names in ``params``. With it, values logged during its forward pass in training mode belong to
+            the next step.
+        rows: for each parameter named here, record only these rows: int64 indices along axis 0, or a bool mask over it.
+            The file lists the indices as ``NAME.rows``.
+        fields: ``param``, ``grad``, and keys of the optimizer's state. None: ``param``, ``grad``, and every tensor in
+            the optimizer's state of a parameter, except the step count.
+        every: besides record 0, record each step that is a multiple of this, counting from record 0 (not from step 0 of
+            the training, if ``start_step`` is given).
+        unclipped: record each gradient as the backward pass leaves it, reduced over all processes, instead of as
             ``step()`` finds it: for loops that clip in between. The factor that was applied is found from the bits, and
-            recorded as ``clip_coefs``, NaN if the gradient was changed in another way.
-        storage: ``memory`` keeps all records and writes them at the end. ``stream`` writes them meanwhile, in flat
-            memory, and a killed run leaves ``PATH.partial``, which ``python -m bhfast.recover`` turns into a trace.
-            ``auto`` takes memory if the number of steps is known and the recording fits into half of what is free.
+            recorded as ``clip_coefs`` (float32 ``[R]``); NaN if the gradients were changed in another way.
+        storage: ``memory`` keeps all records and writes them at the end. ``stream`` writes them during the run, in
+            constant memory, and a killed run leaves ``PATH.partial``, which ``python -m bhfast.recover`` turns into a
+            trace. ``auto`` takes memory if ``steps`` is known and the recording fits into half of the free memory.
         keys: for each field the name of its tensor in the file, with ``{name}`` for the parameter's.
         metadata: strings for the file's ``__metadata__``.
-        overwrite: whether an existing file, and a ``.partial`` left by an earlier run, may be replaced. A run
-            that is cut short replaces no file all the same: it is saved beside it, as ``STEM.cut-at-STEP.safetensors``.
-        start_step: the step of record 0, for a training that goes on: record k is of step ``start_step + k * every``.
-        strict: raise an error, and do not just warn, at a step beyond ``steps``.
+        overwrite: whether to replace an existing file, and a ``.partial`` left by an earlier run. A run that is cut
+            short never replaces a file: it is saved beside it, as ``STEM.cut-at-STEP.safetensors``.
+        start_step: the step of record 0, for a run that resumes: record k holds step ``start_step + k * every``.
+        strict: at a step beyond ``steps``, raise BhfastError instead of warning.
 
     Attributes:
         path: where the file is, once it is written.
         saved_steps: the last recorded step in it, counted from record 0.
-        constants: tensors of the whole run, to be written as they are; add to it at any time inside the block.
-        slots: for engines whose steps are not the optimizer's: they begin and end steps there.
+        constants: tensors of the whole run, by name, which are written as they are; you may add some at any time inside
+            the block.
+        slots: for engines that perform steps themselves, without calling the optimizer's: they begin and end steps
+            there.
 
-    Besides what is asked for and logged, the file gets ``learning_rates`` (float64 ``[R]``, or ``[R, groups]``), and,
-    if the optimizer clips inside, ``clip_coefs`` and ``grad_norms``, unless the run logs its own. The metadata has what
-    :mod:`bhfast.verify` needs for a replay.
+    Besides the fields and what you log, the file gets ``learning_rates`` (float64 ``[R]``, or ``[R, groups]`` if there
+    are several parameter groups). If the optimizer clips inside its step, it also gets ``clip_coefs`` and
+    ``grad_norms`` (float32 ``[R]``). Your own values under these names take precedence. With several optimizers,
+    ``clip_coefs``, ``grad_norms`` and ``skipped`` are ``[R, optimizers]``. The metadata has what :mod:`bhfast.verify`
+    needs for a replay.
 
     Raises:
-        ConfigError: an argument is out of range, or two tensors would get one name.
+        ConfigError: an argument is out of range, or two tensors would get the same name.
         StorageError: on entering, if memory or disk are too small, or the folder cannot be written to. Inside the
             block, at the next step, if the disk filled up or failed; what was committed becomes a trace.
     """
@@ -159,7 +165,7 @@ class Recorder:
 
     @property
     def every(self) -> int:
-        """Each step that is a multiple of this is recorded."""
+        """Each step that is a multiple of this, counted from record 0, is recorded."""
         return self.slots.every
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -219,12 +225,12 @@ class Recorder:
             follower.record_fused()
 
     def _take_new_field(self, field: RecordedField) -> bool:
-        """Make room for a field that has appeared in an optimizer's state; return whether it can be recorded."""
+        """Make room for a field that has appeared in an optimizer's state; return False if it cannot be recorded."""
         reason = None
         if field.name in self.slots.tensors:
             reason = "its name is taken"
         elif self._partition.is_sharded and field.tensor.shape != field.of.record_shape(field.of.param):
-            reason = "it is not sharded as its parameter"
+            reason = "it is not sharded like its parameter"
         if reason is not None:
             self._cycle.warn(field.name, f"{field.name} is not recorded: {reason}")
             return False
@@ -245,7 +251,7 @@ class Recorder:
             raise fault
 
     def close(self) -> None:
-        """Turn the records so far into the trace, as leaving the ``with`` block does; nothing if that is done.
+        """Turn the records so far into the trace, as leaving the ``with`` block does. Calling it again does nothing.
 
         Raises:
             StorageError: some records could not be saved.
@@ -280,16 +286,16 @@ class Recorder:
     # Meanwhile
 
     def log(self, values: Mapping[str, Any] | None = None, /, **named: Any) -> None:
-        """Record more values with the last step, or with record 0 before the first.
+        """Record more values with the last step, or with record 0 before the first step.
 
-        Once a backward pass has begun after that step, or, if the recorder was given the ``model``, its forward pass in
-        training, or after :meth:`begin_step`, they belong to the step to come: they are recorded with it, the last ones
-        under each name.
+        Once the next step is under way, values belong to that step instead. A step is under way when its backward pass
+        has begun; if the recorder was given the ``model``, when the model's forward pass in training mode has begun; or
+        after :meth:`begin_step`. If a name is logged several times for one step, the last value counts.
 
         Args:
             values, named: by the name they get in the file: tensors, numpy arrays, numbers, and mappings of these,
-                whose names are joined with dots. The first one under a name fixes shape and dtype. Records without a
-                value hold NaN, integers 0.
+                whose names are joined with dots. The first value under a name fixes its shape and dtype. Records
+                without a value hold NaN, or 0 for integers.
 
         Raises:
             ConfigError: a recorded tensor has that name, or shape or dtype has changed.
@@ -306,7 +312,7 @@ class Recorder:
             self.slots.log(**found)
 
     def begin_step(self) -> None:
-        """Let :meth:`log` give values to the step to come from now on, before its forward pass has begun."""
+        """From now on, let :meth:`log` give values to the next step, even before its forward pass has begun."""
         self._cycle.note_activity()
 
     @property
@@ -317,7 +323,7 @@ class Recorder:
         return f"{self.slots.description} -> {self._partition.path}"
 
     def stats(self) -> Stats:
-        """Return figures of the recording so far, or of all of it once it is closed."""
+        """Return figures of the recording so far; of the whole recording once it is closed."""
         if self._partition.is_empty:
             return Stats(0, 0, 0, 0, 0, 0.0)
         return Stats(
@@ -331,11 +337,11 @@ class Recorder:
 
 
 def description_metadata(followers: Sequence[OptimizerFollower], tied: Mapping[str, str]) -> dict[str, str]:
-    """Return the metadata that describe the optimizers, and the tensors of parameters with several names.
+    """Return the metadata that describe the optimizers, and the further names of tied parameters.
 
     Args:
         followers: of the optimizers.
-        tied: for each further name of a parameter the one it is recorded under.
+        tied: for each further name of a parameter, the name it is recorded under.
     """
     described = []
     keys: dict[str, dict[str, str]] = defaultdict(dict)
@@ -373,7 +379,7 @@ def _check_arguments(
     if storage not in STORAGES:
         raise ConfigError(f"storage must be one of {', '.join(STORAGES)}, got {storage!r}")
     if storage == "memory" and steps is None:
-        raise ConfigError("storage memory needs steps=; if it is not known, use storage stream")
+        raise ConfigError("storage memory needs steps=; if you do not know it, use storage stream")
     if fields is not None and not fields:
         raise ConfigError("fields must name at least one field, got none")
     for own in optimizers:

@@ -1,4 +1,4 @@
-"""Which parameters and rows a recorder records: found by name or pattern before the first step, each once."""
+"""Selects the parameters and rows to record, by name or pattern. Each parameter is recorded once."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ def select(
     optimizers: Sequence[torch.optim.Optimizer],
     rows: Mapping[str, Tensor | Sequence[int]],
 ) -> tuple[list[RecordedParam], dict[str, str]]:
-    """Resolve what a user asked for.
+    """Find the parameters and rows that a user asked for.
 
     Args:
-        params: parameters by name; or names, globs and compiled regular expressions (which must match all of a name)
-            over ``model.named_parameters()``. Patterns pass over frozen parameters.
-        model: needed for names. Wrappers (``torch.compile``, ``DistributedDataParallel``) leave no trace in the names.
-        optimizers: which must update all of them.
-        rows: for names among them, indices along axis 0, or a mask over it.
+        params: parameters by name; or names, globs and compiled regular expressions (which must match a whole name)
+            over ``model.named_parameters()``. Patterns skip frozen parameters.
+        model: needed for names. Prefixes of wrappers (``torch.compile``, ``DistributedDataParallel``) are removed.
+        optimizers: each parameter must be in a group of one of them.
+        rows: for some of the names, int64 indices along axis 0, or a bool mask over it.
 
     Returns:
-        The parameters, whole, and for each further name of a tied parameter the one it is recorded under.
+        The parameters, not yet divided among processes; and for each further name of a tied parameter, the name it is
+        recorded under.
 
     Raises:
         ConfigError: nothing matches, a parameter is frozen or not the optimizer's, or rows do not fit.
@@ -44,14 +45,14 @@ def select(
     if frozen := [name for name, param in named if not param.requires_grad]:
         raise ConfigError(f"cannot record frozen parameters (requires_grad=False): {_listed(frozen)}")
     if foreign := [name for name, param in named if id(param) not in updated]:
-        raise ConfigError(f"params must be the optimizer's, but {_listed(foreign)} are in none of its groups")
+        raise ConfigError(f"params must be updated by the optimizer, but none of its groups has {_listed(foreign)}")
     first: dict[int, str] = {}
     for name, param in named:
         first.setdefault(id(param), name)
     tied = {name: first[id(param)] for name, param in named if first[id(param)] != name}
     chosen = {tied.get(name, name): which for name, which in rows.items()}
     if unknown := chosen.keys() - set(first.values()):
-        raise ConfigError(f"rows are given for {_listed(sorted(unknown))}, which params do not name")
+        raise ConfigError(f"rows are given for {_listed(sorted(unknown))}, which params do not include")
     return [_whole(name, param, chosen.get(name)) for name, param in named if name not in tied], tied
 
 
@@ -70,7 +71,7 @@ def _named(params: Params, model: nn.Module | None) -> list[tuple[str, Tensor]]:
     if not patterns:
         raise ConfigError("params must name at least one parameter, got none")
     if model is None:
-        raise ConfigError("params are names or patterns, so model= must say whose")
+        raise ConfigError("params are names or patterns, so model= is needed to look them up")
     model = getattr(model, "_orig_mod", model)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
@@ -82,7 +83,7 @@ def _named(params: Params, model: nn.Module | None) -> list[tuple[str, Tensor]]:
         matches = trained or matches
         if not matches:
             text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
-            raise ConfigError(f"params: nothing matches {text!r}; there are {_listed([n for n, _ in everything])}")
+            raise ConfigError(f"params: nothing matches {text!r}; the model has {_listed([n for n, _ in everything])}")
         found |= matches
     return [(name, param) for name, param in everything if name in found]
 
@@ -100,9 +101,10 @@ def _matches(pattern: str | re.Pattern[str], name: str) -> bool:
 
 
 def require_supported(optimizers: Sequence[torch.optim.Optimizer], model: nn.Module | None) -> None:
-    """Raise ConfigError for optimizers and models whose parameters are not what they seem.
+    """Raise ConfigError for optimizers and models that cannot be recorded.
 
-    FullyShardedDataParallel keeps flat shards of many parameters, and ZeroRedundancyOptimizer the state of some only.
+    FullyShardedDataParallel replaces parameters by flat shards of many of them. ZeroRedundancyOptimizer keeps the state
+    of only some parameters on each rank.
     """
     params = [p for own in optimizers for group in own.param_groups for p in group["params"]]
     flat = any(getattr(p, "_is_flat_param", False) or getattr(p, "_fsdp_flattened", False) for p in params)
@@ -115,14 +117,14 @@ def require_supported(optimizers: Sequence[torch.optim.Optimizer], model: nn.Mod
     for own in optimizers:
         if type(own).__name__ == "ZeroRedundancyOptimizer":
             raise ConfigError(
-                "ZeroRedundancyOptimizer keeps on each rank the state of some parameters only, which cannot be "
+                "ZeroRedundancyOptimizer keeps the state of only some parameters on each rank, which cannot be "
                 "recorded; use the optimizer it wraps, or torch.distributed.fsdp.fully_shard"
             )
 
 
 def _row_indices(name: str, param: Tensor, rows: Tensor | Sequence[int]) -> Tensor:
     if param.dim() == 0:
-        raise ConfigError(f"rows[{name!r}] cannot be: a scalar has no rows")
+        raise ConfigError(f"rows[{name!r}] must be left out: the parameter is a scalar, which has no rows")
     length = len(param)
     rows = torch.as_tensor(rows)
     if rows.dtype == torch.bool:
@@ -133,7 +135,7 @@ def _row_indices(name: str, param: Tensor, rows: Tensor | Sequence[int]) -> Tens
         rows = rows.to(torch.int64)
     if rows.dim() != 1 or rows.is_floating_point() or rows.is_complex():
         raise ConfigError(
-            f"rows[{name!r}] must be integers of one axis, or a mask, got {rows.dtype} {list(rows.shape)}"
+            f"rows[{name!r}] must be a 1-D sequence of integers, or a mask, got {rows.dtype} {list(rows.shape)}"
         )
     if len(rows) and not (0 <= int(rows.min()) and int(rows.max()) < length):
         raise ConfigError(f"rows[{name!r}] must be 0 to {length - 1}, got {int(rows.min())} to {int(rows.max())}")

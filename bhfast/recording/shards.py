@@ -1,9 +1,9 @@
 """A recording by several processes: who records what, and the index that joins their files.
 
 The files follow the convention of Hugging Face for sharded safetensors: ``run-00001-of-00004.safetensors`` and so on,
-and ``run.safetensors.index.json``, whose ``weight_map`` says which file a tensor is in. A tensor that several files
-share, each with a part of its rows or columns, is further described under ``shards``: its whole shape, and file, offset
-and shape of each part.
+and ``run.safetensors.index.json``, whose ``weight_map`` says which file a tensor is in. If several files share a
+tensor, each with a part of its rows or columns, ``shards`` describes it: its whole shape, and the file, offset and
+shape of each part.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from bhfast.trace.sharded import INDEX_FORMAT, INDEX_SUFFIX
 
 
 class RankPartition:
-    """What this process records, and where to.
+    """What this process records, and the file it writes.
 
     Args:
         params: what all processes together record.
-        path: of the trace as a whole.
+        path: the path of the whole trace, without a number.
 
     Attributes:
-        params: what this process records of them.
-        path: of its file; final after :meth:`meet`.
+        params: the part of them that this process records.
+        path: the file of this process; final after :meth:`meet`.
         index: path of the index of all files; None if there is one file.
-        is_sharded: whether the processes write a file each.
+        is_sharded: whether each process writes a file of its own.
         is_empty: whether this process records nothing, and writes no file.
     """
 
@@ -49,15 +49,15 @@ class RankPartition:
         self.index = path.with_name(path.name + INDEX_SUFFIX) if self.is_sharded else None
         self.params = [part for of in params if (part := _part(of, self.rank)) is not None]
         self.is_empty = self.rank > 0 and not self.params
-        self._parts: dict[str, list[dict[str, Any]]] = {}  # by tensor; of all processes
+        self._parts: dict[str, list[dict[str, Any]]] = {}  # by tensor: the parts of all processes
 
     def require_gradients_of(self, unclipped: bool, model: nn.Module | None) -> None:
-        """Raise ConfigError if nothing would tell when unclipped gradients of sharded parameters are there."""
+        """Raise ConfigError if sharded parameters' gradients are wanted unclipped, but no ``model`` says when."""
         if unclipped and model is None and any(_is_sharded(of.param) for of in self.params):
-            raise ConfigError("unclipped gradients of sharded parameters need model=")
+            raise ConfigError("unclipped=True needs model= if parameters are sharded")
 
     def meet(self, fields: Mapping[str, RecordedField]) -> None:
-        """Learn what the others record, if the recording is sharded.
+        """If the recording is sharded, exchange with the other processes what each one records.
 
         Args:
             fields: by name in the file.
@@ -81,16 +81,17 @@ class RankPartition:
             self.path = path.with_name(files[self.rank])
 
     def add(self, field: RecordedField) -> None:
-        """Add a tensor that is sharded as its parameter is, in every process that records a part of that.
+        """Add a tensor that is sharded like its parameter, in every process that records a part of that parameter.
 
-        Rank 0 writes the index, so it must be one of them; else only the metadata of this process's file name it.
+        Rank 0 writes the index, so it must be one of these processes; else only the metadata of this process's file
+        name the tensor.
         """
         for parts in [parts for parts in self._parts.values() if parts[0]["param"] == field.of.name][:1]:
             if any(part["file"] == self._first_file for part in parts):
                 self._parts[field.name] = parts
 
     def metadata(self, names: Iterable[str] = ()) -> dict[str, str]:
-        """Return what the metadata of this process's file say of the whole.
+        """Return the metadata of this process's file about its part of the whole.
 
         Args:
             names: of the tensors in the file.
@@ -130,12 +131,12 @@ class RankPartition:
             raise error
 
     def finish(self, path: Path, names: Sequence[str], records: int) -> Path:
-        """Write the index, if there is one to write, when the file of this process is at ``path``.
+        """In a sharded recording, write the index, from rank 0.
 
         Args:
-            path: of the file.
-            names: of its tensors.
-            records: how many it has.
+            path: the finished file of this process.
+            names: the names of its tensors.
+            records: how many records it has.
 
         Returns:
             Where the whole trace is.
@@ -179,7 +180,7 @@ def _is_sharded(param: Tensor) -> bool:
 
 
 def _describe(field: RecordedField) -> dict[str, Any]:
-    """Return where a process's part of a tensor is in the whole."""
+    """Return where this process's part of a tensor lies in the whole."""
     of = field.of
     return {
         "param": of.name,
@@ -191,7 +192,7 @@ def _describe(field: RecordedField) -> dict[str, Any]:
 
 
 def _part(of: RecordedParam, rank: int) -> RecordedParam | None:
-    """Return what this process records of a parameter; None if others record it."""
+    """Return the part of a parameter that this process records; None if only others record it."""
     if not _is_sharded(of.param):
         return of if rank == 0 else None
     param: Any = of.param  # a DTensor

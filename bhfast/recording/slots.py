@@ -1,4 +1,4 @@
-"""Where the records of a run are made, step by step: what the recorder's hooks write to, and engines."""
+"""The slots that hold the current record. The recorder's hooks write to them, and so do engines."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ RESERVED = "recorded_steps"
 class RecordSlots:
     """Counts the steps of a run, and has a slot for the current record of every tensor.
 
-    Whoever performs the steps brackets them with :meth:`begin` and :meth:`end`: the recorder's hooks for the steps of
-    an optimizer, an engine for its own. A slot is on the device of what is recorded; records on a GPU go to the host
-    through a :class:`bhfast.transfer.ring.Ring`.
+    Every step is bracketed by :meth:`begin` and :meth:`end`. The recorder's hooks call them for the steps of an
+    optimizer, an engine calls them for its own. A slot is on the device of the tensor that it records; from a GPU the
+    records go to the host through a :class:`bhfast.transfer.ring.Ring`.
 
     Args:
         steps: the number of steps the run will have; None if it is not known.
-        every: each step that is a multiple of this is recorded.
+        every: each step that is a multiple of this is recorded. Steps are counted from record 0.
 
     Attributes:
         every: see above.
-        step: steps begun.
+        step: how many steps have begun.
         step_tensor: the same as an int64 scalar, for operations; on a device inside :meth:`counted_by`.
         record: the current record; None if the current step is not recorded.
         complete: how many records are complete.
         tensors: what is recorded, by name in the file.
-        constants: tensors of the whole run, to be written as they are.
+        constants: tensors of the whole run, which are written as they are.
     """
 
     _open_storage = staticmethod(open_storage)
@@ -59,16 +59,16 @@ class RecordSlots:
         self.tensors: dict[str, RecordedTensor] = {}
         self.constants: dict[str, Tensor] = {}
         self.is_logging = True  # whether this process records what is logged
-        self.on_recount: Callable[[], None] = lambda: None  # called when step_tensor is another one
+        self.on_recount: Callable[[], None] = lambda: None  # called after step_tensor was replaced
         self.records = None if steps is None else steps // every + 1
         self.steps = math.inf if steps is None else steps
         self._storage: Storage
         self._hosts: dict[str, Tensor] = {}  # by name, [slots, ...]
         self._slots: dict[str, Tensor] = {}  # by name, [slots, ...]: in a ring on the device, or the host's
         self._rings: dict[tuple[torch.device, int], Ring] = {}  # by the size of a half
-        self._kept_constants: set[str] = set()  # names of those that the storage has
+        self._kept_constants: set[str] = set()  # names of those that the storage already has
         self._not_loggable: set[str] = set()
-        self._known_size = 0  # bytes of a record of all tensors known at the start
+        self._known_size = 0  # bytes per record of all tensors known at the start
 
     # -----------------------------------------------------------------------------------------------------------------
     # Opening and closing
@@ -83,21 +83,21 @@ class RecordSlots:
         start_step: int,
         metadata: Mapping[str, str],
     ) -> Iterator[None]:
-        """Have a storage, and the memory for records, inside the block.
+        """Open the storage and the memory for records; close them when the block ends.
 
         Args:
             output: the file to write.
-            storage: which kind is wanted; see :func:`bhfast.storage.choose.open_storage`.
+            storage: the kind that is wanted; see :func:`bhfast.storage.choose.open_storage`.
             tensors: those known at the start, by name; :meth:`add` adds them.
             start_step: the step of record 0.
-            metadata: of the file.
+            metadata: for the file's ``__metadata__``.
 
         Raises:
             StorageError: memory or disk are too small.
         """
         self._known_size = sum(tensor.nbytes for tensor in tensors.values())
         with ExitStack() as self._stack:
-            self._stack.callback(self._hosts.clear)  # a recorder may outlive its recording by far
+            self._stack.callback(self._hosts.clear)  # a recorder may live on long after its recording
             self._stack.callback(self._slots.clear)
             self._prefaulter = page_prefaulter()
             self._stack.callback(self._prefaulter.close)
@@ -115,7 +115,7 @@ class RecordSlots:
             yield
 
     def add(self, tensor: RecordedTensor, device: torch.device, *, is_loggable: bool = False) -> None:
-        """Make room for the records of a tensor on the host, and on its device; its earlier records are unwritten."""
+        """Make room for the records of a tensor, on the host and on ``device``; earlier records hold its fill value."""
         first = self.record or 0
         self._hosts[tensor.name] = self._storage.add(tensor, group=self._half(tensor.nbytes), first=first)
         self.tensors[tensor.name] = tensor
@@ -128,7 +128,7 @@ class RecordSlots:
         self._not_loggable.add(name)
 
     def _half(self, size: int) -> int:
-        """Return how many records of a tensor with ``size`` bytes per record are sent from a device together."""
+        """Return how many records of a tensor, with ``size`` bytes each, are sent from a device together."""
         return self._half_size(max(size, self._known_size), self.records or 1 << 62)
 
     def _make_slots(self, tensor: RecordedTensor, device: torch.device) -> Tensor:
@@ -150,10 +150,10 @@ class RecordSlots:
                 self._kept_constants.add(name)
 
     def settle(self) -> tuple[int, Exception | None]:
-        """Bring all records to the host and, as far as they are streamed, to the disk.
+        """Bring all records to the host and, when streaming, to the disk.
 
         Returns:
-            How many records can be saved, and the device's error if that lost some.
+            How many records can be saved, and the device's error if some were lost to it.
         """
         self._keep_constants()
         fault = None
@@ -195,7 +195,7 @@ class RecordSlots:
 
     @property
     def description(self) -> str:
-        """Kind of storage, the reason for it, and the size of the recording."""
+        """The kind of storage, why it was chosen, and the size of the recording."""
         size = f"{format_bytes(self.nbytes)} a step"
         if self.records is not None:
             size = f"{format_bytes(self.nbytes * self.records)} for {self.records:,} records"
@@ -239,10 +239,11 @@ class RecordSlots:
     def counted_by(self, step: Tensor) -> Iterator[None]:
         """Inside the block, let a counter on a device choose the slots.
 
-        A CUDA graph captured there records step after step, whoever replays it between :meth:`begin` and :meth:`end`.
+        A CUDA graph that is captured in the block records the next step each time it is replayed, between :meth:`begin`
+        and :meth:`end`.
 
         Args:
-            step: int64 scalar that the graph itself counts up before each step.
+            step: int64 scalar; the graph itself increments it before each step.
         """
         own = self.step_tensor, self.record
         self.step_tensor, self.record = step, 0
@@ -257,30 +258,30 @@ class RecordSlots:
     # Values
 
     def slot(self, name: str) -> Tensor:
-        """Return the slot of the current record of a tensor."""
+        """Return the slot of a tensor's current record, ``[*shape]``."""
         slots = self._slots[name]
         return slots[self.step // self.every % len(slots)]
 
     def write(self, field: RecordedField, value: Tensor, *, is_part: bool = False) -> None:
-        """Copy a field's value, or only what is recorded of it, to the slot of the current record.
+        """Copy a field's value, or with ``is_part`` only the recorded part of it, to the slot of the current record.
 
         See :meth:`bhfast.recording.fields.RecordedField.copy_into`.
         """
         field.copy_into(self.slot(field.name), value, is_part=is_part, step=self.step)
 
     def slots_of(self, name: str) -> Tensor:
-        """Return all slots of a tensor, ``[slots, *shape]``; record k goes to slot ``k % slots``."""
+        """Return all slots of a tensor, ``[slots, *shape]``. Record k goes to slot ``k % slots``."""
         return self._slots[name]
 
     def log(self, **values: Tensor) -> None:
         """Write values to the current record; nothing if the step is not recorded, or not in this process.
 
         Args:
-            values: by name in the file. The first one under a name fixes shape and dtype, and later ones are cast.
-                Records without a value hold NaN, integers 0.
+            values: by name in the file. The first value under a name fixes its shape and dtype; later ones are cast to
+                that dtype. Records without a value hold NaN, or 0 for integers.
 
         Raises:
-            ConfigError: a recorded tensor has that name, or the shape has changed.
+            ConfigError: a recorded tensor already has that name, or the shape has changed.
             StorageError: the disk is too small for a new name.
         """
         if self.record is None or not self.is_logging:
@@ -296,7 +297,7 @@ class RecordSlots:
             kernels.record_(sources, targets, self.step_tensor, self.every)
 
     def log_into(self, **values: Tensor) -> dict[str, Tensor]:
-        """Make room for values as :meth:`log` does, but write nothing: for engines that write records themselves.
+        """Make room for values as :meth:`log` does, but write nothing: engines use it that write records themselves.
 
         Args:
             values: as for :meth:`log`; only shape, dtype and device matter.

@@ -1,4 +1,4 @@
-"""The trace file: its format, its checksums, and how it is read."""
+"""The trace file: its format, its checksums, and reading it."""
 
 from bhfast.trace.reader import Trace as Trace
 from bhfast.trace.sharded import open_trace as open_trace

@@ -17,7 +17,7 @@ MAX_CHECKSUMS = 1 << 17  # in one header: 0.7 MB of text
 
 
 def checksums(tensor: Tensor, records: int = 1) -> np.ndarray:
-    """Return the CRC-32 of each ``records`` entries along axis 0 of a tensor; of the whole if it has one axis.
+    """Return the CRC-32 of each group of ``records`` entries along axis 0; of the whole if the tensor has one axis.
 
     Returns:
         Little-endian uint32, ``[ceil(R / records)]`` or ``[1]``.
@@ -37,18 +37,21 @@ def records_per_checksum(records: int, tensors: int) -> int:
 
 
 def join_checksums(sums: np.ndarray, size: int, records: int) -> np.ndarray:
-    """Turn the CRC-32 of single records into those of each ``records`` of them.
+    """Turn the CRC-32s of single records into those of groups of ``records``.
 
     Args:
         sums: uint32 ``[R]``.
         size: bytes of a record.
         records: a power of two.
 
-    The CRC of A followed by B is that of A moved on by the length of B, plus (in GF(2)) that of B; see Mark Adler's
-    ``crc32_combine`` in zlib.
+    Returns:
+        Little-endian uint32, ``[ceil(R / records)]``.
+
+    The CRC of A followed by B is the CRC of A, advanced by the length of B, plus (in GF(2)) the CRC of B; see Mark
+    Adler's ``crc32_combine`` in zlib.
     """
     joined = sums.astype(np.uint32)
-    tail = size  # bytes that the last one covers
+    tail = size  # bytes that the last CRC covers
     while records > 1:
         if len(joined) % 2:
             pairs, last = joined[:-1], joined[-1:]
@@ -58,7 +61,7 @@ def join_checksums(sums: np.ndarray, size: int, records: int) -> np.ndarray:
             new_tail = size + tail
         first, second = pairs[0::2].copy(), pairs[1::2]
         if len(first):
-            full = len(first) - (len(last) == 0)  # all whose second half is whole
+            full = len(first) - (len(last) == 0)  # the pairs whose second half is complete
             first[:full] = _moved_on(first[:full], size)
             first[full:] = _moved_on(first[full:], tail)
         joined = np.concatenate([first ^ second, last])
@@ -68,7 +71,7 @@ def join_checksums(sums: np.ndarray, size: int, records: int) -> np.ndarray:
 
 
 def _moved_on(sums: np.ndarray, count: int) -> np.ndarray:
-    """Return CRC-32s moved on by ``count`` bytes: a linear map over GF(2), raised to that power by squaring."""
+    """Return CRC-32s advanced by ``count`` bytes: a linear map over GF(2), raised to that power by squaring."""
     columns = np.array([0xEDB88320, *(1 << np.arange(31))], dtype=np.uint32)  # one bit
     for _ in range(3):
         columns = _apply(columns, columns)
@@ -86,6 +89,6 @@ def _apply(columns: np.ndarray, vectors: np.ndarray) -> np.ndarray:
 
 
 def checksum_metadata(sums: Mapping[str, np.ndarray], records: int) -> dict[str, str]:
-    """Return the metadata for checksums of each ``records`` records."""
+    """Return the metadata that hold checksums, each of ``records`` records."""
     own = {"crc32": json.dumps({name: base64.b64encode(x.tobytes()).decode() for name, x in sums.items()})}
     return own if records == 1 else {**own, "crc32_records": str(records)}

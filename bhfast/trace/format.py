@@ -1,12 +1,12 @@
 """The trace file: a safetensors file whose tensors have the recorded step as axis 0.
 
-:func:`bhfast.open_trace` maps a file into memory; a slice reads just its own bytes.
+:func:`bhfast.open_trace` maps a file into memory; slicing a tensor reads only the bytes of the slice.
 
 The layout is safetensors' own: 8 bytes of header length, little-endian; a JSON header, padded with spaces so that the
-data starts at a multiple of 64; the tensors, each aligned to its elements. Where there are bytes between two of them, a
-tensor of bytes called ``_padding.N`` covers these, as the format has no gaps. The metadata holds a CRC-32 of every
-record of every tensor, so that damage can be found, and located, also where a replay cannot see it; in a file of many
-records, one for each few of them. Since format version 2 it also holds a CRC-32 of the header itself.
+data starts at a multiple of 64; the tensors, each aligned to its elements. The format allows no gaps, so any bytes
+between two tensors are covered by a tensor of bytes called ``_padding.N``. The metadata hold a CRC-32 of every record
+of every tensor, so that damage can be found and located even if a replay cannot see it. In a file of very many records,
+several records share a CRC-32. Since format version 2 the metadata also hold a CRC-32 of the header itself.
 """
 
 from __future__ import annotations
@@ -77,9 +77,9 @@ class Entry(NamedTuple):
 
 
 def place(tensors: Mapping[str, Tensor], offset: int = 0) -> dict[str, Entry]:
-    """Lay out tensors side by side from ``offset`` on, in file order.
+    """Lay out tensors side by side, starting at ``offset``; return them in file order.
 
-    Those whose size is a multiple of 64 come first, then by falling element size, so that each is aligned.
+    Tensors whose size is a multiple of 64 come first; within each part, larger elements come first. So all are aligned.
     """
 
     def rank(name: str) -> tuple[bool, int]:
@@ -99,10 +99,10 @@ def encode_header(entries: Mapping[str, Entry], metadata: Mapping[str, str], siz
     Args:
         entries: by name; bytes between two of them become padding.
         metadata: the header's ``__metadata__``, to which this adds the header's checksum.
-        size: how many bytes to return; None for as few as there are.
+        size: how many bytes to return; None for as few as possible.
 
     Raises:
-        TraceError: they do not fit into ``size``, or are more than safetensors allows.
+        TraceError: the header does not fit into ``size``, or is larger than safetensors allows.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
@@ -115,15 +115,15 @@ def encode_header(entries: Mapping[str, Entry], metadata: Mapping[str, str], siz
     text = json.dumps(header, separators=(",", ":")).encode()
     padded = size - 8 if size is not None else len(text) + -(8 + len(text)) % ALIGNMENT
     if len(text) > padded or padded > MAX_HEADER:
-        raise TraceError(f"the header has {len(text)} bytes, more than the {min(padded, MAX_HEADER)} there are for it")
+        raise TraceError(f"the header has {len(text)} bytes, but there is room for {min(padded, MAX_HEADER)}")
     return padded.to_bytes(8, "little") + text.ljust(padded)
 
 
 def header_checksum(header: Mapping[str, Any]) -> str:
-    """Return the CRC-32 of a header: of all its names, dtypes, shapes, offsets and metadata, but for this checksum.
+    """Return the CRC-32 of a header: all its names, dtypes, shapes, offsets and metadata, except this checksum itself.
 
-    It is that of the header as JSON with sorted keys, in ASCII and without spaces, so it does not depend on how the
-    header is written. Eight hexadecimal digits.
+    It is the CRC-32 of the header as JSON with sorted keys, in ASCII and without spaces, so it does not depend on how
+    the header is written. The result has eight hexadecimal digits.
     """
     metadata = {key: text for key, text in header["__metadata__"].items() if key != HEADER_CHECKSUM}
     text = json.dumps({**header, "__metadata__": metadata}, sort_keys=True, separators=(",", ":"))
@@ -189,7 +189,7 @@ def parse_json(what: str, text: bytes | str) -> Any:
         text: UTF-8.
 
     Raises:
-        TraceError: it is not valid, or an object has the same name twice.
+        TraceError: it is not valid JSON, or an object has the same name twice.
     """
     try:
         text = text.decode() if isinstance(text, bytes) else text
@@ -203,7 +203,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     "".join(text for pair in pairs for text in pair if isinstance(text, str)).encode()  # nor escaped ones
     result = dict(pairs)
     if len(result) != len(pairs):
-        raise ValueError("a name stands twice")
+        raise ValueError("a name appears twice")
     return result
 
 

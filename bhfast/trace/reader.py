@@ -1,4 +1,4 @@
-"""Reading a trace of one file: it is mapped into memory, and a slice reads just its own bytes."""
+"""Reads a trace of one file: the file is mapped into memory, and slicing a tensor reads only that slice."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ from bhfast.trace.format import (
 )
 from bhfast.trace.tensors import TraceTensor
 
-# Pages of a private map count as memory in use, all of them at once, unless they need not be reserved. Python knows the
-# flag since 3.13; its value is that of Linux on x86 and ARM.
+# Without this flag, all pages of a private map count as memory in use at once. Python has it since 3.13; the value is
+# that of Linux on x86 and ARM.
 MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
 
 class Trace(Mapping[str, Any]):
-    """A trace file, mapped into memory: a mapping of names to tensors, of which a slice reads just its own bytes.
+    """A trace file, mapped into memory: a mapping from names to tensors. Slicing a tensor reads only that slice.
 
-    The tensors live as long as somebody holds them, whether or not the Trace does. Writing to one changes a private
-    copy in memory, never the file. A tied parameter is found under each of its names, and listed under the first.
+    A tensor stays valid when the Trace is gone. Writing to one changes a private copy in memory, never the file. A tied
+    parameter is found under each of its names, and listed under the first one.
 
     Attributes:
         path: the file.
         metadata: the header's ``__metadata__``.
-        config: the settings of a run of ``bhfast.train``; empty if the file is of something else.
-        optimizer: what :class:`bhfast.Recorder` says of the optimizer and its parameters; a list if it recorded
-            several optimizers; empty likewise.
+        config: the settings of a run of ``bhfast.train``; empty for other files.
+        optimizer: the description of the optimizer and its parameters that :class:`bhfast.Recorder` wrote, for a
+            replay; several optimizers are described as one. Empty for other files.
     """
 
     def __init__(
@@ -57,28 +57,24 @@ class Trace(Mapping[str, Any]):
         self.path = path
         self.metadata = metadata
         self.config: dict[str, Any] = self.json("config")
-        self.optimizer: Any = self.json("optimizer", dict | list)
+        self.optimizer: dict[str, Any] = self.json("optimizer")
         self._tied: dict[str, Any] = self.json("tied")
         self._tensors = tensors
         self._header = header
 
-    def json(self, key: str, kind: Any = dict) -> Any:
-        """Parse a value of the metadata.
-
-        Args:
-            key: of the metadata.
-            kind: the type, or types, that it must have.
+    def json(self, key: str) -> dict[str, Any]:
+        """Parse the JSON object under ``key`` of the metadata.
 
         Returns:
-            An empty dict if there is none.
+            The object; an empty one if there is none.
 
         Raises:
-            DamageError: it is not JSON of that type, in a file that bhfast wrote.
+            DamageError: it is not a JSON object, in a file that bhfast wrote.
         """
         what = f"{self.path} is corrupted: the metadata's {key}"
         try:
             value = parse_json(what, self.metadata.get(key, "{}"))
-            if not isinstance(value, kind):
+            if not isinstance(value, dict):
                 raise TraceError(f"{what} is not a JSON object")
         except TraceError as error:
             if self.metadata.get("format") == FORMAT:
@@ -107,8 +103,9 @@ class Trace(Mapping[str, Any]):
         """Compare names, dtypes, shapes, offsets and metadata with their checksum.
 
         Returns:
-            None if there is none to compare with: in files of format version 1, of other programs, and of several.
-            A file with checksums of records that is not of version 1 has lost that of the header: False.
+            Whether they agree. None if the file has no checksum of its header: in format version 1, in files of other
+            programs, and for an index. False if it should have one: a file of bhfast, or one with checksums of records,
+            that is not of version 1.
         """
         if self._header is None:
             return None
@@ -121,8 +118,8 @@ class Trace(Mapping[str, Any]):
     def damage(self) -> Iterator[tuple[str, int | None]]:
         """Compare all data with the checksums in the metadata; yield each damaged tensor and record.
 
-        The record is an index along axis 0, the first of several if they share a checksum; None for a tensor of one
-        axis or none. Yields nothing if the file has no checksums.
+        The record is an index along axis 0: the first of those that share the checksum. It is None for tensors of at
+        most one axis. Yields nothing if the file has no checksums.
 
         Raises:
             DamageError: the checksums themselves are damaged, or a tensor has none.
@@ -159,7 +156,7 @@ def open_file(path: Path) -> Trace:
     """Open one safetensors file, without reading its data.
 
     Raises:
-        TraceError: it is not there, not safetensors, or of a format version that this bhfast does not know.
+        TraceError: it does not exist, is not safetensors, or has a format version that this bhfast does not know.
         DamageError: it is truncated, or its header does not fit its data.
     """
     try:

@@ -1,4 +1,4 @@
-"""Opening a trace: one file, or several and the index that joins them."""
+"""Opens a trace: one file, or several files and the index that joins them."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ INDEX_SUFFIX = ".index.json"
 
 
 class Index(NamedTuple):
-    """An index of several files, read.
+    """The content of an index, with its files opened.
 
     Attributes:
         trace: the files as one trace.
-        files: each file by its name; those that an index names, in its order.
-        shards: of each tensor that several files share, ``shape`` and ``parts``, as the index has them.
-        weight_map: the file of each tensor; of a shared one, the first.
+        files: by name, in the order of the index.
+        shards: for each tensor that several files share, its ``shape`` and ``parts``, as in the index.
+        weight_map: the file of each tensor; for a shared one, its first file.
     """
 
     trace: Trace
@@ -37,20 +37,21 @@ class Index(NamedTuple):
 
 
 def open_trace(path: str | os.PathLike[str]) -> Trace:
-    """Open a trace, or any safetensors file, or the ``.index.json`` of several, without reading its data.
+    """Open a trace, any other safetensors file, or the ``.index.json`` of several, without reading the data.
 
     Raises:
-        TraceError: it is not there, not safetensors, truncated, or its header does not fit its data.
+        TraceError: it does not exist, is not safetensors, or has a format version that this bhfast does not know.
+        DamageError: it is truncated, or its header does not fit its data. (A kind of TraceError.)
     """
     path = Path(path)
     return open_index(path) if path.name.endswith(INDEX_SUFFIX) else open_file(path)
 
 
 def open_index(path: Path) -> Trace:
-    """Open the files that an index names, without reading their data. All have as many records as the shortest.
+    """Open the files that an index names, without reading their data. The trace has as many records as the shortest.
 
     Raises:
-        TraceError: see :func:`read_index`.
+        TraceError, DamageError: see :func:`read_index`.
     """
     return read_index(path).trace
 
@@ -96,16 +97,16 @@ def read_index(path: Path) -> Index:
 def disagreements(index: Index) -> Iterator[str]:
     """Yield where an index and its files disagree, one line each: on names, shapes, offsets, or the number of records.
 
-    :func:`read_index` has found already that the parts of each tensor fit together.
+    :func:`read_index` has already checked that the parts of each tensor fit together.
     """
     for name, shard in index.shards.items():
         records = {part["shape"][0] for part in shard["parts"]} | {shard["shape"][0]}
         if records != {len(index.files[index.weight_map[name]][name])}:
-            yield f"the index gives {name} {sorted(records)} records, its first file has another number"
+            yield f"the index gives {name} {sorted(records)} records, but its first file has another number"
     for file, trace in index.files.items():
         listed = {name: _part_of(shard, file) for name, shard in index.shards.items()}
         listed = {name: part for name, part in listed.items() if part is not None}
-        told = trace.json("shard")  # which may name tensors that appeared in this file alone, during the run
+        told = trace.json("shard")  # its "unlisted" are tensors that appeared during the run, in this file only
         if told.get("index") != index.trace.path.name:
             yield f"{file} belongs to the index {told.get('index')!r:.60}, not to {index.trace.path.name}"
         if told.get("tensors") != listed:
@@ -129,7 +130,7 @@ def _part_of(shard: dict[str, Any], file: str) -> dict[str, list[int]] | None:
 
 
 def _agree(one: Tensor, other: Tensor) -> bool:
-    """Return whether two files have the same in a tensor that both have; one of them may be shorter."""
+    """Return whether two tensors are equal, as far as the shorter one goes."""
     if one.dtype != other.dtype or one.shape[1:] != other.shape[1:]:
         return False
     records = min(len(one), len(other)) if one.dim() else None
@@ -138,11 +139,11 @@ def _agree(one: Tensor, other: Tensor) -> bool:
 
 
 def _join(name: str, shard: dict[str, Any], opened: Any) -> ShardedTensor:
-    """Return a tensor that several files share, after checking that they cover it."""
+    """Return a tensor that several files share, after checking that its parts cover it exactly."""
     parts, boxes = [], []
     _, *shape = shard["shape"]
     if not shape:
-        raise ValueError(f"{name} has one axis, and cannot be shared")
+        raise ValueError(f"{name} has one axis, so files cannot share it")
     for part in shard["parts"]:
         tensor = opened(part["file"])[name]
         _, *offset = part["offset"]
@@ -164,9 +165,9 @@ def _join(name: str, shard: dict[str, Any], opened: Any) -> ShardedTensor:
 
 
 def _overlap(boxes: Sequence[Sequence[tuple[int, int]]]) -> bool:
-    """Return whether two boxes, each from and to along every axis, have an element in common."""
+    """Return whether two boxes have an element in common. A box has a start and an end along every axis."""
     cuts = [sorted({end for span in spans for end in span}) for spans in zip(*boxes, strict=True)]
-    cells = np.zeros([len(ends) for ends in cuts], dtype=int)  # between one cut and the next
+    cells = np.zeros([len(ends) for ends in cuts], dtype=int)  # each from one cut to the next
     for box in boxes:
         cells[tuple(slice(ends.index(low), ends.index(high)) for ends, (low, high) in zip(cuts, box, strict=True))] += 1
     return bool((cells > 1).any())

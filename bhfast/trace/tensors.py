@@ -1,4 +1,4 @@
-"""The tensors of a trace: views of a file, and tensors that several files share. Both read only what is indexed."""
+"""The tensors of a trace: views of a file, and tensors that several files share. Both read only what you index."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor
 
 
 class TraceTensor(Tensor):
-    """A tensor of a trace, or part of one: a view of the file. What is computed from it is a plain tensor.
+    """A tensor of a trace, or a slice of one: a view of the file. Operations on it return plain tensors.
 
-    A copy (``copy.deepcopy``, ``pickle``, ``torch.save``) holds the bytes of this view only, not of the whole file.
-    What is pickled or saved is loaded as a plain tensor.
+    A copy (``copy.deepcopy``, ``pickle``, ``torch.save``) holds only the bytes of this view, not the whole file.
+    Unpickling or loading gives a plain tensor.
     """
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not all(issubclass(kind, Tensor) for kind in types):
-            return NotImplemented  # a sharded tensor explains itself
+            return NotImplemented  # the sharded tensor raises its own error
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
         return result.as_subclass(cls) if func is Tensor.__getitem__ else result
@@ -40,7 +40,7 @@ class TraceTensor(Tensor):
     def numpy(self, *, force: bool = False) -> np.ndarray:
         """Return a numpy view of the same bytes.
 
-        bfloat16 and float8 have the ``ml_dtypes`` dtype of that name if ``ml_dtypes`` is installed, else uint16 and
+        For bfloat16 and float8 it has the dtype of that name from ``ml_dtypes`` if that is installed, else uint16 or
         uint8.
         """
         plain = self.as_subclass(Tensor)
@@ -56,17 +56,17 @@ class TraceTensor(Tensor):
 
 
 class ShardedTensor:
-    """A tensor that several files share, read part by part: only the shards that a slice touches.
+    """A tensor that several files share. Indexing it reads only the shards that the index touches.
 
-    Index it as a tensor ``[R, ...]``, and it gives tensors. It computes nothing itself: operators and torch functions
-    raise TypeError. Copying or saving it reads it as a whole.
+    Indexing it like a tensor ``[R, ...]`` returns tensors. It cannot be computed with: operators and torch functions
+    raise TypeError. Copying or saving it reads all of it.
 
     Args:
-        parts: each with its offset in the whole, axis 0 included.
-        shape: of the whole, at least two axes.
+        parts: each with its offset in the whole tensor, axis 0 included.
+        shape: the shape of the whole tensor, with at least two axes.
 
     Attributes:
-        shape, dtype: of the whole.
+        shape, dtype: those of the whole tensor.
     """
 
     __array_ufunc__ = None  # so that numpy leaves operators to this class
@@ -107,7 +107,7 @@ class ShardedTensor:
         rest: list[Any]
         step, *rest = index or (slice(None),)
         is_several = isinstance(step, Tensor) and step.dim() == 1
-        is_simple = type(step) is int or isinstance(step, slice) or is_several  # True is no index
+        is_simple = type(step) is int or isinstance(step, slice) or is_several  # bool is an int, but not an index
         if any(x is Ellipsis or x is None for x in index) or not is_simple:
             return self._read(slice(None), 0, self.shape[1])[index]
         if is_several and not all(isinstance(x, int | slice) for x in rest):
@@ -146,15 +146,15 @@ class ShardedTensor:
         return (self[record] for record in range(len(self)))
 
     def first(self, records: int) -> ShardedTensor:
-        """Return the first ``records`` records, unread."""
+        """Return the first ``records`` records, without reading them."""
         return ShardedTensor([(part[:records], offset) for part, offset in self._parts], [records, *self.shape[1:]])
 
     def float(self) -> Tensor:
-        """Read the whole as float32."""
+        """Read all of it as float32."""
         return self[:].float()
 
     def numpy(self) -> np.ndarray:
-        """Read the whole as a numpy array; see :meth:`TraceTensor.numpy`."""
+        """Read all of it as a numpy array; see :meth:`TraceTensor.numpy`."""
         return self[:].numpy()
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -185,7 +185,7 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)  # uint8 is a ma
 
 
 def _simplified(index: Any) -> Any:
-    """Return an index of one axis as an int, a slice or a tensor, where it is one of these in another form."""
+    """Turn an index of one axis into an int, a slice or a tensor, if it is equivalent to one."""
     if isinstance(index, bool | slice):
         return index
     if isinstance(index, int | np.integer):
