@@ -40,6 +40,11 @@ class TrainConfig:
     batch_size: int = _setting(1, "windows per micro-batch")
     grad_accum: int = _setting(1, "micro-batches per step")
     record_every: int = _setting(1, "record every step that is a multiple of this; 0 records nothing")
+    keyframes: int = _setting(
+        0,
+        "record embeddings and moments at every step that is a multiple of this only; readers rebuild the others from "
+        "the gradients; 0 records them at every step",
+    )
     init_scale: float = _setting(0.02, "spread of the black hole's centre")
     vocab_size: int = _setting(128, "number of tokens; every byte of the corpus must be below it")
     hidden_dim: int = _setting(64, "dimensions of a token vector")
@@ -85,6 +90,10 @@ class TrainConfig:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.record_every <= self.steps:
             raise ConfigError(f"record_every must be 0 to steps ({self.steps}), got {self.record_every}")
+        if self.keyframes < 0 or self.keyframes == 1:
+            raise ConfigError(f"keyframes must be 0, or at least 2, got {self.keyframes}")
+        if self.keyframes and self.record_every > 1:
+            raise ConfigError(f"keyframes need the gradients of every step, got record_every={self.record_every}")
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed must be 0 to 2^63 - 1, got {self.seed}")
         if not self.max_grad_norm > 0:

@@ -17,7 +17,7 @@ from bhfast.machine import select_device
 from bhfast.ops import extension
 from bhfast.trace import Trace, open_trace
 
-UNRECORDED = {"out", "overwrite", "quiet", "storage"}  # settings that do not change the experiment
+UNRECORDED = {"keyframes", "out", "overwrite", "quiet", "storage"}  # settings that do not change the experiment
 RESOLVED = ("corpus_sha256", "device", "engine")  # compared in place of the settings they result from
 
 
@@ -70,7 +70,7 @@ def _changed_settings(trace: Trace, metadata: dict[str, str]) -> list[str]:
 def is_run_of(path: str | os.PathLike[str], config: TrainConfig) -> bool:
     """Return whether ``path`` is a trace of this experiment from its first step to its last.
 
-    Only the header, the recorded steps and the corpus are read. The settings ``out``, ``overwrite``, ``quiet`` and
+    Only the header, the recorded steps and the corpus are read. The settings ``keyframes``, ``out``, ``overwrite``, ``quiet`` and
     ``storage`` are not compared: they do not change what is recorded.
 
     Raises:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from bhfast.cli import run_program
 from bhfast.errors import StorageError, TraceError
-from bhfast.storage.files import journal_path, sync_folder
+from bhfast.storage.files import journal_path, remove, sync_folder
 from bhfast.storage.finish import check_records, finish
 from bhfast.storage.journal import Journal, read_journal
 from bhfast.storage.output import lock, unlock
@@ -59,6 +59,8 @@ def recover(partial: str | os.PathLike[str]) -> Recovery:
     except OSError as error:
         raise TraceError(f"cannot open {partial}: {error.strerror}") from None
     try:
+        if os.fstat(fd).st_size == 0 and partial.with_suffix("").exists():
+            return _finish_removal(fd, partial)
         return _recover_from_journal(partial) if journal_path(partial).exists() else _recover_whole(partial)
     except OSError as error:
         raise StorageError(f"recovering {partial} failed: {error.strerror}; nothing is lost, try again") from error
@@ -68,17 +70,25 @@ def recover(partial: str | os.PathLike[str]) -> Recovery:
 
 def _recover_from_journal(partial: Path) -> Recovery:
     state = read_journal(partial)
+    had_last = state.has_last
     records = check_records(partial, state)
     if records == 0:
         raise TraceError(f"{partial} holds no committed record")
     damaged = state.records - records
-    if damaged:
+    if damaged or state.has_last != had_last:
         with closing(Journal(journal_path(partial), state.end)) as journal:
             journal.append({"keep": records})
-    last_step = int(state.steps[records - 1])
+    last_step = int(state.steps["recorded_steps"][records - 1])
     path = _free_name(partial, last_step)
     finish(partial, path)
     return Recovery(path, records, last_step, damaged)
+
+
+def _finish_removal(fd: int, partial: Path) -> Recovery:
+    """Remove what is left of a run that made its trace, and was killed while it removed the rest."""
+    trace = open_trace(partial.with_suffix(""))
+    remove(fd, partial)
+    return Recovery(trace.path, len(trace.steps), int(trace.steps[-1]), 0)
 
 
 def _recover_whole(partial: Path) -> Recovery:

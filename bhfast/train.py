@@ -182,6 +182,7 @@ def _make_recorder(
         steps=config.steps,
         path=config.path,
         every=config.record_every,
+        keyframes=config.keyframes or None,
         storage=config.storage,
         keys=TENSOR_NAMES,
         metadata=metadata,

@@ -13,6 +13,8 @@ from bhfast.errors import BhfastError
 from bhfast.ops import checks
 from bhfast.recording.protocols import RecordsItself
 from bhfast.storage.base import RecordedTensor
+from bhfast.trace.format import KEYFRAMES
+from bhfast.trace.updates import STATE
 
 NAMES = {"param": "{name}"}  # of the fields' tensors in the file
 STATE_NAME = "{name}.{field}"
@@ -85,6 +87,16 @@ class RecordedField:
         """The name of its tensor in the file."""
         return self.tensor.name
 
+    @property
+    def key(self) -> str:
+        """The name under which a reader finds it at every step; of key frames not that of their tensor."""
+        return self.name.removesuffix(KEYFRAMES) if self.is_keyframed else self.name
+
+    @property
+    def is_keyframed(self) -> bool:
+        """Whether it is recorded at key frames only."""
+        return self.tensor.stride > 1
+
     def copy_into(self, slot: Tensor, value: Tensor, *, is_part: bool, step: int) -> None:
         """Copy a value to the slot of its record.
 
@@ -119,6 +131,7 @@ class FieldPlan:
         chosen: the fields that the user asked for; None for ``param``, ``grad``, and every tensor in the optimizer's
             state.
         names: for some fields, the name of their tensors in the file, with ``{name}`` for the parameter's.
+        keyframes: parameters and moments are recorded at each record that is a multiple of this; None: at each.
 
     Attributes:
         params: those that the optimizer updates.
@@ -131,8 +144,10 @@ class FieldPlan:
         params: Sequence[RecordedParam],
         chosen: Sequence[str] | None,
         names: Mapping[str, str],
+        keyframes: int | None = None,
     ) -> None:
         self.optimizer = optimizer
+        self._keyframes = keyframes
         self._chosen = chosen
         self._names = {**NAMES, **names}
         updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -177,7 +192,12 @@ class FieldPlan:
 
     def _field(self, of: RecordedParam, field: str, value: Tensor, fill: float | None) -> RecordedField:
         name = self._names.get(field, STATE_NAME).format(name=of.name, field=field)
-        return RecordedField(of, field, RecordedTensor(name, of.record_shape(value), local(value).dtype, fill))
+        shape, dtype = of.record_shape(value), local(value).dtype
+        if self._keyframes and field in STATE and fill is None:
+            tensor = RecordedTensor(f"{name}{KEYFRAMES}", shape, dtype, stride=self._keyframes)
+        else:
+            tensor = RecordedTensor(name, shape, dtype, fill)
+        return RecordedField(of, field, tensor)
 
 
 def _known_fields(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:

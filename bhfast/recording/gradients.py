@@ -140,7 +140,7 @@ class GradientRecorder:
 
     def _lose(self, field: RecordedField, why: str) -> None:
         """Record a gradient as missing, although the optimizer used one; so the step cannot be replayed."""
-        self._description.mark_unknown(f"{why} at step {self._slots.step}")
+        self._description.mark_unknown(f"{why} at step {self._slots.step}", self._slots.step)
         self.write_none(field, why)
 
     def write_none(self, field: RecordedField, why: str) -> None:

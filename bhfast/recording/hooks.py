@@ -15,7 +15,7 @@ from torch.amp.grad_scaler import GradScaler
 from bhfast.errors import BhfastError
 from bhfast.ops import checks
 from bhfast.recording.cycle import StepCycle
-from bhfast.recording.fields import FieldPlan, RecordedField
+from bhfast.recording.fields import FieldPlan, RecordedField, local
 from bhfast.recording.gradients import BackwardWatch, GradientRecorder
 from bhfast.recording.loss_scaling import scaled_steps
 from bhfast.recording.optimizer_description import OptimizerDescription
@@ -79,8 +79,10 @@ class OptimizerFollower:
         self._scaler: GradScaler | None = None
         self._scale: Tensor | None = None  # of a fused optimizer's gradients, in the current step
         self._records_itself = isinstance(plan.optimizer, RecordsItself)
+        self._keyframed = [field for field in plan.at_start if field.is_keyframed]
         self._fused = [field for field in plan.at_start if self._is_fused(field)]
-        self._not_fused = [field for field in plan.at_start if not self._is_fused(field)]
+        self._not_fused = [field for field in plan.at_start if field not in (*self._keyframed, *self._fused)]
+        self._versions: list[tuple[int, int]] = []  # of what is recorded at key frames, after the last step
         self._by_hand: list[RecordedField] = []  # what the optimizer does not record itself in this step
         self.end_fused: Callable[[], None] = lambda: None
 
@@ -120,7 +122,7 @@ class OptimizerFollower:
     def _is_fused(self, field: RecordedField) -> bool:
         is_raw = self._unclipped and field.field == "grad"
         is_whole = field.of.rows is None and field.tensor.dtype == field.of.param.dtype
-        return self._records_itself and field.field in checks.FIELDS and is_whole and not is_raw
+        return self._records_itself and field.field in checks.FIELDS and is_whole and not is_raw | field.is_keyframed
 
     # -----------------------------------------------------------------------------------------------------------------
     # A step
@@ -174,8 +176,18 @@ class OptimizerFollower:
         self.logged = {}
         self.description.look(self._slots.step)
         if self._steps_in_record > 1:
-            self.description.mark_unknown(f"it did several steps in record {self._slots.record}")
+            self._mark_unknown(f"it did several steps in record {self._slots.record}")
+        if self._versions and self._versions != self._current_versions():
+            self._mark_unknown(f"parameters or their state were changed between steps, before step {self._slots.step}")
         return True
+
+    def _mark_unknown(self, reason: str) -> None:
+        self.description.mark_unknown(reason, self._slots.step)
+
+    def _current_versions(self) -> list[tuple[int, int]]:
+        """Return what changes if somebody writes to a tensor that is recorded at key frames, or replaces it."""
+        values = (self._value_of(field) for field in self._keyframed)
+        return [(id(value), local(value)._version) for value in values if value is not None]
 
     def _before_update(self) -> None:
         """Record the gradients, and determine which fields the optimizer does not record itself in this step."""
@@ -195,7 +207,7 @@ class OptimizerFollower:
         if self._cycle.is_off or not self._steps_in_record:
             return
         if self._compiled[0]:
-            self.description.mark_unknown("its step was compiled")
+            self._mark_unknown("its step was compiled")
         if self._slots.record is not None:
             if self._scale is not None:
                 self._record_gradients()
@@ -222,7 +234,7 @@ class OptimizerFollower:
     def _record_skipped_step(self) -> None:
         if self._slots.record is not None:
             self._scale = None
-            self._by_hand = list(self.fields.values())
+            self._by_hand = [*self._fused, *self._not_fused]
             self._record_gradients()
             self._record_state()
             self.logged["skipped"] = torch.tensor(True)
@@ -234,13 +246,19 @@ class OptimizerFollower:
         if not self.has_stepped:
             self.logged = {}
         if not self.has_stepped and self._slots.record is not None:
-            self._by_hand = list(self.fields.values())
-            self.description.mark_unknown(f"it did no step in record {self._slots.record}")
+            self._by_hand = [*self._fused, *self._not_fused]
+            self._mark_unknown(f"it did no step in record {self._slots.record}")
             for field in self._fields("grad"):
                 self._gradients.write_none(field, f"{type(self.optimizer).__name__} did no step")
             self._record_state()
         self._gradients.clear()
         self._steps_in_record = 0
+        self._versions = self._current_versions()
+        if self._keyframed and (reason := self.description.unknown):
+            self._cycle.warn(
+                "keyframes",
+                f"from step {self.description.unknown_since} on, states between key frames cannot be rebuilt: {reason}",
+            )
 
     # -----------------------------------------------------------------------------------------------------------------
     # Values
@@ -267,15 +285,22 @@ class OptimizerFollower:
             if field.field != "grad":
                 self._write_value(field)
 
-    def _write_value(self, field: RecordedField) -> None:
+    def record_keyframe(self) -> None:
+        """Write the current key frame."""
+        for field in self._keyframed:
+            self._write_value(field)
+
+    def _value_of(self, field: RecordedField) -> Tensor | None:
         if field.field == "param":
-            self._slots.write(field, field.of.param.detach())
-            return
-        value = self.optimizer.state.get(field.of.param, {}).get(field.field)
+            return field.of.param
+        return self.optimizer.state.get(field.of.param, {}).get(field.field)
+
+    def _write_value(self, field: RecordedField) -> None:
+        value = self._value_of(field)
         if value is None:
             self._slots.slot(field.name).zero_()
         else:
-            self._slots.write(field, value)
+            self._slots.write(field, value.detach())
 
     def _discover_fields(self) -> None:
         """From now on, also record what is new in the optimizer's state."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bhfast.ops import kernels, torch_adam
-from bhfast.recording.fields import local
+from bhfast.errors import ConfigError
+from bhfast.ops import checks, kernels, torch_adam
+from bhfast.recording.fields import RecordedField, local
 
 SETTINGS = ("betas", "eps", "weight_decay")
 UNKNOWN = ("amsgrad", "maximize", "capturable", "differentiable")
@@ -30,18 +32,21 @@ class OptimizerDescription:
         self.settings = _settings(optimizer)
         self.flags = _flags(optimizer)
         self.unknown: str | None = None  # why its steps cannot be replayed, whatever kind of optimizer it is
+        self.unknown_since = 0  # the first step that this reason holds for
         self.steps_done: dict[str, int] = {}  # by parameter: steps done before the recording
 
     def look(self, step: int) -> None:
         """Note if settings other than learning rates changed before ``step``, or if its gradients have a loss scale."""
         if self.unknown is None and (_settings(self.optimizer), _flags(self.optimizer)) != (self.settings, self.flags):
-            self.mark_unknown(f"the optimizer's settings were changed before step {step}")
+            self.mark_unknown(f"the optimizer's settings were changed before step {step}", step)
         if getattr(self.optimizer, "grad_scale", None) is not None:
-            self.mark_unknown(f"a GradScaler changed gradients inside the step of {type(self.optimizer).__name__}")
+            kind = type(self.optimizer).__name__
+            self.mark_unknown(f"a GradScaler changed gradients inside the step of {kind}", step)
 
-    def mark_unknown(self, reason: str) -> None:
+    def mark_unknown(self, reason: str, step: int) -> None:
         """Note why the steps cannot be replayed; the first reason stays."""
-        self.unknown = self.unknown or reason
+        if self.unknown is None:
+            self.unknown, self.unknown_since = reason, step
 
     def describe(self, params: Mapping[str, Tensor], keys: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
         """Return the description, for JSON; called before the first step, and again after the last.
@@ -64,7 +69,10 @@ class OptimizerDescription:
                 for name, p in params.items()
             },
         }
-        if arithmetic == torch_adam.FUSED:
+        known = arithmetic or self._arithmetic_of_kind(list(params.values()))[0]
+        if known and not arithmetic:
+            described["known"] = {"arithmetic": known, "records": self.unknown_since}
+        if known == torch_adam.FUSED:
             described["groups"] = [{**group, "kernel": torch_adam.fused_kernel()} for group in self.settings]
             for name, param in params.items():
                 described["params"][name]["numel"] = local(param).numel()
@@ -75,9 +83,11 @@ class OptimizerDescription:
 
         The arithmetic is a rounding of :func:`bhfast.ops.arithmetic.adam`, or that of torch's own fused kernel.
         """
+        return (None, self.unknown) if self.unknown is not None else self._arithmetic_of_kind(params)
+
+    def _arithmetic_of_kind(self, params: list[Tensor]) -> tuple[str | None, str]:
+        """Return the same, whatever has happened in its steps."""
         optimizer, kind = self.optimizer, type(self.optimizer).__name__
-        if self.unknown is not None:
-            return None, self.unknown
         if rounding := getattr(optimizer, "rounding", None):
             return rounding, f"{kind} is specified to the bit"
         if reason := self._unknown(params):
@@ -151,7 +161,45 @@ def joined_descriptions(described: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "reason": unknown or described[0]["reason"],
         "groups": groups,
         "params": params,
+        **_known(described, unknown),
     }
+
+
+def _known(described: Sequence[dict[str, Any]], unknown: str | None) -> dict[str, Any]:
+    """Return the entry that says up to which record all arithmetic was known, if it no longer is."""
+    known = [own.get("known", {"arithmetic": own["arithmetic"]}) for own in described]
+    kinds = {own["arithmetic"] for own in known}
+    if unknown is None or len(kinds) > 1 or None in kinds:
+        return {}
+    return {"known": {"arithmetic": kinds.pop(), "records": min(own["records"] for own in known if "records" in own)}}
+
+
+def require_rebuildable(described: dict[str, Any], fields: Iterable[RecordedField]) -> None:
+    """Raise ConfigError unless parameters and moments of every step follow from the gradients.
+
+    Args:
+        described: the optimizers, as the trace describes them.
+        fields: what is recorded.
+    """
+    reason = None if described["arithmetic"] else described["reason"]
+    by_param: dict[str, list[RecordedField]] = defaultdict(list)
+    for field in fields:
+        by_param[field.of.name].append(field)
+    for name, own in by_param.items():
+        dtypes = {str(field.tensor.dtype) for field in own}
+        numel = local(own[0].of.param).numel()
+        if missing := set(checks.FIELDS) - {field.field for field in own}:
+            reason = reason or f"{', '.join(sorted(missing))} of {name} are not recorded"
+        elif len(dtypes) > 1:
+            reason = reason or f"parameter, gradient and moments of {name} have different dtypes"
+        elif (
+            described["arithmetic"] == torch_adam.FUSED
+            and own[0].of.rows is not None
+            and numel % torch_adam.FUSED_BLOCK
+        ):
+            reason = reason or f"the bits of torch's fused AdamW depend on where in {name} a row is"
+    if reason:
+        raise ConfigError(f"keyframes need steps that can be rebuilt to the bit: {reason}; record without keyframes")
 
 
 def _settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:

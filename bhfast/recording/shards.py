@@ -130,13 +130,14 @@ class RankPartition:
         if error is not None:
             raise error
 
-    def finish(self, path: Path, names: Sequence[str], records: int) -> Path:
+    def finish(self, path: Path, names: Sequence[str], records: int, frames: int) -> Path:
         """In a sharded recording, write the index, from rank 0.
 
         Args:
             path: the finished file of this process.
             names: the names of its tensors.
             records: how many records it has.
+            frames: how many of them are key frames.
 
         Returns:
             Where the whole trace is.
@@ -153,16 +154,16 @@ class RankPartition:
             for parts in self._parts.values():
                 if parts[0]["has_rows"]:
                     weight_map.setdefault(f"{parts[0]['param']}.rows", parts[0]["file"])
-            shards = {
-                key: {
-                    "shape": [records, *parts[0]["shape"]],
+            shards = {}
+            for key, parts in self._parts.items():
+                length = frames if parts[0]["is_keyframed"] else records
+                shards[key] = {
+                    "shape": [length, *parts[0]["shape"]],
                     "parts": [
-                        {"file": part["file"], "offset": [0, *part["offset"]], "shape": [records, *part["part"]]}
+                        {"file": part["file"], "offset": [0, *part["offset"]], "shape": [length, *part["part"]]}
                         for part in parts
                     ],
                 }
-                for key, parts in self._parts.items()
-            }
             content = {"metadata": {"format": INDEX_FORMAT}, "weight_map": weight_map, "shards": shards}
             temporary = self.index.with_name(self.index.name + ".partial")
             try:
@@ -185,6 +186,7 @@ def _describe(field: RecordedField) -> dict[str, Any]:
     return {
         "param": of.name,
         "has_rows": of.all_rows is not None,
+        "is_keyframed": field.is_keyframed,
         "shape": list(of.shape),
         "offset": list(of.offset),
         "part": list(field.tensor.shape),

@@ -17,7 +17,7 @@ from bhfast.recording.fields import RecordedField, local
 from bhfast.storage.base import RecordedTensor, Storage
 from bhfast.storage.choose import open_storage
 from bhfast.storage.output import OutputFile
-from bhfast.trace.format import format_bytes
+from bhfast.trace.format import KEYFRAME_STEPS, format_bytes
 from bhfast.transfer.copy_stream import make_copy_stream
 from bhfast.transfer.host_memory import page_prefaulter
 from bhfast.transfer.ring import Ring, half_size
@@ -35,13 +35,15 @@ class RecordSlots:
     Args:
         steps: the number of steps the run will have; None if it is not known.
         every: each step that is a multiple of this is recorded. Steps are counted from record 0.
+        keyframes: each record that is a multiple of this is a key frame; None: there are none.
 
     Attributes:
-        every: see above.
+        every, keyframes: see above.
         step: how many steps have begun.
         step_tensor: the same as an int64 scalar, for operations; on a device inside :meth:`counted_by`.
         record: the current record; None if the current step is not recorded.
         complete: how many records are complete.
+        frames: how many of them are key frames.
         tensors: what is recorded, by name in the file.
         constants: tensors of the whole run, which are written as they are.
     """
@@ -50,8 +52,9 @@ class RecordSlots:
     _half_size = staticmethod(half_size)
     _make_copy_stream = staticmethod(make_copy_stream)
 
-    def __init__(self, *, steps: int | None, every: int) -> None:
+    def __init__(self, *, steps: int | None, every: int, keyframes: int | None = None) -> None:
         self.every = every
+        self.keyframes = keyframes
         self.step = 0
         self.step_tensor = torch.zeros((), dtype=torch.int64)
         self.record: int | None = 0
@@ -60,6 +63,7 @@ class RecordSlots:
         self.constants: dict[str, Tensor] = {}
         self.is_logging = True  # whether this process records what is logged
         self.on_recount: Callable[[], None] = lambda: None  # called after step_tensor was replaced
+        self.on_keyframe: Callable[[], None] = lambda: None  # called to write the current key frame
         self.records = None if steps is None else steps // every + 1
         self.steps = math.inf if steps is None else steps
         self._storage: Storage
@@ -67,6 +71,8 @@ class RecordSlots:
         self._slots: dict[str, Tensor] = {}  # by name, [slots, ...]: in a ring on the device, or the host's
         self._rings: dict[tuple[torch.device, int], Ring] = {}  # by the size of a half
         self._kept_constants: set[str] = set()  # names of those that the storage already has
+        self._frame = 0  # the current key frame
+        self.frames = 0
         self._not_loggable: set[str] = set()
         self._known_size = 0  # bytes per record of all tensors known at the start
 
@@ -95,7 +101,7 @@ class RecordSlots:
         Raises:
             StorageError: memory or disk are too small.
         """
-        self._known_size = sum(tensor.nbytes for tensor in tensors.values())
+        self._known_size = sum(tensor.bytes_per_record for tensor in tensors.values())
         with ExitStack() as self._stack:
             self._stack.callback(self._hosts.clear)  # a recorder may live on long after its recording
             self._stack.callback(self._slots.clear)
@@ -107,7 +113,7 @@ class RecordSlots:
                 records=self.records,
                 every=self.every,
                 start_step=start_step,
-                sizes={name: tensor.nbytes for name, tensor in tensors.items()},
+                sizes={name: tensor.bytes_per_record for name, tensor in tensors.items()},
                 group=self._half(0),
                 metadata=metadata,
             )
@@ -116,8 +122,8 @@ class RecordSlots:
 
     def add(self, tensor: RecordedTensor, device: torch.device, *, is_loggable: bool = False) -> None:
         """Make room for the records of a tensor, on the host and on ``device``; earlier records hold its fill value."""
-        first = self.record or 0
-        self._hosts[tensor.name] = self._storage.add(tensor, group=self._half(tensor.nbytes), first=first)
+        first, group = self.record or 0, self._half(tensor.bytes_per_record)
+        self._hosts[tensor.name] = self._storage.add(tensor, group=group, first=first)
         self.tensors[tensor.name] = tensor
         self._slots[tensor.name] = self._make_slots(tensor, device)
         if not is_loggable:
@@ -133,6 +139,8 @@ class RecordSlots:
 
     def _make_slots(self, tensor: RecordedTensor, device: torch.device) -> Tensor:
         host, half = self._hosts[tensor.name], self._half(tensor.nbytes)
+        if tensor.stride > 1:
+            return host  # key frames are rare: they are copied to the host one by one
         if (device, half) not in self._rings:
             stream = self._make_copy_stream(device)
             if stream is None:
@@ -163,20 +171,35 @@ class RecordSlots:
             except RuntimeError as error:
                 fault = error
                 self.complete = max(1, min(self.complete, ring.landed))
-        return self._storage.settle(self.complete), fault
+        saved = self._storage.settle(self.complete)
+        if self.keyframes:
+            self.frames = -(-saved // self.keyframes)
+        if self.keyframes and saved == self.complete and saved % self.keyframes != 1 and not self._is_in_step:
+            self._write_keyframe(self.frames)
+            self._storage.add_last()
+            self.frames += 1
+        return saved, fault
+
+    @property
+    def _is_in_step(self) -> bool:
+        return self.complete != self.step // self.every + 1
+
+    def _write_keyframe(self, frame: int) -> None:
+        self._frame = frame
+        self.on_keyframe()
 
     def save(self, metadata: Mapping[str, str], path: Path) -> list[str]:
         """Write the settled records to the trace ``path``; return the names of its tensors."""
         self._storage.save(metadata, path)
-        return [*self.tensors, RESERVED, *self._kept_constants]
+        return [*self.tensors, RESERVED, *([KEYFRAME_STEPS] if self.keyframes else []), *self._kept_constants]
 
     # -----------------------------------------------------------------------------------------------------------------
     # Figures
 
     @property
     def nbytes(self) -> int:
-        """Bytes of one record of all tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        """Bytes of one record of all tensors, on average."""
+        return sum(tensor.bytes_per_record for tensor in self.tensors.values())
 
     @property
     def waits(self) -> int:
@@ -226,6 +249,8 @@ class RecordSlots:
             storage.wait(complete)
         room = min([storage.room, *(ring.room for ring in rings)])
         most = min(most, room * self.every - 1 - self.step)
+        if self.keyframes:
+            most = min(most, self.keyframes - self.step % self.keyframes)  # to the next key frame
         self.step += most
         self.step_tensor.fill_(self.step)
         self.record = None if self.step % self.every else self.step // self.every
@@ -234,6 +259,8 @@ class RecordSlots:
     def end(self) -> None:
         """Mark the reserved steps as issued; on a GPU they may still be running."""
         self.complete = self.step // self.every + 1
+        if self.keyframes and self.step % self.keyframes == 0:
+            self._write_keyframe(self.step // self.keyframes)
 
     @contextmanager
     def counted_by(self, step: Tensor) -> Iterator[None]:
@@ -260,7 +287,8 @@ class RecordSlots:
     def slot(self, name: str) -> Tensor:
         """Return the slot of a tensor's current record, ``[*shape]``."""
         slots = self._slots[name]
-        return slots[self.step // self.every % len(slots)]
+        entry = self.step // self.every if self.tensors[name].stride == 1 else self._frame
+        return slots[entry % len(slots)]
 
     def write(self, field: RecordedField, value: Tensor, *, is_part: bool = False) -> None:
         """Copy a field's value, or with ``is_part`` only the recorded part of it, to the slot of the current record.
@@ -311,7 +339,7 @@ class RecordSlots:
     def require_loggable(self, names: Iterable[str]) -> None:
         """Raise ConfigError if one of ``names`` is taken by something that is not logged."""
         for name in names:
-            if name in self._not_loggable or name == RESERVED:
+            if name in self._not_loggable or name in (RESERVED, KEYFRAME_STEPS):
                 raise ConfigError(f"log({name}=...) must have a name of its own, but {name} is recorded already")
 
     def _loggable_slots(self, name: str, value: Tensor) -> Tensor:

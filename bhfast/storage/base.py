@@ -1,7 +1,8 @@
 """Where a recording grows: in memory until it is written as a whole, or straight into the file.
 
 Both kinds of storage hand out host tensors whose axis 0 is a ring of slots: record r of a tensor is made in slot
-``r % slots``. In memory there is one slot for every record.
+``r % slots``. In memory there is one slot for every record. A tensor that is recorded at key frames only has an entry,
+and a slot, for these records alone.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from bhfast.trace.format import KEYFRAME_STEPS
 from bhfast.transfer.copy_stream import Ticket
 
 STORAGES = ("auto", "memory", "stream")
@@ -29,6 +31,8 @@ class RecordedTensor:
         shape, dtype: of one record.
         fill: what a record holds if nothing is written to it; None if every record is written.
         start: the same for record 0 of a tensor that is added later; None: ``fill``.
+        stride: only record 0, each record that is a multiple of this, and, if :meth:`Storage.add_last` adds it, the
+            last one have an entry in the tensor. An entry has no ``fill`` if this is more than 1.
     """
 
     name: str
@@ -36,11 +40,21 @@ class RecordedTensor:
     dtype: torch.dtype
     fill: float | None = None
     start: float | None = None
+    stride: int = 1
+
+    def entries(self, records: int) -> int:
+        """Return how many of the first ``records`` records have an entry."""
+        return -(-records // self.stride)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of one record."""
+        """Bytes of one entry."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def bytes_per_record(self) -> int:
+        """Bytes for each record, on average, rounded up."""
+        return -(-self.nbytes // self.stride)
 
     @property
     def is_zero_at_first(self) -> bool:
@@ -53,6 +67,24 @@ class RecordedTensor:
         if low == 0 < high and self.start is not None:
             records[0] = self.start
         return records
+
+
+def steps_of(records: int, every: int, start_step: int, strides: set[int], *, has_last: bool) -> dict[str, Tensor]:
+    """Return the tensors that say which steps are recorded, and which of them are key frames, if there are any.
+
+    Args:
+        records: how many there are.
+        every: how many steps apart.
+        start_step: the step of record 0.
+        strides: of all tensors; at most one is larger than 1.
+        has_last: whether the last record was added to the key frames.
+    """
+    steps = start_step + torch.arange(records) * every
+    found = {"recorded_steps": steps}
+    for stride in strides - {1}:
+        frames = steps[::stride]
+        found[KEYFRAME_STEPS] = torch.cat([frames, steps[-1:]]) if has_last else frames
+    return found
 
 
 class Storage(Protocol):
@@ -77,7 +109,7 @@ class Storage(Protocol):
     def failure(self) -> str | None: ...
 
     def add(self, tensor: RecordedTensor, *, group: int, first: int) -> Tensor:
-        """Return host memory ``[slots, *shape]`` to make a tensor's records in.
+        """Return host memory ``[slots, *shape]`` to make a tensor's entries in: entry e goes to slot ``e % slots``.
 
         Args:
             tensor: what to record.
@@ -120,6 +152,13 @@ class Storage(Protocol):
 
     def settle(self, records: int) -> int:
         """Wait for what was submitted, up to ``records``; return how many can be saved, fewer after a failure."""
+        ...
+
+    def add_last(self) -> None:
+        """Add the last record to tensors with a stride that lack it: it is in the slot after their last entry.
+
+        Called after :meth:`settle`. A disk that fails now loses that entry only.
+        """
         ...
 
     def save(self, metadata: Mapping[str, str], path: Path) -> None:

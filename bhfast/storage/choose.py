@@ -33,7 +33,7 @@ def open_storage(
         output: the file to write.
         wanted: ``memory``, ``stream``, or ``auto``, which takes memory for up to half of what is free.
         records, every, start_step, metadata, buffer_bytes, commit_seconds: see :class:`StreamStorage`.
-        sizes: bytes per record of the tensors known at the start, by name.
+        sizes: bytes per record of the tensors known at the start, by name; on average, where only some have an entry.
         group: how many records are sent from a device together.
 
     Raises:

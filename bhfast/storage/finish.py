@@ -81,15 +81,19 @@ def _gaps(state: State) -> int:
     if not state.in_file:
         return 0
     last, offset = state.in_file[-1]
-    used = sum(tensor.nbytes for tensor, _ in state.in_file) * state.records
-    return offset + state.records * last.nbytes - used
+    return offset + _size(state, last) - sum(_size(state, own) for own, _ in state.in_file)
+
+
+def _size(state: State, own: CommittedTensor) -> int:
+    """Return how many bytes are committed of a tensor."""
+    return state.entries(own.tensor) * own.nbytes
 
 
 def _collapse_gaps(fd: int, state: State, journal: Journal) -> bool:
     """Remove the whole blocks of each gap, the last gap first; return whether the file system can do it."""
     header, block = state.start["header"], os.fstat(fd).st_blksize
     for (tensor, at), (_, following) in reversed([*pairwise(state.in_file)]):
-        start = -(-(header + at + state.records * tensor.nbytes) // block) * block
+        start = -(-(header + at + _size(state, tensor)) // block) * block
         length = (header + following) // block * block - start
         if length <= 0:
             continue
@@ -115,7 +119,7 @@ def _collapse_range(fd: int, offset: int, length: int) -> bool:
 
 def _has_room(partial: Path, state: State) -> bool:
     disk = os.statvfs(partial.parent)
-    size = sum(tensor.nbytes for tensor in state.tensors.values()) * state.records
+    size = sum(_size(state, own) for own in state.tensors.values())
     return disk.f_bavail * disk.f_frsize > state.start["header"] + size + AHEAD
 
 
@@ -126,7 +130,7 @@ def _copy(fd: int, partial: Path, path: Path, state: State) -> None:
     try:
         with open(target, "w+b", buffering=0) as file:
             for tensor, at in state.in_file:
-                size = state.records * tensor.nbytes
+                size = _size(state, tensor)
                 for done in range(0, size, CHUNK):
                     data = read_at(fd, min(CHUNK, size - done), header + at + done)
                     write_at(file.fileno(), memoryview(data), header + offset + done)
@@ -144,16 +148,17 @@ def _write_rest(fd: int, state: State) -> None:
     """Write all but the records in the file: the records in the journal, constants, and the header."""
     header, records = state.start["header"], state.records
     entries = {
-        own.tensor.name: Entry(own.tensor.dtype, (records, *own.tensor.shape), offset) for own, offset in state.in_file
+        own.tensor.name: Entry(own.tensor.dtype, (state.entries(own.tensor), *own.tensor.shape), offset)
+        for own, offset in state.in_file
     }
     end = max((entry.end for entry in entries.values()), default=0)
-    tail = {name: _joined(own, records) for name, own in state.tensors.items() if own.offset is None}
-    tail |= {"recorded_steps": state.steps, **state.constants}
+    tail = {name: _joined(own, state.entries(own.tensor)) for name, own in state.tensors.items() if own.offset is None}
+    tail |= {**state.steps, **state.constants}
     places = place(tail, end + -end % ALIGNMENT)
     for name, entry in places.items():
         write_at(fd, bytes_of(tail[name]), header + entry.offset)
     entries |= places
-    sums = {own.tensor.name: np.concatenate(own.sums)[:records] for own, _ in state.in_file}
+    sums = {own.tensor.name: np.concatenate(own.sums)[: state.entries(own.tensor)] for own, _ in state.in_file}
     each = records_per_checksum(records, len(entries))
     while True:
         joined = {name: join_checksums(own, state.tensors[name].nbytes, each) for name, own in sums.items()} | {
@@ -171,28 +176,42 @@ def _write_rest(fd: int, state: State) -> None:
     os.fsync(fd)
 
 
-def _joined(own: CommittedTensor, records: int) -> Tensor:
-    """Return the records of a tensor that the journal holds: ``[records, *shape]``."""
+def _joined(own: CommittedTensor, entries: int) -> Tensor:
+    """Return the entries of a tensor that the journal holds: ``[entries, *shape]``."""
     shape, dtype = own.tensor.shape, own.tensor.dtype
-    if not own.nbytes:
-        return torch.empty((records, *shape), dtype=dtype)
-    return torch.frombuffer(bytearray(b"".join(own.values)), dtype=dtype).view(-1, *shape)[:records]
+    if not own.nbytes or not entries:
+        return torch.empty((entries, *shape), dtype=dtype)
+    return torch.frombuffer(bytearray(b"".join(own.values)), dtype=dtype).view(-1, *shape)[:entries]
 
 
 def check_records(partial: Path, state: State) -> int:
-    """Compare the committed records in the file with their checksums; return how many are good before a bad one."""
+    """Compare what is committed in the file with its checksums; return how many records are good before a bad one.
+
+    A bad entry that was added for the last record costs this entry only: it is no longer part of ``state`` then.
+    """
     good = state.records
     with open(partial, "rb", buffering=0) as file:
-        for tensor, offset in state.in_file if good else ():
-            size, wanted = tensor.nbytes, np.concatenate(tensor.sums)
-            each = max(1, CHUNK // max(1, size))
-            for first in range(0, good, each):
-                count = min(each, good - first)
-                data = os.pread(file.fileno(), count * size, state.start["header"] + offset + first * size)
-                data = data.ljust(count * size, b"\0")  # the file may be cut off
-                found = checksums(torch.frombuffer(bytearray(data), dtype=torch.uint8).view(count, -1))
-                bad = np.flatnonzero(found != wanted[first : first + count])
-                if len(bad):
-                    good = first + int(bad[0])
-                    break
+        for own, offset in state.in_file if good else ():
+            at = state.start["header"] + offset
+            bad = _first_bad(file.fileno(), own, at, own.tensor.entries(good))
+            if bad is not None:
+                good = bad * own.tensor.stride
+            elif state.has_last and own.tensor.stride > 1:
+                entries = state.entries(own.tensor)
+                state.has_last = _first_bad(file.fileno(), own, at, entries) is None
     return good
+
+
+def _first_bad(fd: int, own: CommittedTensor, at: int, entries: int) -> int | None:
+    """Return the first of ``entries`` from byte ``at`` on whose checksum does not hold; None if all are good."""
+    size, wanted = own.nbytes, np.concatenate(own.sums)
+    each = max(1, CHUNK // max(1, size))
+    for first in range(0, entries, each):
+        count = min(each, entries - first)
+        data = os.pread(fd, count * size, at + first * size)
+        data = data.ljust(count * size, b"\0")  # the file may be cut off
+        found = checksums(torch.frombuffer(bytearray(data), dtype=torch.uint8).view(count, -1))
+        bad = np.flatnonzero(found != wanted[first : first + count])
+        if len(bad):
+            return first + int(bad[0])
+    return None

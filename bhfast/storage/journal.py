@@ -11,11 +11,13 @@ ends the journal:
     start      settings of the recording: every, start_step, records (null: unknown), header (bytes reserved for it),
                metadata
     tensor     a new tensor: name, dtype, shape of a record, what unwritten records hold (blank; start for record 0),
-               and its offset after the header; null if its records are so small that the journal itself holds them
+               and its offset after the header; null if its records are so small that the journal itself holds them;
+               stride, if only some records have an entry in it
     constant   a tensor of the whole run: name, dtype, shape, data
     records    how many records are committed; crc32 of the new ones by tensor; values of those in the journal
     metadata   more metadata
-    keep       keep only this many records, because the next one is damaged
+    last       the last record was added to the tensors with a stride: their crc32, and values, like those of records
+    keep       keep only this many records, because the next one is damaged, and no last one
     collapse   a range of blocks is being removed from the file, which had this size before; null if that failed
     tail       the header, and what follows the records, are being written
 """
@@ -38,7 +40,7 @@ import torch
 from torch import Tensor
 
 from bhfast.errors import TraceError
-from bhfast.storage.base import RecordedTensor
+from bhfast.storage.base import RecordedTensor, steps_of
 from bhfast.storage.files import is_at, journal_path, sync, write_at
 from bhfast.trace.checksums import checksums
 from bhfast.trace.format import DTYPE_NAMES, DTYPES, bytes_of
@@ -125,6 +127,7 @@ def tensor_event(tensor: RecordedTensor, offset: int | None) -> dict[str, Any]:
         "blank": tensor.fill or 0.0,
         "start": tensor.start,
         "offset": offset,
+        **({"stride": tensor.stride} if tensor.stride > 1 else {}),
     }
 
 
@@ -148,6 +151,7 @@ class State:
     records: int = 0
     tensors: dict[str, CommittedTensor] = field(default_factory=dict)
     constants: dict[str, Tensor] = field(default_factory=dict)
+    has_last: bool = False  # whether tensors with a stride have an entry of the last record
     collapse: tuple[int, int, int] | None = None  # offset in the file, length, size before: may or may not be done
 
     @property
@@ -156,10 +160,16 @@ class State:
         own = [(tensor, tensor.offset) for tensor in self.tensors.values() if tensor.offset is not None]
         return sorted(own, key=lambda item: item[1])
 
+    def entries(self, tensor: RecordedTensor) -> int:
+        """Return how many entries of a tensor are committed."""
+        return tensor.entries(self.records) + (self.has_last and tensor.stride > 1)
+
     @property
-    def steps(self) -> Tensor:
-        """The steps of the committed records, int64 ``[records]``."""
-        return self.start.get("start_step", 0) + torch.arange(self.records) * self.start["every"]
+    def steps(self) -> dict[str, Tensor]:
+        """The tensors that say which steps are recorded; see :func:`bhfast.storage.base.steps_of`."""
+        strides = {own.tensor.stride for own in self.tensors.values()}
+        start_step = self.start.get("start_step", 0)
+        return steps_of(self.records, self.start["every"], start_step, strides, has_last=self.has_last)
 
     def finish_collapse(self) -> None:
         """Move the offsets behind the range of blocks that was being removed, if there is one: it is gone."""
@@ -234,7 +244,8 @@ def _apply(state: State, event: dict[str, Any]) -> None:
     if "tensor" in event:
         shape, offset = tuple(event["shape"]), event["offset"]
         start = None if event.get("start") is None else float(event["start"])
-        tensor = RecordedTensor(event["tensor"], shape, DTYPES[event["dtype"]], float(event["blank"]), start)
+        own = DTYPES[event["dtype"]], float(event["blank"]), start, int(event.get("stride", 1))
+        tensor = RecordedTensor(event["tensor"], shape, *own)
         committed = CommittedTensor(tensor, offset)
         if offset is None:
             committed.values.append(bytes(bytes_of(tensor.unwritten(0, state.records))))
@@ -246,8 +257,9 @@ def _apply(state: State, event: dict[str, Any]) -> None:
         raw = torch.frombuffer(bytearray(base64.b64decode(event["data"])) or bytearray(8), dtype=torch.uint8)
         dtype, count = DTYPES[event["dtype"]], math.prod(event["shape"])
         state.constants[event["constant"]] = raw[: count * dtype.itemsize].view(dtype).view(event["shape"])
-    elif "records" in event:
-        state.records = event["records"]
+    elif "records" in event or "last" in event:
+        state.records = event.get("records", state.records)
+        state.has_last = "last" in event
         for name, text in event["crc32"].items():
             state.tensors[name].sums.append(np.frombuffer(base64.b64decode(text), dtype="<u4"))
         for name, text in event["values"].items():
@@ -255,7 +267,7 @@ def _apply(state: State, event: dict[str, Any]) -> None:
     elif "metadata" in event:
         state.metadata.update(event["metadata"])
     elif "keep" in event:
-        state.records = event["keep"]
+        state.records, state.has_last = event["keep"], False
     elif "collapse" in event:
         if event["collapse"] is not None:
             state.finish_collapse()

@@ -6,11 +6,10 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from bhfast.errors import StorageError
-from bhfast.storage.base import RecordedTensor
+from bhfast.storage.base import RecordedTensor, steps_of
 from bhfast.storage.files import sync_folder, write_at
 from bhfast.storage.output import OutputFile
 from bhfast.trace.checksums import checksum_metadata, checksums, records_per_checksum
@@ -30,13 +29,17 @@ class MemoryStorage:
         self.committed = self.waits = 0
         self.tensors: dict[str, Tensor] = {}
         self.constants: dict[str, Tensor] = {}
+        self._recorded: dict[str, RecordedTensor] = {}
+        self._has_last = False
         self._every = every
         self._start_step = start_step
 
     def add(self, tensor: RecordedTensor, *, group: int, first: int) -> Tensor:
-        records = host_tensor((self.capacity, *tensor.shape), tensor.dtype)
+        slots = tensor.entries(self.capacity) + (tensor.stride > 1)
+        records = host_tensor((slots, *tensor.shape), tensor.dtype)
         self.output.reserve(records.nbytes + sum(x.nbytes for x in self.tensors.values()))
         self.tensors[tensor.name] = records
+        self._recorded[tensor.name] = tensor
         if tensor.fill is not None:
             records.fill_(tensor.fill)
             records[:1] = tensor.unwritten(0, 1)
@@ -58,10 +61,19 @@ class MemoryStorage:
         self._records = records
         return records
 
+    def add_last(self) -> None:
+        self._has_last = True
+
     def save(self, metadata: Mapping[str, str], path: Path) -> None:
-        tensors = {name: tensor[: self._records] for name, tensor in self.tensors.items()}
-        steps = self._start_step + torch.arange(self._records) * self._every
-        tensors |= {"recorded_steps": steps, **self.constants}
+        tensors = {
+            name: self.tensors[name][: tensor.entries(self._records) + (self._has_last and tensor.stride > 1)]
+            for name, tensor in self._recorded.items()
+        }
+        strides = {tensor.stride for tensor in self._recorded.values()}
+        tensors |= {
+            **steps_of(self._records, self._every, self._start_step, strides, has_last=self._has_last),
+            **self.constants,
+        }
         self.output.restore()
         write_trace(self.output, tensors, metadata, path)
         self.committed = self._records

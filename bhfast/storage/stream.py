@@ -8,16 +8,16 @@ import resource
 import sys
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from torch import Tensor
 
-from bhfast.errors import ConfigError, StorageError, TraceError
+from bhfast.errors import ConfigError, RecordingWarning, StorageError, TraceError
 from bhfast.storage.base import RecordedTensor
 from bhfast.storage.files import journal_path, sync, sync_folder, write_at
 from bhfast.storage.finish import finish, safe
@@ -31,6 +31,7 @@ from bhfast.transfer.host_memory import host_tensor
 SMALL = 64  # bytes: smaller records go to the journal
 BUFFER = 32 << 20  # bytes of records that may wait for the disk
 COMMIT_SECONDS = 1.0  # between two commits when few records come
+KEYFRAME_SLOTS = 2  # key frames of a tensor that may wait for the disk
 LEAST_RECORDS = 16  # the disk must have room for
 MOST_RECORDS = 1 << 24  # to make room for, if the number of steps is not known
 HEADER_ENTRY = 200  # bytes of a tensor's entry without its name
@@ -61,7 +62,8 @@ class _BufferedTensor(NamedTuple):
     first: int  # earlier records were never in a slot
 
     def parts(self, low: int, high: int) -> Iterator[Tensor]:
-        """Yield the records from ``low`` to ``high``, in contiguous pieces."""
+        """Yield the entries of the records from ``low`` to ``high``, in contiguous pieces."""
+        low, high = self.tensor.entries(low), self.tensor.entries(high)
         if low < self.first:
             yield self.tensor.unwritten(low, min(self.first, high))
             low = min(self.first, high)
@@ -182,12 +184,13 @@ class StreamStorage:
         self._use_header(tensor.name)
         offset = self._make_region(tensor) if tensor.nbytes >= SMALL else None
         slots = slots_of(max(tensor.nbytes, self._size), group, self.capacity, self._buffer_bytes)
+        slots = KEYFRAME_SLOTS if tensor.stride > 1 else slots
         host = host_tensor((slots, *tensor.shape), tensor.dtype)
         if tensor.fill is not None:
             host.fill_(tensor.fill)
         with self._changed:
             self._check()
-            self.slots = min(self.slots, slots)
+            self.slots = min(self.slots, slots * tensor.stride)
             self._tensors[tensor.name] = _BufferedTensor(tensor, offset, host, first)
             self._events.append(tensor_event(tensor, offset))
         return host
@@ -195,7 +198,7 @@ class StreamStorage:
     def _make_region(self, tensor: RecordedTensor) -> int:
         """Return where the records of a tensor go, after the header."""
         offset = self._end + -self._end % tensor.dtype.itemsize
-        self._end = offset + self.capacity * tensor.nbytes
+        self._end = offset + (tensor.entries(self.capacity) + (tensor.stride > 1)) * tensor.nbytes
         if self._is_open_ended:
             try:
                 os.ftruncate(self.output.fd, self._header + self._end)
@@ -280,6 +283,29 @@ class StreamStorage:
                 self.committed = read_journal(self.output.partial).records
         return self.committed
 
+    def add_last(self) -> None:
+        sums, values = {}, {}
+        try:
+            for name, own in self._tensors.items():
+                if own.tensor.stride == 1:
+                    continue
+                entry = own.tensor.entries(self.committed)
+                value = own.host[entry % len(own.host)]
+                if own.offset is None:
+                    values[name] = encode(bytes_of(value))
+                    continue
+                write_at(self.output.fd, bytes_of(value), self._header + own.offset + entry * own.tensor.nbytes)
+                sums[name] = encode(checksums(value.reshape(1, -1)).tobytes())
+            sync(self.output.fd)
+            self._journal.append({"last": True, "crc32": sums, "values": values})
+        except OSError as error:
+            warnings.warn(
+                f"the last key frame of {self.output.path} could not be written: {error.strerror}; the others and all "
+                "gradients are there",
+                RecordingWarning,
+                stacklevel=2,
+            )
+
     def _stop(self, records: int) -> None:
         with self._changed:
             self._submitted = max(records, self.committed)
@@ -336,11 +362,11 @@ class StreamStorage:
             if own.offset is None:
                 values[name] = encode(b"".join(map(bytes_of, parts)))
                 continue
-            at = self._header + own.offset + self.committed * own.tensor.nbytes
+            at = self._header + own.offset + own.tensor.entries(self.committed) * own.tensor.nbytes
             for part in parts:
                 write_at(self.output.fd, bytes_of(part), at)
                 at += part.nbytes
-            sums[name] = encode(np.concatenate([checksums(part.view(len(part), -1)) for part in parts]).tobytes())
+            sums[name] = encode(b"".join(checksums(part.view(len(part), -1)).tobytes() for part in parts))
         sync(self.output.fd)
         self._journal.append({"records": records, "crc32": sums, "values": values})
         for own in tensors.values():

@@ -34,6 +34,8 @@ MAX_HEADER = 100_000_000  # the limit of the safetensors library
 MAX_SIZE = 1 << 62  # elements along one axis, or bytes
 MAX_AXES = 32  # of a tensor; numpy had no more before 2.0
 PADDING = "_padding."
+KEYFRAMES = ".keyframes"  # ends the name of a tensor recorded at key frames only
+KEYFRAME_STEPS = "keyframe_steps"
 
 DTYPES = {
     "BOOL": torch.bool,

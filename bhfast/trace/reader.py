@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import base64
 import math
-import mmap
-import os
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,19 +19,11 @@ from bhfast.trace.format import (
     FORMAT,
     HEADER_CHECKSUM,
     MAX_SIZE,
-    PADDING,
-    READABLE_VERSIONS,
-    decode_entry,
-    decode_header,
     format_bytes,
     header_checksum,
     parse_json,
 )
-from bhfast.trace.tensors import TraceTensor
-
-# Without this flag, all pages of a private map count as memory in use at once. Python has it since 3.13; the value is
-# that of Linux on x86 and ARM.
-MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+from bhfast.trace.lazy import LazyTensor
 
 
 class Trace(Mapping[str, Any]):
@@ -49,6 +38,10 @@ class Trace(Mapping[str, Any]):
         config: the settings of a run of ``bhfast.train``; empty for other files.
         optimizer: the description of the optimizer and its parameters that :class:`bhfast.Recorder` wrote, for a
             replay; several optimizers are described as one. Empty for other files.
+        rebuilt: the tensors of all steps that the file holds at key frames only, by name.
+        keyframes: what is known of each parameter that the file holds at key frames only, by its name.
+        logged: has the values that were recorded once per step: the trace itself, or, for one of several files, the
+            trace that joins them.
     """
 
     def __init__(
@@ -58,9 +51,21 @@ class Trace(Mapping[str, Any]):
         self.metadata = metadata
         self.config: dict[str, Any] = self.json("config")
         self.optimizer: dict[str, Any] = self.json("optimizer")
+        self.keyframes: Mapping[str, Any] = {}
+        self.logged: Mapping[str, Any] = self
         self._tied: dict[str, Any] = self.json("tied")
         self._tensors = tensors
+        self.rebuilt: dict[str, LazyTensor] = {}
         self._header = header
+
+    def add_keyframes(self, params: Mapping[str, Any]) -> None:
+        """Have parameters and moments of all steps, of parameters that the file holds at key frames only.
+
+        Args:
+            params: :class:`bhfast.trace.rebuilt.KeyframedParam` by the name of the parameter.
+        """
+        self.keyframes = params
+        self.rebuilt = {name: tensor for own in params.values() for name, tensor in own.tensors().items()}
 
     def json(self, key: str) -> dict[str, Any]:
         """Parse the JSON object under ``key`` of the metadata.
@@ -84,15 +89,17 @@ class Trace(Mapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         try:
-            return self._tensors[name if name in self._tensors else self._tied[name]]
+            own = name if name in self._tensors or name in self.rebuilt else self._tied[name]
+            return self._tensors[own] if own in self._tensors else self.rebuilt[own]
         except (KeyError, TypeError):
-            raise KeyError(f"{self.path} has no tensor {name!r}; it has {', '.join(self._tensors)}") from None
+            raise KeyError(f"{self.path} has no tensor {name!r}; it has {', '.join(self)}") from None
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
+        yield from self.rebuilt
+        yield from self._tensors
 
     def __len__(self) -> int:
-        return len(self._tensors)
+        return len(self.rebuilt) + len(self._tensors)
 
     @property
     def steps(self) -> Tensor:
@@ -149,71 +156,5 @@ class Trace(Mapping[str, Any]):
         if steps is not None and steps.dim() == 1 and len(steps) and steps.dtype == torch.int64:
             about.insert(1, f"{len(steps):,} records, steps {int(steps[0]):,} to {int(steps[-1]):,}")
         rows = [f"  {name:<16} {DTYPE_NAMES[x.dtype]:<5} {list(x.shape)}" for name, x in self._tensors.items()]
+        rows += [f"  {name:<16} {DTYPE_NAMES[x.dtype]:<5} {list(x.shape)} rebuilt" for name, x in self.rebuilt.items()]
         return "\n".join([f"Trace({', '.join(about)})", *rows])
-
-
-def open_file(path: Path) -> Trace:
-    """Open one safetensors file, without reading its data.
-
-    Raises:
-        TraceError: it does not exist, is not safetensors, or has a format version that this bhfast does not know.
-        DamageError: it is truncated, or its header does not fit its data.
-    """
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size < 8:
-                raise TraceError(f"{path} is not a safetensors file: it has {size} bytes")
-            flags = mmap.MAP_PRIVATE | MAP_NORESERVE
-            data = mmap.mmap(file.fileno(), size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-    except OSError as error:
-        raise TraceError(f"cannot open the trace {path}: {error.strerror}") from None
-    header, start = decode_header(path, data, size)
-    metadata = header.get("__metadata__")
-    metadata = {} if metadata is None else metadata
-    if not isinstance(metadata, dict) or not all(isinstance(x, str) for x in metadata.values()):
-        raise DamageError(f"{path} is corrupted: its metadata are not a JSON object of strings")
-    tensors = {
-        name: _view(data, start + first, dtype, shape)
-        for name, (dtype, shape, first, _) in _entries(path, header, size - start)
-        if not name.startswith(PADDING)
-    }
-    trace = Trace(path, tensors, metadata, header)
-    version = metadata.get("format_version", "1")
-    if metadata.get("format") == FORMAT and version not in READABLE_VERSIONS:
-        if trace.header_is_intact() is False:
-            raise DamageError(f"{path} is corrupted: its header is not the one that was written")
-        raise TraceError(
-            f"{path} has format version {version!r:.20}, this bhfast reads {' and '.join(READABLE_VERSIONS)}: "
-            "use a newer bhfast"
-        )
-    return trace
-
-
-def _entries(
-    path: Path, header: dict[str, Any], size: int
-) -> list[tuple[str, tuple[torch.dtype, list[int], int, int]]]:
-    """Return the header's tensors in file order, after checking that they cover ``size`` bytes without gaps."""
-    found = [(name, decode_entry(path, name, x)) for name, x in header.items() if name != "__metadata__"]
-    found.sort(key=lambda item: item[1][2:])
-    end = 0
-    for name, (_, _, first, last) in found:
-        if first != end:
-            raise DamageError(f"{path} is corrupted: {name} starts at byte {first} of the data, wanted {end}")
-        end = last
-    if end != size:
-        what = "truncated" if end > size else "corrupted"
-        raise DamageError(f"{path} is {what}: its header describes {end} bytes of data, the file has {size}")
-    return found
-
-
-def _view(data: mmap.mmap, offset: int, dtype: torch.dtype, shape: list[int]) -> TraceTensor:
-    count = math.prod(shape)
-    if count == 0:
-        tensor = torch.empty(0, dtype=dtype).as_strided(shape, [0] * len(shape))
-    elif offset % dtype.itemsize:  # foreign files need not align their tensors
-        raw = bytearray(data[offset : offset + count * dtype.itemsize])
-        tensor = torch.frombuffer(raw, dtype=dtype).view(shape)
-    else:
-        tensor = torch.frombuffer(data, dtype=dtype, count=count, offset=offset).view(shape)
-    return tensor.as_subclass(TraceTensor)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,9 +12,10 @@ import numpy as np
 from torch import Tensor
 
 from bhfast.errors import DamageError, TraceError
-from bhfast.trace.format import HEADER_CHECKSUM, bytes_of, parse_json
-from bhfast.trace.reader import Trace, open_file
-from bhfast.trace.tensors import ShardedTensor
+from bhfast.trace.format import HEADER_CHECKSUM, KEYFRAME_STEPS, KEYFRAMES, bytes_of, parse_json
+from bhfast.trace.opening import open_file
+from bhfast.trace.reader import Trace
+from bhfast.trace.tensors import ShardedTensor, first_records
 
 INDEX_FORMAT = "bhfast-trace-index"
 INDEX_SUFFIX = ".index.json"
@@ -81,17 +82,38 @@ def read_index(path: Path) -> Index:
         whole = {name: opened(file)[name] for name, file in weight_map.items() if name not in shards}
         records = min(len(trace.steps) for trace in files.values())
         shared = {name: _join(name, shard, opened) for name, shard in shards.items()}
-        records = min([records, *(len(tensor) for tensor in shared.values())])
+        for name, file in weight_map.items():  # key frames: their tensors of all steps are rebuilt, file by file
+            logical = name.removesuffix(KEYFRAMES)
+            if logical in files[file].rebuilt:
+                if name in shards:
+                    shared[logical] = _join(logical, shards[name], opened)
+                else:
+                    whole[logical] = files[file][logical]
+        frames = _common_frames(files.values())
+        records = min([records, *(len(tensor) for name, tensor in shared.items() if not name.endswith(KEYFRAMES))])
     except TraceError:
         raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise DamageError(f"{path} is corrupted, or is not the index of a trace: {error}") from None
     lengths = len(whole["recorded_steps"]) if "recorded_steps" in whole else records
-    tensors = {name: x[:records] if x.dim() and len(x) == lengths else x for name, x in whole.items()}
+    tensors = {**whole, **shared}
+    for name, x in tensors.items():
+        if name.endswith(KEYFRAMES) or name == KEYFRAME_STEPS:
+            tensors[name] = first_records(x, frames)
+        elif name in shared or (x.dim() and len(x) == lengths):
+            tensors[name] = first_records(x, records)
     first = next(iter(files.values()))
     metadata = {key: text for key, text in first.metadata.items() if not key.startswith(("crc32", HEADER_CHECKSUM))}
-    trace = Trace(path, {**tensors, **{name: x.first(records) for name, x in shared.items()}}, metadata)
+    trace = Trace(path, tensors, metadata)
+    for own in files.values():
+        own.logged = trace
     return Index(trace, files, shards, weight_map)
+
+
+def _common_frames(files: Iterable[Trace]) -> int:
+    """Return how many key frames, from the first on, are of the same steps in all files."""
+    steps = [trace[KEYFRAME_STEPS].tolist() for trace in files if KEYFRAME_STEPS in trace]
+    return sum(1 for own in zip(*steps, strict=False) if len(set(own)) == 1)
 
 
 def disagreements(index: Index) -> Iterator[str]:
@@ -111,7 +133,7 @@ def disagreements(index: Index) -> Iterator[str]:
             yield f"{file} belongs to the index {told.get('index')!r:.60}, not to {index.trace.path.name}"
         if told.get("tensors") != listed:
             yield f"{file} and the index disagree on the shapes or offsets of the parts in it"
-        for name in trace.keys() - listed.keys():
+        for name in trace.keys() - trace.rebuilt.keys() - listed.keys():
             home = index.files.get(index.weight_map.get(name, ""))
             if name in told.get("unlisted", ()) and home is None:
                 continue

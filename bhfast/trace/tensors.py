@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from bhfast.trace.lazy import LazyTensor
 
 
 class TraceTensor(Tensor):
@@ -55,7 +56,7 @@ class TraceTensor(Tensor):
         return raw.view(getattr(ml_dtypes, name))
 
 
-class ShardedTensor:
+class ShardedTensor(LazyTensor):
     """A tensor that several files share. Indexing it reads only the shards that the index touches.
 
     Indexing it like a tensor ``[R, ...]`` returns tensors. It cannot be computed with: operators and torch functions
@@ -69,69 +70,16 @@ class ShardedTensor:
         shape, dtype: those of the whole tensor.
     """
 
-    __array_ufunc__ = None  # so that numpy leaves operators to this class
-    __hash__ = object.__hash__
+    kind = "sharded"
 
-    def __init__(self, parts: Sequence[tuple[Tensor, Sequence[int]]], shape: Sequence[int]) -> None:
-        self.shape = torch.Size(shape)
-        self.dtype = parts[0][0].dtype
+    def __init__(self, parts: Sequence[tuple[Any, Sequence[int]]], shape: Sequence[int]) -> None:
+        super().__init__(shape, parts[0][0].dtype)
         self._parts = parts
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # What it is
-
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    def dim(self) -> int:
-        return len(self.shape)
-
-    def size(self, dim: int | None = None) -> Any:
-        return self.shape if dim is None else self.shape[dim]
-
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __repr__(self) -> str:
-        return f"ShardedTensor({list(self.shape)}, {self.dtype}, {len(self._parts)} parts)"
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # What it reads
-
-    def __getitem__(self, index: Any) -> Tensor:
-        index = tuple(map(_simplified, index if isinstance(index, tuple) else (index,)))
-        rest: list[Any]
-        step, *rest = index or (slice(None),)
-        is_several = isinstance(step, Tensor) and step.dim() == 1
-        is_simple = type(step) is int or isinstance(step, slice) or is_several  # bool is an int, but not an index
-        if any(x is Ellipsis or x is None for x in index) or not is_simple:
-            return self._read(slice(None), 0, self.shape[1])[index]
-        if is_several and not all(isinstance(x, int | slice) for x in rest):
-            return self._read(slice(None), 0, self.shape[1])[index]  # pairs of indices
-        if isinstance(step, int) and not -len(self) <= step < len(self):
-            raise IndexError(f"index {step} is out of bounds for {len(self)} records")
-        low, high = 0, self.shape[1]
-        if rest and isinstance(rest[0], int):
-            if not -high <= rest[0] < high:
-                raise IndexError(f"index {rest[0]} is out of bounds for axis 1, which has {high}")
-            low = rest[0] % high
-            high, rest[0] = low + 1, 0
-        elif rest and isinstance(rest[0], slice) and rest[0].step in (None, 1):
-            low, high, _ = rest[0].indices(high)
-            rest[0] = slice(None)
-        steps = slice(step, step + 1 or None) if isinstance(step, int) else step
-        found = self._read(steps, low, max(low, high))
-        return found[(0 if isinstance(step, int) else slice(None), *rest)]
-
     def _read(self, steps: slice | Tensor, low: int, high: int) -> Tensor:
-        """Return the rows from ``low`` to ``high`` of some steps."""
         whole: Tensor | None = None
         for part, (_, first, *columns) in self._parts:
-            rows = part[:, max(low, first) - first : max(0, min(high, first + part.shape[1]) - first)][steps]
+            rows = part[steps, max(low, first) - first : max(0, min(high, first + part.shape[1]) - first)]
             if whole is None:
                 whole = torch.empty((len(rows), high - low, *self.shape[2:]), dtype=self.dtype)
             at = max(first - low, 0)
@@ -142,72 +90,15 @@ class ShardedTensor:
         assert whole is not None
         return whole.as_subclass(TraceTensor)
 
-    def __iter__(self) -> Iterator[Tensor]:
-        return (self[record] for record in range(len(self)))
+    def __repr__(self) -> str:
+        return f"ShardedTensor({list(self.shape)}, {self.dtype}, {len(self._parts)} parts)"
 
     def first(self, records: int) -> ShardedTensor:
-        """Return the first ``records`` records, without reading them."""
-        return ShardedTensor([(part[:records], offset) for part, offset in self._parts], [records, *self.shape[1:]])
-
-    def float(self) -> Tensor:
-        """Read all of it as float32."""
-        return self[:].float()
-
-    def numpy(self) -> np.ndarray:
-        """Read all of it as a numpy array; see :meth:`TraceTensor.numpy`."""
-        return self[:].numpy()
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        if copy is False:
-            raise ValueError("a sharded tensor cannot become an array without a copy")
-        array = self.numpy()
-        return array if dtype is None else array.astype(dtype)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        memo[id(self)] = copied = self[:]
-        return copied
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self[:].__reduce_ex__(protocol)
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # What it refuses
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
-        raise TypeError(f"{func.__name__} does not take a sharded tensor: index it first, tensor[...]")
-
-    def __getattr__(self, name: str) -> NoReturn:
-        raise AttributeError(f"a sharded tensor has no {name}: index it first, tensor[...].{name}")
+        return ShardedTensor(
+            [(first_records(part, records), offset) for part, offset in self._parts], [records, *self.shape[1:]]
+        )
 
 
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)  # uint8 is a mask
-
-
-def _simplified(index: Any) -> Any:
-    """Turn an index of one axis into an int, a slice or a tensor, if it is equivalent to one."""
-    if isinstance(index, bool | slice):
-        return index
-    if isinstance(index, int | np.integer):
-        return int(index)
-    if isinstance(index, list | np.ndarray):
-        index = torch.as_tensor(index) if len(index) else torch.empty(0, dtype=torch.int64)
-    is_number = isinstance(index, Tensor) and index.dim() == 0 and index.dtype in _INTEGERS
-    return int(index) if is_number else index
-
-
-def _refusing(operator: str) -> Any:
-    def refuse(self: ShardedTensor, *others: Any) -> NoReturn:
-        raise TypeError(f"a sharded tensor has no {operator}: index it first, tensor[...]")
-
-    return refuse
-
-
-_BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift")
-_OPERATORS = (
-    *("eq", "ne", "lt", "le", "gt", "ge", "neg", "pos", "abs", "invert", "bool", "int", "float", "complex", "index"),
-    *("contains", "setitem"),
-    *(prefix + name for name in _BINARY for prefix in ("", "r", "i")),
-)
-for _name in _OPERATORS:
-    setattr(ShardedTensor, f"__{_name}__", _refusing(f"__{_name}__"))
+def first_records(part: Any, records: int) -> Any:
+    """Return the first ``records`` records of any tensor of a trace, unread."""
+    return part.first(records) if isinstance(part, LazyTensor) else part[:records]
