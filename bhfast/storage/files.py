@@ -1,4 +1,4 @@
-"""Writing to files: all of it, at its place, and onto the disk."""
+"""Reading and writing files: exactly the bytes wanted, at an offset, and safely onto the disk."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def is_at(fd: int, path: Path) -> bool:
 
 
 def remove(fd: int, partial: Path) -> None:
-    """Remove the open file ``partial``, its journal and its copy, unless ``partial`` names another file by now.
+    """Remove the open file ``partial``, its journal and its copy, unless ``partial`` now names another file.
 
-    If ``partial`` cannot be removed it is emptied, so that it neither fills the disk nor stops the next run. It goes
-    first: a journal without it means nothing.
+    If ``partial`` cannot be removed it is emptied, so that it neither fills the disk nor stops the next run. It is
+    removed first, because a journal without it means nothing.
     """
     with suppress(OSError):
         if not is_at(fd, partial):
@@ -63,7 +63,7 @@ def read_at(fd: int, size: int, offset: int) -> bytes:
 
 
 def write_at(fd: int, data: memoryview, offset: int) -> None:
-    """Write all of ``data``, however little the system takes at once."""
+    """Write all of ``data``, in as many calls as it takes."""
     while data:
         written = os.pwrite(fd, data[:CHUNK], offset)
         data, offset = data[written:], offset + written
@@ -75,7 +75,7 @@ def sync(fd: int) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until a change of names in ``folder`` is on the disk; warn if that cannot be had."""
+    """Wait until changed names in ``folder`` are on the disk; warn if that fails."""
     try:
         fd = os.open(folder, os.O_RDONLY)
         try:
