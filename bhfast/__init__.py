@@ -33,7 +33,7 @@ __all__ = [*_HOME, "__version__", "train"]
 
 def __getattr__(name: str) -> Any:
     if name == "train":
-        return import_module("bhfast.train")  # a module that is called like the function it is named after
+        return import_module("bhfast.train")  # the module can be called like its function of the same name
     if name in _HOME:
         return getattr(import_module(f"bhfast.{_HOME[name]}"), name)
     raise AttributeError(f"module 'bhfast' has no attribute {name!r}")

@@ -14,12 +14,12 @@ PROGRAMS = {
     "verify": "prove a trace by replaying it",
     "recover": "make a trace from a run that was killed",
     "report": "show what happened in a run or a sweep",
-    "doctor": "report what this machine has",
+    "doctor": "report the hardware, and what bhfast will use of it",
 }
 
 
 def main() -> int:
-    """Run the program that the first argument names."""
+    """Run the program that the first argument names; return its exit status."""
     with lasting_streams():
         return _main()
 

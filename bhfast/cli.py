@@ -1,4 +1,4 @@
-"""What all programs share: how they print, and how they end."""
+"""What all programs share: how they print and how they end."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def run_program(
     Args:
         parser: its ``prog`` is the name of the program in error messages.
         program: takes the parsed arguments; returns the exit status.
-        argv: the arguments; None for those of the process.
+        argv: the arguments; None for ``sys.argv[1:]``.
     """
     with lasting_streams():
         try:
@@ -39,8 +39,9 @@ def run_program(
 def lasting_streams() -> Iterator[None]:
     """Keep stdin, stdout and stderr usable inside the block, whatever happens at their other ends.
 
-    One that is closed becomes the null device; otherwise a trace could be opened under its number, and printed into.
-    Output to a reader that has gone away, a closed terminal or a full disk is dropped instead of ending the run.
+    A stream that is closed becomes the null device. Otherwise a trace could get its file descriptor, and output would
+    end up in the trace. Output to a reader that has gone away, a closed terminal or a full disk is dropped instead of
+    ending the run.
     """
     for fd in range(3):
         try:

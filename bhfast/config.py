@@ -45,12 +45,12 @@ class TrainConfig:
         "record embeddings and moments at every step that is a multiple of this only; readers rebuild the others from "
         "the gradients; 0 records them at every step",
     )
-    init_scale: float = _setting(0.02, "spread of the black hole's centre")
+    init_scale: float = _setting(0.02, "spread of the black hole's center")
     vocab_size: int = _setting(128, "number of tokens; every byte of the corpus must be below it")
     hidden_dim: int = _setting(64, "dimensions of a token vector")
     layers: int = _setting(2, "transformer blocks")
     heads: int = _setting(2, "attention heads")
-    context: int = _setting(128, "bytes the network sees of a window")
+    context: int = _setting(128, "bytes of a window that the network sees")
     target_offset: int = _setting(
         2, "position t predicts byte t + this: 2 as in the reference experiment, 1 for next-byte training"
     )
@@ -71,7 +71,7 @@ class TrainConfig:
     )
     storage: str = _setting(
         "auto",
-        "keep the recording in memory, or stream it to the file; auto streams if it needs more than half of the memory",
+        "keep the recording in memory, or stream it to the file; auto streams if it needs over half of free memory",
         choices=STORAGES,
     )
     overwrite: bool = _setting(False, "replace a trace of another run")

@@ -47,12 +47,12 @@ def load_corpus(path: str | os.PathLike[str] | None, *, vocab_size: int, window:
     """Load the corpus ``path``. If that is None, load ``data/gatsby_clean.txt`` if it exists, else the built-in corpus.
 
     Args:
-        path: a file of text, or None.
+        path: a text file, or None.
         vocab_size: every byte must be below this.
-        window: the corpus must have at least as many bytes.
+        window: the corpus must have at least this many bytes.
 
     Raises:
-        CorpusError: the file is missing, empty, shorter than a window, or has a byte outside of the vocabulary.
+        CorpusError: the file is missing, empty, shorter than a window, or has a byte outside the vocabulary.
     """
     if path is not None:
         name, path = str(path), Path(path)
@@ -130,7 +130,7 @@ def download(url: str) -> str:
     """Download a UTF-8 text.
 
     Raises:
-        CorpusError: there is no network, or no such file there.
+        CorpusError: there is no network, or no file at that address.
     """
     try:
         with urllib.request.urlopen(url, timeout=30) as response:
@@ -160,7 +160,7 @@ def _make_gatsby(args: argparse.Namespace) -> int:
     digest = hashlib.sha256(clean).hexdigest()
     print(f"{args.out}: {len(clean):,} bytes, {len(set(clean))} of 128 bytes occur, SHA-256 {digest}")
     if digest != GATSBY_SHA256:
-        print(f"note: these are not the reference bytes (SHA-256 {GATSBY_SHA256}): the source has another text")
+        print(f"note: these are not the reference bytes (SHA-256 {GATSBY_SHA256}): the source text is different")
     return 0
 
 

@@ -25,7 +25,7 @@ PACKAGES = ("numpy", "safetensors", "tqdm", "unidecode", "pytest", "pytest-bench
 
 
 def self_test() -> str | None:
-    """Compare three steps of FusedAdam with torch's AdamW on the CPU; return the difference, or None."""
+    """Compare three steps of FusedAdam with torch's AdamW on the CPU; return the difference in words, or None."""
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(1000, generator=generator).bfloat16()
     ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))

@@ -1,4 +1,4 @@
-"""The errors that a user can fix; the programs print them without a traceback."""
+"""Errors that a user can fix. The programs print them without a traceback."""
 
 
 class BhfastError(Exception):
@@ -14,11 +14,11 @@ class CorpusError(BhfastError, ValueError):
 
 
 class TraceError(BhfastError, ValueError):
-    """A trace is truncated, corrupted, not a trace, or lacks what is asked of it."""
+    """A trace is truncated, corrupted, not a trace, or does not have what is needed."""
 
 
 class RecordingWarning(UserWarning):
-    """Something is missing from a recording; the training goes on, and the trace says what is missing."""
+    """Something is missing from a recording. Training continues, and the trace says what is missing."""
 
 
 class StorageError(BhfastError):
@@ -26,4 +26,4 @@ class StorageError(BhfastError):
 
 
 class DamageError(TraceError):
-    """A trace file is not as it was written: truncated, or with bytes changed."""
+    """A trace file is not as it was written: it is truncated, or bytes were changed."""

@@ -1,4 +1,4 @@
-"""Which experiment a trace is of, and whether two are the same."""
+"""Identifies the experiment of a trace, and tells whether two are the same."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def require_same_experiment(path: Path, metadata: dict[str, str]) -> None:
     """Check that the trace at ``path`` is of the experiment that ``metadata`` describes.
 
     Raises:
-        StorageError: it is of another one, or not a trace of :func:`bhfast.train.train`.
+        StorageError: it is of another experiment, or was not written by :func:`bhfast.train.train`.
     """
     way_out = "pass --overwrite to replace it, or choose another file with --out"
     try:
@@ -55,10 +55,10 @@ def require_same_experiment(path: Path, metadata: dict[str, str]) -> None:
 
 
 def _changed_settings(trace: Trace, metadata: dict[str, str]) -> list[str]:
-    """Return in words how the experiment of a trace differs from the one that ``metadata`` describes.
+    """Return which settings of a trace differ from those that ``metadata`` describes, in words.
 
     Raises:
-        KeyError, ValueError: the trace is not one of :func:`bhfast.train.train`.
+        KeyError, ValueError: the trace was not written by :func:`bhfast.train.train`.
     """
     old, new = (
         json.loads(x["config"]) | {"corpus": None} | {key: x[key] for key in RESOLVED}
@@ -68,10 +68,10 @@ def _changed_settings(trace: Trace, metadata: dict[str, str]) -> list[str]:
 
 
 def is_run_of(path: str | os.PathLike[str], config: TrainConfig) -> bool:
-    """Return whether ``path`` is a trace of this experiment from its first step to its last.
+    """Return whether ``path`` is a complete trace of this experiment.
 
-    Only the header, the recorded steps and the corpus are read. The settings ``keyframes``, ``out``, ``overwrite``, ``quiet`` and
-    ``storage`` are not compared: they do not change what is recorded.
+    Only the header, the recorded steps and the corpus are read. The settings ``keyframes``, ``out``, ``overwrite``,
+    ``quiet`` and ``storage`` are not compared: they do not change what is recorded.
 
     Raises:
         BhfastError: the corpus, the device or the engine is not available.

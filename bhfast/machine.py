@@ -22,7 +22,7 @@ def select_device(name: str) -> tuple[torch.device, str]:
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         first = next(device for device, ready in available.items() if ready)
-        return torch.device(first), "the first there is of cuda, mps and cpu"
+        return torch.device(first), "the first available of cuda, mps and cpu"
     if not available[name]:
         raise ConfigError(
             f"device {name} is not available here; use --device {' or '.join(d for d in available if available[d])}"

@@ -110,7 +110,7 @@ def window_loss(logits: Tensor, window: Tensor, target_offset: int) -> Tensor:
 
     Args:
         logits: ``[B, T, V]``, for the first T bytes of ``window``.
-        window: int64 ``[B, T + 1]``. Positions whose target is outside of it do not count.
+        window: int64 ``[B, T + 1]``. Positions whose target lies outside the window do not count.
         target_offset: 1 is next-byte training; 2 is the reference experiment.
     """
     targets = F.pad(window[:, target_offset:], (0, target_offset - 1), value=NO_TARGET)  # [B, T]
@@ -133,7 +133,7 @@ def build_model(
         config: the sizes.
         sigma: standard deviation of the tokens around the center.
         init_scale: standard deviation of the center's coordinates.
-        seed: of the generator.
+        seed: the seed of the generator.
         device: where to put the network.
 
     Returns:

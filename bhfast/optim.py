@@ -21,7 +21,7 @@ ALIGNMENT = 16  # bytes; kAccessBytes in csrc/cuda/launch.h
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """AdamW with arithmetic specified to the bit (see :mod:`bhfast.ops`), which updates all parameters in one pass.
+    """AdamW with arithmetic specified to the bit (see :mod:`bhfast.ops.kernels`); updates all parameters in one pass.
 
     ``state_dict`` is interchangeable with ``torch.optim.AdamW``'s in both directions, with ``exp_avg`` and
     ``exp_avg_sq`` in the parameter's dtype. (Loading float32 moments for bfloat16 parameters rounds them:
@@ -81,11 +81,11 @@ class FusedAdam(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._cached = {}
-        self.__dict__.setdefault("_recording", None)  # a copy is not recorded; load_state_dict also ends up here
+        self.__dict__.setdefault("_recording", None)  # a copy is not recorded; load_state_dict also calls this
         super().__setstate__(state)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        # torch wraps its method to disable torch.compile. The wrapper imports torch.compile, which takes a second.
+        # torch wraps this method to disable torch.compile. The wrapper imports torch.compile, which takes a second.
         inspect.unwrap(torch.optim.Optimizer.add_param_group)(self, param_group)
         for param in self.param_groups[-1]["params"]:
             if param.dtype not in DTYPES:

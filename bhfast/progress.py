@@ -1,4 +1,4 @@
-"""What a run prints while it goes on."""
+"""What a run prints while it runs."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ PROGRESS_EVERY = 100  # steps
 
 
 class ProgressMonitor:
-    """Shows the latest loss, and reports the first gradient that is not finite, without waiting for a GPU.
+    """Shows the latest loss, and reports the first gradient that is not finite, without waiting for a GPU to finish.
 
     Args:
-        engine: whose losses and gradient norms are watched.
+        engine: its losses and gradient norms are watched.
         bar: shows the loss.
         progress: called on every update with the steps done and the latest known loss; None for no calls.
     """
@@ -31,16 +31,16 @@ class ProgressMonitor:
         self.progress = progress
         self.loss = math.nan
         self.first = self.seen = 0  # the latest copy is of the steps from `first` up to, but not including, `seen`
-        self.copy: Tensor | None = None  # loss, and the index of the first bad norm or -1; perhaps not yet complete
+        self.copy: Tensor | None = None  # loss, and the index of the first bad norm or -1; perhaps still being copied
         self.copied: torch.cuda.Event | None = None
         self.is_finite = True
 
     def update(self, step: int, *, wait: bool = False) -> None:
-        """Show what has arrived from the device, and copy more if it is time to.
+        """Show what has arrived from the device, and start another copy if it is time to.
 
         Args:
             step: how many steps are done.
-            wait: wait for all of it, at the end of a run.
+            wait: wait until everything has arrived and is shown, at the end of a run.
         """
         if self.copy is not None and (wait or self.copied is None or self.copied.query()):
             self._show(self.copy)
@@ -74,7 +74,7 @@ class ProgressMonitor:
 def status_printer(quiet: bool) -> Callable[[str], None]:
     """Return a function that prints a line and flushes it; if ``quiet``, one that does nothing.
 
-    A run goes on when its reader goes away, as in ``bhfast train | head``.
+    A run continues if the reader of its output goes away, as in ``bhfast train | head``.
     """
 
     def print_status(text: str) -> None:

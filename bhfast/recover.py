@@ -134,7 +134,7 @@ def _recover_and_say(args: argparse.Namespace) -> int:
     result = recover(args.file)
     if result.damaged:
         print(f"left out {result.damaged:,} records after step {result.last_step:,}: a checksum does not match")
-    print(f"{result.path}: {result.records:,} records, steps 0 to {result.last_step:,}; all checksums hold")
+    print(f"{result.path}: {result.records:,} records, steps 0 to {result.last_step:,}; all checksums match")
     return 0
 
 

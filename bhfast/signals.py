@@ -1,6 +1,6 @@
 """SIGINT, SIGTERM and SIGHUP during a recording: they end it between two steps, never in the middle of one.
 
-SIGHUP comes when a terminal is closed. If it is ignored, as ``nohup`` has it, it stays ignored.
+SIGHUP arrives when a terminal is closed. If it is ignored, as under ``nohup``, it stays ignored.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextmanager
 def deferred_signals(*, redeliver: bool = False) -> Iterator[list[signal.Signals]]:
-    """Collect the signals that come inside the block instead of acting on them.
+    """Collect the signals that arrive inside the block instead of acting on them.
 
     Args:
         redeliver: whether to raise them again after the block.
@@ -51,7 +51,7 @@ def terminable() -> Iterator[None]:
         yield
 
 
-_previous: list[dict[signal.Signals, Any]] = []  # the handlers that each of the blocks we are in has replaced
+_previous: list[dict[signal.Signals, Any]] = []  # for each block that is open, the handlers it replaced
 
 
 @contextmanager
@@ -63,7 +63,7 @@ def _handlers(wanted: dict[signal.Signals, Any]) -> Iterator[None]:
     try:
         yield
     finally:
-        if previous in _previous:  # else this is a child that was forked inside the block, and has them back
+        if previous in _previous:  # else this is a child forked inside the block, which already restored them
             _previous.remove(previous)
             _restore(previous)
 
@@ -74,7 +74,7 @@ def _restore(handlers: dict[signal.Signals, Any]) -> None:
 
 
 def _restore_in_child() -> None:
-    """Give a forked child the handlers from before the recording, which is none of its business."""
+    """Restore a forked child's handlers from before the recording, because the child does not record."""
     while _previous:
         _restore(_previous.pop())
 

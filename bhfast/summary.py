@@ -33,7 +33,7 @@ def window_means(steps: Tensor, losses: Tensor) -> list[float]:
 
 
 def final_loss(steps: Tensor, losses: Tensor) -> float:
-    """Return the mean loss of the last 1,000 steps, or of all if there are fewer. Arguments as :func:`window_means`."""
+    """Return the mean loss of the last 1,000 steps, or of all if there are fewer. See :func:`window_means`."""
     return losses[steps > steps[-1:] - WINDOW].double().mean().item()
 
 
@@ -47,8 +47,8 @@ def require_reference_trace(trace: Trace) -> None:
 
 
 def _odd(trace: Trace) -> str | None:
-    """Return what tensor of a trace is not as the reference run has it, and how; None if all are."""
-    sizes: dict[str, int] = {}  # by axis, as the first tensor has it
+    """Return how a tensor of a trace differs from that of the reference run; None if none does."""
+    sizes: dict[str, int] = {}  # by axis, from the first tensor that has it
     for name, (dtype, axes) in REFERENCE.items():
         if name not in trace:
             continue
@@ -65,7 +65,7 @@ def _odd(trace: Trace) -> str | None:
 
 
 def verification_figures(trace: Trace) -> str:
-    """Return the verification figures of a reference run, one per line, as far as its records go.
+    """Return the verification figures of a reference run, one per line: those that its records allow.
 
     Raises:
         TraceError: ``trace`` is not of the reference run.

@@ -77,14 +77,14 @@ class TrainResult:
 def train(config: TrainConfig | None = None, *, progress: Callable[[int, float], None] | None = None) -> TrainResult:
     """Train and record one run.
 
-    Ctrl-C, SIGTERM and SIGHUP end it after the steps under way, with a valid trace of the steps so far; ``steps`` of
-    the result says how many. Any other exception in the loop also leaves such a trace, and is raised. Outside the main
-    thread, where Python cannot install signal handlers, signals do what they did before.
+    Ctrl-C, SIGTERM and SIGHUP end the run after the steps under way, with a valid trace of the steps so far; ``steps``
+    of the result says how many. An exception in the loop also leaves such a trace, and is raised. Outside the main
+    thread Python cannot install signal handlers, so signals have their usual effect.
 
     Args:
         config: the settings; None for those of the reference run.
-        progress: called many times a second with the steps done and the latest known loss, which may be of an earlier
-            step, and is NaN before the first is known; at the end with the last of both.
+        progress: called many times a second with the number of steps done and the latest known loss. The loss may be
+            that of an earlier step, and is NaN before the first one is known. The last call has the final values.
 
     Raises:
         BhfastError: a setting is wrong, or something needed is missing; nothing was lost.
@@ -146,7 +146,7 @@ def _make_optimizer(config: TrainConfig, model: TiedGPT) -> FusedAdam:
 
 
 def _param_groups(model: TiedGPT, weight_decay: float) -> list[dict[str, Any]]:
-    """Return one group of all parameters, or with weight decay two, of which the second is exempt from it."""
+    """Return one group of all parameters; with weight decay, two groups, the second of which is exempt from it."""
     if not weight_decay:
         return [{"params": list(model.parameters()), "weight_decay": 0.0}]
     decayed: list[Parameter] = []
@@ -191,7 +191,7 @@ def _make_recorder(
 
 
 def _record_start(recorder: Recorder | NullRecorder, config: TrainConfig, center: Tensor, corpus: Corpus) -> None:
-    """Record what stays the same in all steps, and as record 0 the start: no loss yet, and zeros."""
+    """Record what stays the same in all steps, and record 0: no loss yet, and zeros."""
     scalars = {
         "init_scale": config.init_scale,
         "sigma": config.sigma,
@@ -222,9 +222,9 @@ def _run(
     signals: Sequence[signal.Signals],
     progress: Callable[[int, float], None] | None,
 ) -> tuple[int, float]:
-    """Run all steps, or as many as are done when a signal comes; return how many, and the seconds they took.
+    """Run all steps, or stop when a signal arrives; return how many were done, and the seconds they took.
 
-    Steps run in bursts. Their length is doubled until one takes about ``BURST_SECONDS``.
+    Steps run in bursts, whose length doubles until one takes about ``BURST_SECONDS``.
     """
     step, burst = 0, 1
     start = time.perf_counter()
@@ -245,7 +245,7 @@ def _run(
 
 @contextmanager
 def _frozen_heap() -> Iterator[None]:
-    """Hide what is loaded so far from the garbage collector, which would walk through all of torch during the loop."""
+    """Hide everything loaded so far from the garbage collector, which would otherwise scan all of torch in the loop."""
     gc.freeze()
     try:
         yield

@@ -63,8 +63,8 @@ class Verification:
             return f"DIFFERENT: {self.difference.text}"
         note = "" if self.has_header_checksum else " (but its header has none: format version 1)"
         if self.reason:
-            return f"checksums hold{note}, but {self.reason}: not replayed"
-        return f"{self.replayed:,} steps replayed, all bits of moments and parameters agree; checksums hold{note}"
+            return f"not replayed, because {self.reason}; all checksums match{note}"
+        return f"{self.replayed:,} steps replayed, all bits of moments and parameters agree; all checksums match{note}"
 
 
 def verify(path: str | os.PathLike[str]) -> Verification:

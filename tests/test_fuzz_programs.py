@@ -209,5 +209,5 @@ def test_there_is_nothing_to_draw_of_a_start(tmp_path: Path) -> None:
     status, _, err = run(report.main, tmp_path / "t", "--out", tmp_path / "out")
     assert (status, err) == (
         2,
-        f"bhfast report: error: {tmp_path / 't'} has one record, the start of a run: there is nothing to draw\n",
+        f"bhfast report: error: {tmp_path / 't'} has only one record, the start of a run: there is nothing to draw\n",
     )

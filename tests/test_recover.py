@@ -183,7 +183,7 @@ def killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_says_what_it_made(killed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(killed)]) == 0
     path = killed.with_suffix("")
-    assert capsys.readouterr().out == f"{path}: 61 records, steps 0 to 60; all checksums hold\n"
+    assert capsys.readouterr().out == f"{path}: 61 records, steps 0 to 60; all checksums match\n"
     assert_begins_like(path, reference(killed.parent, 60))
     assert sorted(x.name for x in killed.parent.iterdir()) == ["reference.safetensors", "t.safetensors"]
 

@@ -80,7 +80,7 @@ def test_auto_streams_what_outgrows_memory_and_says_why(tmp_path: Path, monkeypa
     weight = torch.nn.Parameter(torch.zeros(128, 64).bfloat16())
     optimizer = torch.optim.AdamW([weight])
     for memory, steps, said in [
-        (150e6, 1200, "stream (78.7 MB are more than half of the 150.0 MB of free memory): 78.7 MB for 1,201 records"),
+        (150e6, 1200, "stream (78.7 MB is more than half of the 150.0 MB of free memory): 78.7 MB for 1,201 records"),
         (158e6, 1200, "memory (it fits into the 158.0 MB of free memory): 78.7 MB for 1,201 records"),
         (1e9, None, "stream (the number of steps is not known): 0.1 MB a step"),
     ]:

@@ -201,7 +201,7 @@ def test_flags_override_the_file(flags: list[str], tmp_path: Path) -> None:
         (["--sigma", "nan"], "sigma must be finite and at least 0, got nan"),
         (
             ["--record-every", "0"],
-            "record_every must be at least 1 in a sweep, got 0: all that a sweep leaves are its traces",
+            "record_every must be at least 1 in a sweep, got 0: a sweep keeps nothing but its traces",
         ),
         (["--jobs", "0"], "jobs must be at least 1, got 0"),
     ],
@@ -216,7 +216,7 @@ def test_a_file_of_something_else_is_not_replaced(flags: list[str], tmp_path: Pa
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "sweep.json").write_text("{}")
     assert main(flags) == 2
-    assert "sweep.json is not of a sweep; delete it" in capsys.readouterr().err
+    assert "sweep.json does not belong to a sweep; delete it" in capsys.readouterr().err
     assert (tmp_path / "out" / "sweep.json").read_text() == "{}"
 
 
@@ -360,7 +360,7 @@ def test_knows_its_share(environment: dict[str, str], share: tuple[int, int]) ->
     ],
 )
 def test_refuses_a_share_that_is_none(environment: dict[str, str]) -> None:
-    with pytest.raises(ConfigError, match="do not name a share of the runs"):
+    with pytest.raises(ConfigError, match="do not determine a share of the runs"):
         rank_and_world(environment)
 
 
@@ -440,7 +440,7 @@ def test_a_sweep_that_is_ended_goes_on(number: signal.Signals, flags: list[str],
         assert partial.exists()
     else:
         assert sweeping.returncode == 128 + number
-        assert f"interrupted by {number.name}; the same command continues with the rest" in printed
+        assert f"interrupted by {number.name}; run the same command again to continue" in printed
         assert errors == ""
         assert not partial.exists()
 

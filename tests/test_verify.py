@@ -120,7 +120,7 @@ def test_a_run_of_some_steps_has_its_checksums_compared(text: str, tmp_path: Pat
     reason = "a replay needs every step, but this run recorded only some (--record-every)"
     assert verify(path) == module.Verification(replayed=0, reason=reason, difference=None)
     assert main([str(path)]) == 2
-    assert capsys.readouterr().out == f"{path}: checksums hold, but {reason}: not replayed\n"
+    assert capsys.readouterr().out == f"{path}: not replayed, because {reason}; all checksums match\n"
     flip(path, "momentum", 2, 3, 4, bit=0)
     assert verify(path).difference.step == 6
 
@@ -211,7 +211,7 @@ def test_a_header_of_version_1_has_no_checksum(recorded: Path, capsys: pytest.Ca
     recorded.write_bytes(joined(header, data))
     capsys.readouterr()
     assert main([str(recorded)]) == 0
-    assert capsys.readouterr().out.endswith("checksums hold (but its header has none: format version 1)\n")
+    assert capsys.readouterr().out.endswith("all checksums match (but its header has none: format version 1)\n")
 
 
 @pytest.mark.parametrize("byte", [b"{", b"}", b"\0"])
@@ -324,7 +324,7 @@ def test_status_2_where_the_arithmetic_is_not_known(make, reason: str, tmp_path:
     path = tmp_path / "t"
     record(path, make)
     assert main([str(path)]) == 2
-    assert capsys.readouterr().out == f"{path}: checksums hold, but {reason}: not replayed\n"
+    assert capsys.readouterr().out == f"{path}: not replayed, because {reason}; all checksums match\n"
     flip(path, "loss", 3, bit=1)
     assert main([str(path)]) == 1
 

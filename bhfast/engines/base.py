@@ -1,4 +1,4 @@
-"""What an engine is given, and what it has to provide."""
+"""What an engine gets, and what it must provide."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class TrainingRun:
     target_offset: int
 
     def advance_optimizer(self, steps: int, done: int) -> None:
-        """Bring step counts and learning rates up to date after an engine has performed ``steps``, ``done`` in all."""
+        """Update step counts and learning rates after an engine has performed ``steps`` more steps, ``done`` in all."""
         self.optimizer.count(steps)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lrs[done - 1]
@@ -50,7 +50,7 @@ class StorageGuard:
 
     Args:
         run: its parameters, gradients and optimizer state are guarded.
-        holder: what cached the addresses, for the error message: "the CUDA graph".
+        holder: what cached the addresses, for the error message, such as "the CUDA graph".
     """
 
     def __init__(self, run: TrainingRun, holder: str) -> None:
@@ -76,10 +76,10 @@ class StorageGuard:
 
 
 class Engine(Protocol):
-    """What ``train`` needs of an engine.
+    """What ``train`` needs from an engine.
 
     Attributes:
-        losses, grad_norms: float32 ``[steps]`` on the model's device; filled up to the last step done.
+        losses, grad_norms: float32 ``[steps]`` on the model's device; filled in up to the last step done.
     """
 
     losses: Tensor

@@ -15,12 +15,12 @@ ENGINES = ("auto", "torch", "graph", "native")
 def select_engine(name: str, device: torch.device, model: GPTConfig | None = None) -> tuple[str, str]:
     """Return the engine to use, and why.
 
-    ``auto`` takes graph on CUDA and native on a CPU, and torch elsewhere or where these cannot run.
+    ``auto`` takes graph on CUDA and native on a CPU; it takes torch elsewhere, or if these cannot run.
 
     Args:
         name: one of ``ENGINES``.
         device: where the model is.
-        model: the sizes of the network; None: those of the reference run.
+        model: the sizes of the network; None for those of the reference run.
 
     Raises:
         ConfigError: there is no such engine, or it was asked for by name and cannot run here.
@@ -65,7 +65,7 @@ def _native_obstacle(device: torch.device, model: GPTConfig) -> str | None:
 
 
 def make_engine(name: str, run: TrainingRun) -> Engine:
-    """Build the engine that :func:`select_engine` named."""
+    """Build the engine that :func:`select_engine` chose."""
     if name == "graph":
         from bhfast.engines.graph import GraphEngine
 

@@ -17,9 +17,9 @@ class NativeEngine:
     """See :class:`bhfast.engines.base.Engine`. Needs the extension, and a bfloat16 network on the CPU.
 
     Args:
-        run: its network has sizes that :func:`bhfast.ops.extension.native_unsupported` does not object to.
-        threads: None: as many as torch uses, but no more than have work.
-        instruction_set: one of :func:`bhfast.ops.extension.native_instruction_sets`; None: the fastest.
+        run: what to run; :func:`bhfast.ops.extension.native_unsupported` must return None for the network's sizes.
+        threads: how many; None for as many as torch uses, but no more than there is work for.
+        instruction_set: one of :func:`bhfast.ops.extension.native_instruction_sets`; None for the fastest.
 
     Raises:
         ValueError, TypeError: the network or a tensor is not as required.

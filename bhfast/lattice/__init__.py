@@ -1,6 +1,7 @@
-"""Vectors on the bfloat16 lattice: where they are, how far they move, which of them are near, when they stop.
+"""Vectors on the bfloat16 lattice: where they are, how far they move, which are close together, when they stop.
 
-Every function takes ordinary tensors, and tensors of a trace, of which only the part in use is read.
+The functions take ordinary tensors and tensors of a trace; of the latter, those that go through all records read a few
+records at a time.
 
 ``coordinates``: single values as points of the lattice. ``adjacency``: vectors at the same point or at adjacent points.
 ``cloud``: all vectors of one record together. ``motion``: what changes from record to record.

@@ -1,4 +1,4 @@
-"""Which vectors share a point of the lattice, and which are at adjacent points."""
+"""Finds vectors that share a point of the lattice, and vectors at adjacent points."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bhfast.lattice.coordinates import coordinate
 CHUNK = 1 << 22  # coordinates processed at once
 LEAF_SIZE = 256  # points few enough to compare every pair
 AXES_TRIED = 32  # random axes among which to look for a cut
-AXES_TRIED_LATER = 256  # if none of those will do: at once, until all have been tried
+AXES_TRIED_LATER = 256  # if none of those will do: this many at once, until all have been tried
 MAX_KEPT = 0.8  # share of the points that either side of a cut may keep
 FILTER_AXES = 16  # compared first: they rule out most pairs
 
@@ -109,8 +109,8 @@ class Neighbours(NamedTuple):
 def neighbours(vectors: Tensor) -> Neighbours:
     """Find all pairs of neighbouring points, exactly.
 
-    The points are cut in two along one axis, again and again, where few of them lie at the cut. Those go to both sides,
-    so no pair of neighbours is separated. Once few points are left, every pair is compared.
+    The points are cut in two along one axis, again and again, at places where few points lie at the cut. Those few go
+    to both sides, so no pair of neighbours is separated. Once few points are left, every pair is compared.
 
     Args:
         vectors: bfloat16 ``[V, D]``; the first of several identical ones stands for all.
@@ -144,7 +144,7 @@ def _leaves(points: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _cut_in_two(points: np.ndarray, rows: np.ndarray, rng: np.random.Generator) -> list[np.ndarray] | None:
-    """Cut rows in two along some axis; None if there is no axis along which that is worth it."""
+    """Cut rows in two along some axis; return None if no axis allows a useful cut."""
     axes = rng.permutation(points.shape[1])
     groups = [axes[:AXES_TRIED]]
     groups += [axes[i : i + AXES_TRIED_LATER] for i in range(AXES_TRIED, len(axes), AXES_TRIED_LATER)]
@@ -153,7 +153,7 @@ def _cut_in_two(points: np.ndarray, rows: np.ndarray, rng: np.random.Generator) 
 
 
 def _best_cut(points: np.ndarray, rows: np.ndarray, axes: np.ndarray) -> list[np.ndarray] | None:
-    """Cut rows in two at or next to the median of the best of these axes; None if one side would keep nearly all."""
+    """Cut rows in two at or next to the median of the best of these axes; None if one side would keep most rows."""
     values = points[np.ix_(rows, axes)]
     median = np.partition(values, len(rows) // 2, axis=0)[len(rows) // 2].astype(np.int32)
     larger_side, (cut, axis) = min(

@@ -1,4 +1,4 @@
-"""All vectors of a record together: how many differ, where they are centred, how far they spread."""
+"""All vectors of a record together: how many are distinct, where their center is, how far they spread."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ class Life(NamedTuple):
 
 
 def life(embeddings: Tensor, steps: Tensor) -> Life:
-    """Find when each token leaves each phase, from its displacements between records.
+    """Find when each token leaves each phase of its life, from its displacements between records.
 
     Args:
         embeddings: bfloat16 ``[R, V, D]``.
@@ -109,7 +109,7 @@ def escape_steps(embeddings: Tensor, steps: Tensor) -> Tensor:
         steps: int64 ``[R]``, the step of each record.
 
     Returns:
-        int64 ``[V]``: the first step for a token that was never inside, -1 for one that is inside at the end.
+        int64 ``[V]``: the first recorded step for a token that was never inside, -1 for a token inside at the end.
     """
     last_inside = torch.full((embeddings.shape[1],), -1)  # index of a record
     for begin, chunk in chunks(embeddings):
@@ -121,7 +121,7 @@ def escape_steps(embeddings: Tensor, steps: Tensor) -> Tensor:
 
 
 def _in_black_hole(fingerprint: Tensor) -> Tensor:
-    """Return whether each of ``[n, V]`` has the most frequent value of its row, if that occurs at least twice.
+    """Return which values of ``[n, V]`` are the most frequent of their row, if that occurs at least twice: bool.
 
     Of several values that are equally frequent, the smallest counts.
     """

@@ -31,7 +31,7 @@ def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 @cache
 def _addcmul_is_fused() -> bool:
-    """Return whether ``torch.addcmul`` rounds once: try it where rounding the product first changes the result."""
+    """Return whether ``torch.addcmul`` rounds once, by trying values for which rounding the product first matters."""
     a = torch.full((67,), 1 + 2.0**-12)  # 67: whole vectors and a remainder on every instruction set
     return bool((torch.addcmul(-a, a, a) == _fma_float64(a, a, -a)).all())
 
@@ -164,7 +164,7 @@ def _adam(p: Tensor, g: Tensor, m: Tensor, v: Tensor, c: AdamCoefficients) -> tu
 
 
 def _lerp(start: Tensor, end: Tensor, weight: Tensor) -> Tensor:
-    """The bits of ``torch.lerp``, which starts from the nearer end."""
+    """Interpolate with the bits of ``torch.lerp``, which starts from the nearer end."""
     near_start = fma(weight, end - start, start)
     near_end = fma(1 - weight, -(end - start), end)
     return torch.where(weight < 0.5, near_start, near_end)

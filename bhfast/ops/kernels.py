@@ -28,7 +28,7 @@ from torch import Tensor
 from bhfast.ops.arithmetic import AdamCoefficients, _flatten, adam, adam_coefficients, grad_norm
 from bhfast.ops.checks import FIELDS, _check, _check_adam, _check_dense, _check_dtype, _check_record, _check_same
 
-CHUNK = 1 << 15  # elements updated at once: they stay in cache, and torch does not split them among threads at a loss
+CHUNK = 1 << 15  # elements updated at once: they fit in the cache, and are too few for torch to split among threads
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -39,7 +39,7 @@ _Result = TypeVar("_Result")
 
 
 def _operation(schema: str) -> Callable[[Callable[_Arguments, _Result]], Callable[_Arguments, _Result]]:
-    """Declare a torch operation by its default kernel; return a function that calls the fastest kernel available.
+    """Declare a torch operation with its default kernel; return a function that calls the fastest kernel available.
 
     The default kernel itself is the function's ``__wrapped__``.
     """
@@ -125,7 +125,7 @@ def adam_(
         clip_coef: float32 scalar that multiplies each gradient before it is used; on the CPU or on the parameters'
             device. None: no clipping.
         rounding: ``"per-op"`` or ``"opmath"``.
-        rings: where to record; may be empty. Each ``[slots, *shape]``, contiguous, all with as many slots.
+        rings: where to record; may be empty. Each ``[slots, *shape]``, contiguous, all with the same number of slots.
         ring_of: what each ring records: 4 times the parameter's index, plus the field's index in ``FIELDS``.
         step: int64 scalar, counted from 1, on the CPU or on the parameters' device; required with rings.
         every: record the steps that are a multiple of this, to slot ``step / every % slots``.
@@ -224,7 +224,7 @@ def _adam_torch_(p: Tensor, g: Tensor, m: Tensor, v: Tensor, coefficients: Tenso
 
 @cache
 def torch_rounds_per_op(dtype: torch.dtype) -> bool:
-    """Return whether torch's operations on this CPU round as :func:`adam` specifies: try them.
+    """Return whether torch's operations on this CPU round as :func:`adam` specifies, by trying them.
 
     For bfloat16 they do on a CPU with FMA; for float32 they also need a correctly rounded square root.
     """
@@ -241,7 +241,7 @@ def torch_rounds_per_op(dtype: torch.dtype) -> bool:
 def torch_has_one_lerp(beta1: float) -> bool:
     """Return whether ``torch.lerp`` with weight ``1 - beta1`` depends only on its arguments.
 
-    With a weight of 1, the sign of a zero differs between the vectorized part of a tensor and the remainder.
+    With a weight of 1 it does not: the sign of a zero differs between the vectorized part of a tensor and its tail.
     """
     return bool(torch.tensor(1 - beta1, dtype=torch.float32) != 1)
 

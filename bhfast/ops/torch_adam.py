@@ -1,4 +1,4 @@
-"""torch's own Adam on this CPU: whether its bits are those of our arithmetic, and its fused kernel."""
+"""torch's own Adam on this CPU: whether it has the bits of our arithmetic, and its fused kernel."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 
 from bhfast.ops import arithmetic
 
-FUSED = "torch-fused"  # the arithmetic of torch's fused kernel, beside arithmetic.ROUNDINGS
+FUSED = "torch-fused"  # the arithmetic of torch's fused kernel, which is not one of arithmetic.ROUNDINGS
 FUSED_BLOCK = 64  # elements: a multiple of what the kernel takes at once; only those after the last block are the tail
 
 
 @cache
 def foreach_rounds_per_op(dtype: torch.dtype) -> bool:
-    """Try whether ``torch.optim.AdamW(foreach=True)`` on this CPU has the bits of per-op Adam.
+    """Return whether ``torch.optim.AdamW(foreach=True)`` on this CPU has the bits of per-op Adam, by trying.
 
-    It computes a few steps of two tensors, each with a vector body and a tail, down to values where eps counts.
+    It runs a few steps on two tensors, each with a vectorized part and a tail, down to values where eps matters.
     """
     generator = torch.Generator().manual_seed(0)
     settings = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
@@ -59,17 +59,21 @@ def fused_adamw(
     weight_decay: float,
     is_whole: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return param, exp_avg and exp_avg_sq after single steps of ``torch.optim.AdamW(fused=True)``.
+    """Return param, exp_avg and exp_avg_sq after one step of ``torch.optim.AdamW(fused=True)`` from each of n states.
 
-    Without weight decay these are the bits of ``Adam(fused=True)``, too.
+    Without weight decay these are also the bits of ``Adam(fused=True)``.
 
     Args:
         param, grad, exp_avg, exp_avg_sq: ``[n, ...]``, one dtype, on the CPU; none is written to.
-        steps: of each, counted from 1.
-        lrs: of each.
+        steps: for each state, the number of the step, counted from 1.
+        lrs: for each state, the learning rate.
         betas, eps, weight_decay: see ``torch.optim.AdamW``.
-        is_whole: whether ``[...]`` is the whole parameter, whose last elements the kernel computes in another way than
-            the others; or part of one that has no such elements, as its size is a multiple of ``FUSED_BLOCK``.
+        is_whole: whether ``[...]`` is the whole parameter. The kernel computes the elements after the last block
+            differently. If False, ``[...]`` is part of a parameter without such elements: its size is a multiple of
+            ``FUSED_BLOCK``.
+
+    Returns:
+        Three new tensors ``[n, ...]``.
     """
     rest = 0 if is_whole else -param[0].numel() % FUSED_BLOCK
     state = [torch.nn.functional.pad(x.flatten(1), (0, rest)) for x in (param, exp_avg, exp_avg_sq)]

@@ -131,7 +131,7 @@ class GradientRecorder:
             if not self._unclipped:
                 self._slots.write(field, grad)
             elif raw is None:
-                self._lose(field, f"no backward pass was seen that made the gradient of {of.name}")
+                self._lose(field, f"no backward pass made the gradient of {of.name}")
             else:
                 raw = raw if scaler is None else unscaled(raw, scaler.get_scale())
                 self._slots.write(field, raw, is_part=True)

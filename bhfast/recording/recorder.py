@@ -34,9 +34,8 @@ class Recorder:
     """Records parameters, their gradients and their optimizer state at every step of an optimizer.
 
     It hooks into ``optimizer.step()``. Record k holds the gradient that step k was given, and the parameter and the
-    optimizer's state after step k. Record 0 holds parameters and state at the start, and zeros for the gradients. When
-    the ``with`` block ends, the records so far become a trace file, even after an exception, Ctrl-C, SIGTERM or
-    SIGHUP::
+    optimizer's state after step k. Record 0 holds parameters and state at the start, and zeros as gradients. When the
+    ``with`` block ends, even with an exception, Ctrl-C, SIGTERM or SIGHUP, the records so far become a trace file::
 
         with Recorder(optimizer, {"wte": model.wte.weight}, steps=1000, path="run.safetensors") as recorder:
             for batch in batches:
@@ -75,8 +74,7 @@ class Recorder:
             The file lists the indices as ``NAME.rows``.
         fields: ``param``, ``grad``, and keys of the optimizer's state. None: ``param``, ``grad``, and every tensor in
             the optimizer's state of a parameter, except the step count.
-        every: besides record 0, record each step that is a multiple of this, counting from record 0 (not from step 0 of
-            the training, if ``start_step`` is given).
+        every: besides record 0, record each step that is a multiple of this, counted from record 0 (``start_step``).
         keyframes: record parameters and moments at key frames only: record 0, each record that is a multiple of this,
             and the last one. They are recorded as ``NAME.keyframes`` ``[F, ...]``, and readers rebuild all other
             records from the gradients. Takes about a quarter of the bytes. For optimizers whose arithmetic is known
@@ -97,10 +95,8 @@ class Recorder:
     Attributes:
         path: where the file is, once it is written.
         saved_steps: the last recorded step in it, counted from record 0.
-        constants: tensors of the whole run, by name, which are written as they are; you may add some at any time inside
-            the block.
-        slots: for engines that perform steps themselves, without calling the optimizer's: they begin and end steps
-            there.
+        constants: tensors of the whole run, by name, written as they are; you may add some anywhere inside the block.
+        slots: where engines that perform steps without the optimizer's ``step()`` begin and end them.
 
     Besides the fields and what you log, the file gets ``learning_rates`` (float64 ``[R]``, or ``[R, groups]`` if there
     are several parameter groups). If the optimizer clips inside its step, it also gets ``clip_coefs`` and

@@ -28,7 +28,7 @@ BLUE, ORANGE, PURPLE = "steelblue", INFERNO(0.65), INFERNO(0.35)
 GROUP_COLORS = {"trained": BLUE, "dead": ORANGE, "all": "0.25"}
 SMOOTHING = 100  # records whose losses are averaged
 MAX_LINES = 400  # tokens drawn in the space-time diagram
-WIDE_RANGE = 20  # ratio of largest to smallest value beyond which an axis is logarithmic
+WIDE_RANGE = 20  # an axis is logarithmic if its largest value is more than this many times the smallest
 
 
 class Picture(NamedTuple):
@@ -92,7 +92,7 @@ def distinct(survey: Survey) -> Picture:
         ax.plot(survey.steps, counts, color=GROUP_COLORS[name], lw=1.5, drawstyle="steps-post", label=label)
     ax.set_ylim(bottom=0)
     ax.legend()
-    text = "Tokens with identical vectors count once; if all tokens are in the black hole, there is one vector."
+    text = "Tokens with identical vectors count once: if all tokens are in the black hole, there is one vector."
     return Picture("distinct", "Distinct vectors", text, figure)
 
 
@@ -159,7 +159,7 @@ def freezing(survey: Survey) -> Picture:
     colors: list[Any] = [GROUP_COLORS[name] for name in survey.groups]
     ax.hist(values, bins, stacked=True, color=colors, label=labels)
     ax.legend()
-    text = f"A token that moved in the last step, {survey.last_step:,}, is not counted as frozen: it may have gone on."
+    text = f"A token that moved in the last step, {survey.last_step:,}, is not counted as frozen: it may move later."
     return Picture("freezing", "Freezing", text, figure)
 
 
@@ -210,7 +210,7 @@ def cloud(survey: Survey) -> Picture:
     figure.legend(
         *figure.axes[0].get_legend_handles_labels(), loc="lower right", bbox_to_anchor=(0.98, 0.2), markerscale=2
     )
-    text = "Each panel is centred on its centroid and has its own scale; all use the principal axes of the last one."
+    text = "Each panel is centered on its centroid and has its own scale; all use the principal axes of the last one."
     return Picture("cloud", "The cloud", text, figure)
 
 
@@ -264,5 +264,5 @@ def _result(sweep: SweepSurvey, name: str) -> Picture:
         ax.legend(fontsize=7)
     caption = "Each point is a run; the lines join the medians over seeds."
     if missing := sum(run.results.get(name) is None for run in sweep.runs):
-        caption += f" {missing} runs are missing: some of these tokens still moved in the last step."
+        caption += f" {missing} runs are missing because some of these tokens still moved in the last step."
     return Picture("-".join(name.replace(",", "").split()), title, caption, figure)

@@ -1,4 +1,4 @@
-"""Report what happened in a run or in a sweep: the figures as text, and pictures on a page.
+"""Reports what happened in a run or a sweep: the figures as text, and pictures on a page.
 
 python -m bhfast.report FILE [--out DIR]
 """
@@ -37,7 +37,7 @@ def _report_trace(file: str, out: Path | None) -> None:
     text = verification_figures(trace)
     print(text)
     if out:
-        from bhfast.report.page import Page  # these take a second to import
+        from bhfast.report.page import Page  # these imports take a second
         from bhfast.report.pictures import run_pictures
         from bhfast.report.survey import survey_trace
 

@@ -15,10 +15,10 @@ from bhfast.errors import TraceError
 from bhfast.summary import final_loss, require_reference_trace
 from bhfast.trace import Trace
 
-SNAPSHOTS = (0, 1, 2, 10, 100, 1000)  # steps; the last step is added to them
+SNAPSHOTS = (0, 1, 2, 10, 100, 1000)  # steps; the last step is added
 MAX_SAMPLES = 1000  # records at which radii are taken; distances at half as many
 MIN_DISTANCE_SAMPLES = 8
-DISTANCE_BUDGET = 1e10  # differences of coordinates that all pairwise distances may take
+DISTANCE_BUDGET = 1e10  # coordinate differences to compute for all pairwise distances, at most
 SETTINGS_IN_SUMMARY = {"σ": "sigma", "seed": "seed", "learning rate": "lr", "batch": "batch_size"}
 
 
@@ -41,7 +41,7 @@ class Survey:
     Attributes:
         trace: the trace.
         groups: masks, bool ``[V]``: ``trained`` tokens, which occur in the corpus, and ``dead`` ones; or only ``all``,
-            if the trace does not say which occur. No group is empty.
+            if the trace has no ``token_counts``. No group is empty.
         steps: int64 ``[R]``.
         losses: float32 ``[R]``; the first is NaN.
         distinct: for each group, and for ``all``, the number of distinct vectors: int64 ``[R]``.
@@ -89,7 +89,7 @@ class Survey:
         return last_move if last_move < self.last_step else None
 
     def results(self) -> dict[str, float | int | None]:
-        """Return the results of this run, one number each; None for a step that has not come yet."""
+        """Return the results of this run, one number each; None for a step that was not reached."""
         results: dict[str, float | int | None] = {
             "mean loss of the last 1,000 steps": final_loss(self.steps[1:], self.losses[1:]),
             "largest pairwise distance": self.largest_distances[-1].item(),
@@ -141,7 +141,7 @@ def survey_trace(trace: Trace) -> Survey:
     """
     require_reference_trace(trace)
     if len(trace.steps) < 2:
-        raise TraceError(f"{trace.path} has one record, the start of a run: there is nothing to draw")
+        raise TraceError(f"{trace.path} has only one record, the start of a run: there is nothing to draw")
     embeddings, steps = trace["embeddings"], trace.steps.as_subclass(Tensor)
     groups = _groups(trace)
     radius_records = _log_spaced(len(steps), MAX_SAMPLES)
@@ -204,7 +204,7 @@ def _median_displacements(embeddings: Tensor, groups: dict[str, Tensor]) -> dict
 
 
 def _log_spaced(records: int, most: int) -> Tensor:
-    """Return indices of at most so many records, both ends included: all if they are few, else denser at the start."""
+    """Return indices of at most ``most`` records, both ends included: all of them, or denser at the start."""
     if records <= most:
         return torch.arange(records)
     return torch.logspace(0, math.log10(records), most, dtype=torch.float64).round().long().unique() - 1

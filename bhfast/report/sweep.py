@@ -19,7 +19,7 @@ class FinishedRun:
 
     Attributes:
         name: of its trace, without the suffix.
-        settings: its values of the grid's settings.
+        settings: its value of each setting of the grid.
         results: see :meth:`bhfast.report.survey.Survey.results`.
     """
 
@@ -34,7 +34,7 @@ class SweepSurvey:
 
     Attributes:
         runs: the finished ones, in the order of the grid.
-        unfinished: the state of each other run, by its name.
+        unfinished: the state of each of the other runs, by name.
         grid: the values of each setting.
     """
 
@@ -44,7 +44,7 @@ class SweepSurvey:
 
     @property
     def axis(self) -> str:
-        """The setting on the x axis: sigma, or if that was not varied the first that was, except for the seed."""
+        """The setting on the x axis: sigma, or, if that was not varied, the first varied setting except the seed."""
         varied = [name for name, values in self.grid.items() if len(values) > 1 and name != "seed"]
         return next((name for name in ("sigma", *varied) if name in varied), "sigma")
 

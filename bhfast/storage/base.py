@@ -1,7 +1,7 @@
-"""Where a recording grows: in memory until it is written as a whole, or straight into the file.
+"""Where a recording grows: in memory until all of it is written at the end, or straight into the file.
 
-Both kinds of storage hand out host tensors whose axis 0 is a ring of slots: record r of a tensor is made in slot
-``r % slots``. In memory there is one slot for every record. A tensor that is recorded at key frames only has an entry,
+Both kinds of storage hand out host tensors whose axis 0 is a ring of slots: record r of a tensor is written to slot
+``r % slots``. The memory storage has one slot for every record. A tensor that is recorded at key frames only has an entry,
 and a slot, for these records alone.
 """
 
@@ -24,13 +24,13 @@ STORAGES = ("auto", "memory", "stream")
 
 @dataclass(frozen=True)
 class RecordedTensor:
-    """A tensor of the trace with one entry per record: the form that a recorded value has from its slot to the file.
+    """A tensor of the trace with one entry per record: its name, and the shape and dtype of a record.
 
     Attributes:
         name: in the file.
         shape, dtype: of one record.
         fill: what a record holds if nothing is written to it; None if every record is written.
-        start: the same for record 0 of a tensor that is added later; None: ``fill``.
+        start: what record 0 of a tensor that is added later holds; None for ``fill``.
         stride: only record 0, each record that is a multiple of this, and, if :meth:`Storage.add_last` adds it, the
             last one have an entry in the tensor. An entry has no ``fill`` if this is more than 1.
     """
@@ -62,7 +62,7 @@ class RecordedTensor:
         return not self.fill and not self.start
 
     def unwritten(self, low: int, high: int) -> Tensor:
-        """Return the records from ``low`` to ``high`` as they are before anything is written to them."""
+        """Return the records ``[low, high)`` as they are before anything is written: ``[high - low, *shape]``."""
         records = torch.full((high - low, *self.shape), self.fill or 0.0, dtype=self.dtype)
         if low == 0 < high and self.start is not None:
             records[0] = self.start
@@ -88,12 +88,12 @@ def steps_of(records: int, every: int, start_step: int, strides: set[int], *, ha
 
 
 class Storage(Protocol):
-    """What a recorder needs of a storage.
+    """What a recorder needs from a storage.
 
     Attributes:
         room: the number of the first record that has no free slot yet.
         capacity: how many records there can be.
-        committed: how many records are safe, whatever happens to this process.
+        committed: how many records are safe in the file, whatever happens to this process.
         waits: how often the recording had to wait for the disk.
         failure: why writing failed; None while it is healthy.
     """
@@ -113,17 +113,17 @@ class Storage(Protocol):
 
         Args:
             tensor: what to record.
-            group: how many records are sent from a device together. ``slots`` is a multiple of it, unless there is one
-                for every record.
-            first: the current record; earlier ones stay unwritten.
+            group: how many records are sent from a device together. ``slots`` is a multiple of it, unless there is a
+                slot for every record.
+            first: the current record; earlier ones hold the tensor's fill value.
 
         Raises:
-            StorageError: it does not fit on the disk.
+            StorageError: the tensor does not fit on the disk.
         """
         ...
 
     def set_constant(self, name: str, value: Tensor) -> None:
-        """Keep a tensor of the whole run."""
+        """Store a tensor of the whole run."""
         ...
 
     def wait(self, record: int) -> None:
@@ -151,7 +151,7 @@ class Storage(Protocol):
         ...
 
     def settle(self, records: int) -> int:
-        """Wait for what was submitted, up to ``records``; return how many can be saved, fewer after a failure."""
+        """Wait until ``records`` records are stored; return how many can be saved, which is fewer after a failure."""
         ...
 
     def add_last(self) -> None:
@@ -162,7 +162,7 @@ class Storage(Protocol):
         ...
 
     def save(self, metadata: Mapping[str, str], path: Path) -> None:
-        """Write the trace ``path`` of the records that :meth:`settle` found.
+        """Write the trace ``path``, with as many records as :meth:`settle` returned.
 
         Raises:
             StorageError: the disk failed.
@@ -182,10 +182,10 @@ class Stats:
         steps: the last recorded step, counted from the start of the recording.
         records: how many records there are, record 0 included.
         committed: how many of them are safe in the file, whatever happens to the process.
-        bytes: size of all records.
+        bytes: the size of all records.
         waits: how often the run had to wait for the recording: for the disk, or for copies from a GPU. Complete once
             the recording has ended.
-        seconds: from the start of the recording to now, or to its end.
+        seconds: from the start of the recording to its end, or to now.
     """
 
     steps: int

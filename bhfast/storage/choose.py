@@ -1,4 +1,4 @@
-"""Which storage a recording gets."""
+"""Chooses the storage of a recording."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def open_storage(
 
     Args:
         output: the file to write.
-        wanted: ``memory``, ``stream``, or ``auto``, which takes memory for up to half of what is free.
+        wanted: ``memory``, ``stream``, or ``auto``, which takes memory if the recording fits into half of what is free.
         records, every, start_step, metadata, buffer_bytes, commit_seconds: see :class:`StreamStorage`.
         sizes: bytes per record of the tensors known at the start, by name; on average, where only some have an entry.
         group: how many records are sent from a device together.
@@ -46,7 +46,7 @@ def open_storage(
     if wanted == "auto" and records is None:
         kind, why = "stream", "the number of steps is not known"
     elif wanted == "auto" and size > memory / 2:
-        kind, why = "stream", f"{format_bytes(size)} are more than half of {free}"
+        kind, why = "stream", f"{format_bytes(size)} is more than half of {free}"
     elif wanted == "auto":
         kind, why = "memory", f"it fits into {free}"
     storage: Storage

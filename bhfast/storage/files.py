@@ -1,4 +1,4 @@
-"""Writing to files: all of it, at its place, and onto the disk."""
+"""Reading and writing files: exactly the bytes wanted, at an offset, and safely onto the disk."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def read_at(fd: int, size: int, offset: int) -> bytes:
 
 
 def write_at(fd: int, data: memoryview, offset: int) -> None:
-    """Write all of ``data``, however little the system takes at once."""
+    """Write all of ``data``, in as many calls as it takes."""
     while data:
         written = os.pwrite(fd, data[:CHUNK], offset)
         data, offset = data[written:], offset + written
@@ -72,7 +72,7 @@ def sync(fd: int) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until a change of names in ``folder`` is on the disk; warn if that cannot be had."""
+    """Wait until changed names in ``folder`` are on the disk; warn if that fails."""
     try:
         fd = os.open(folder, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""Finishing: committed records become an ordinary trace."""
+"""Turns committed records into an ordinary trace."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ WORTH_COPYING = 1 << 20  # bytes of gaps
 
 
 def finish(partial: Path, path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Turn what is committed in ``partial`` into the trace ``path``, and remove the journal.
+    """Turn the committed records in ``partial`` into the trace ``path``, and remove the journal.
 
     If the run had as many records as it reserved room for, they are in place, and only the header and the small tensors
-    behind them are written. If it had fewer, there are gaps between the tensors. Where the file system can remove
-    blocks from a file (ext4, XFS), the gaps go without moving data; elsewhere the records are copied to a new file.
-    Remaining gaps, also where there is no room for a copy, become padding.
+    after them are written. If it had fewer, there are gaps between the tensors. If the file system can remove blocks
+    from a file (ext4, XFS), the gaps are removed without moving data; otherwise the records are copied to a new file.
+    Gaps that remain, because they are small or there is no room for a copy, become padding.
 
-    It may be interrupted at any point: :func:`bhfast.recover.recover` goes on from there. ``partial`` must be locked.
+    It may be interrupted at any point: :func:`bhfast.recover.recover` continues from there. ``partial`` must be locked.
 
     Args:
-        partial, path: the file as it is, and the trace.
-        metadata: more of it.
+        partial: the file as the run left it.
+        path: the name of the trace.
+        metadata: entries to add to that of the journal.
 
     Raises:
         StorageError: the disk failed; the committed records can still be recovered.
@@ -72,12 +73,12 @@ def _finish(partial: Path, path: Path, state: State, journal: Journal, metadata:
 
 
 def safe(records: int, partial: Path) -> str:
-    """Return the words that committed records are safe."""
+    """Return the part of a message that says that committed records are safe."""
     return f"{records:,} {'record is' if records == 1 else 'records are'} safe in {partial}"
 
 
 def _gaps(state: State) -> int:
-    """Return how many bytes between the records in the file hold none."""
+    """Return how many bytes of gaps there are between the tensors in the file."""
     if not state.in_file:
         return 0
     last, offset = state.in_file[-1]
@@ -90,7 +91,7 @@ def _size(state: State, own: CommittedTensor) -> int:
 
 
 def _collapse_gaps(fd: int, state: State, journal: Journal) -> bool:
-    """Remove the whole blocks of each gap, the last gap first; return whether the file system can do it."""
+    """Remove the whole blocks of each gap, the last gap first; return False if the file system cannot."""
     header, block = state.start["header"], os.fstat(fd).st_blksize
     for (tensor, at), (_, following) in reversed([*pairwise(state.in_file)]):
         start = -(-(header + at + _size(state, tensor)) // block) * block
@@ -108,7 +109,7 @@ def _collapse_gaps(fd: int, state: State, journal: Journal) -> bool:
 
 
 def _collapse_range(fd: int, offset: int, length: int) -> bool:
-    """Remove a range of blocks from a file; return False where the file system cannot."""
+    """Remove a range of blocks from a file; return False if the file system cannot."""
     falloc_fl_collapse_range = 8
     if sys.platform != "linux":
         return False
@@ -145,7 +146,7 @@ def _copy(fd: int, partial: Path, path: Path, state: State) -> None:
 
 
 def _write_rest(fd: int, state: State) -> None:
-    """Write all but the records in the file: the records in the journal, constants, and the header."""
+    """Write everything except the records already in the file: those in the journal, constants, and the header."""
     header, records = state.start["header"], state.records
     entries = {
         own.tensor.name: Entry(own.tensor.dtype, (state.entries(own.tensor), *own.tensor.shape), offset)

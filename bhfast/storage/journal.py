@@ -1,7 +1,7 @@
 """The journal of a trace that is being streamed: what is committed in ``NAME.partial``, and how to finish it.
 
-While a run streams into ``NAME.partial``, ``NAME.partial.journal`` records line by line what is in it. Data is on the
-disk before the line that mentions it, so the two files hold every committed step at any moment.
+While a run streams into ``NAME.partial``, ``NAME.partial.journal`` says line by line what that file holds. Data is on
+the disk before the line that mentions it, so the two files hold every committed step at any moment.
 :func:`bhfast.storage.finish.finish` turns them into an ordinary trace: at the end of a run, or, through
 :mod:`bhfast.recover`, after one that was killed.
 
@@ -11,15 +11,15 @@ ends the journal:
     start      settings of the recording: every, start_step, records (null: unknown), header (bytes reserved for it),
                metadata
     tensor     a new tensor: name, dtype, shape of a record, what unwritten records hold (blank; start for record 0),
-               and its offset after the header; null if its records are so small that the journal itself holds them;
+               and its offset after the header (null: its records are so small that the journal itself holds them);
                stride, if only some records have an entry in it
     constant   a tensor of the whole run: name, dtype, shape, data
-    records    how many records are committed; crc32 of the new ones by tensor; values of those in the journal
+    records    how many records are committed; crc32 of the new ones, by tensor; values of tensors in the journal
     metadata   more metadata
     last       the last record was added to the tensors with a stride: their crc32, and values, like those of records
     keep       keep only this many records, because the next one is damaged, and no last one
-    collapse   a range of blocks is being removed from the file, which had this size before; null if that failed
-    tail       the header, and what follows the records, are being written
+    collapse   a range of blocks is being removed from the file, which had this size before (null: that failed)
+    tail       the header and everything after the records are being written
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ from bhfast.trace.checksums import checksums
 from bhfast.trace.format import DTYPE_NAMES, DTYPES, bytes_of
 
 VERSION = 1
-AHEAD = 1 << 20  # bytes: the journal always has at least this much of the disk reserved
+AHEAD = 1 << 20  # bytes of disk that the journal always has in reserve, at least
 
 
 class Journal:
     """A journal that is being written.
 
-    A new one reserves more of the disk than it needs. :func:`finish` first gives that back, so that there is room for
-    the rest of the trace when the disk is full.
+    A new journal reserves more disk space than it needs. :func:`bhfast.storage.finish.finish` gives that back first, so
+    that there is room for the rest of the trace even if the disk is full.
 
     Args:
-        path: of the journal.
-        end: its length so far; 0 for a new one.
+        path: the journal's file.
+        end: its length so far, in bytes; 0 for a new one.
     """
 
     def __init__(self, path: Path, end: int = 0) -> None:
@@ -98,11 +98,11 @@ def encode(data: bytes | memoryview) -> str:
 
 @dataclass
 class CommittedTensor:
-    """What is committed of a tensor.
+    """The committed records of a tensor.
 
     Attributes:
-        tensor: its name, and shape and dtype of a record.
-        offset: of record 0 after the header; None if the journal holds the records.
+        tensor: its name, and the shape and dtype of a record.
+        offset: where record 0 starts, in bytes after the header; None if the journal holds the records.
         sums: CRC-32s of the committed records, in pieces; for tensors in the file.
         values: the committed records, in pieces; for tensors in the journal.
     """
@@ -143,7 +143,7 @@ def constant_event(name: str, value: Tensor) -> dict[str, Any]:
 
 @dataclass
 class State:
-    """What a journal says."""
+    """The content of a journal."""
 
     start: dict[str, Any]
     metadata: dict[str, str]
@@ -152,7 +152,7 @@ class State:
     tensors: dict[str, CommittedTensor] = field(default_factory=dict)
     constants: dict[str, Tensor] = field(default_factory=dict)
     has_last: bool = False  # whether tensors with a stride have an entry of the last record
-    collapse: tuple[int, int, int] | None = None  # offset in the file, length, size before: may or may not be done
+    collapse: tuple[int, int, int] | None = None  # offset in the file, length, size before: perhaps already done
 
     @property
     def in_file(self) -> list[tuple[CommittedTensor, int]]:
@@ -172,7 +172,7 @@ class State:
         return steps_of(self.records, self.start["every"], start_step, strides, has_last=self.has_last)
 
     def finish_collapse(self) -> None:
-        """Move the offsets behind the range of blocks that was being removed, if there is one: it is gone."""
+        """If a range of blocks was being removed, correct the offsets after it: the range is gone."""
         if self.collapse is None:
             return
         offset, length, _ = self.collapse
@@ -186,7 +186,7 @@ def read_journal(partial: Path) -> State:
     """Read the journal of ``partial``.
 
     Raises:
-        TraceError: there is none, or it is not one.
+        TraceError: it does not exist, or cannot be read.
     """
     path = journal_path(partial)
     try:
@@ -220,7 +220,7 @@ def read_journal(partial: Path) -> State:
 
 
 def may_hold_records(partial: Path) -> bool:
-    """Return False if it is certain that a run has left no committed record in ``partial``."""
+    """Return False only if it is certain that ``partial`` holds no committed record."""
     if partial.stat().st_size == 0:
         return False
     try:
@@ -230,7 +230,7 @@ def may_hold_records(partial: Path) -> bool:
 
 
 def _events(data: bytes) -> Iterator[tuple[dict[str, Any], int]]:
-    """Yield the events, and where each one's line ends, up to the first line that was not written whole."""
+    """Yield each event and the offset where its line ends, up to the first line that is not complete."""
     start = 0
     while (stop := data.find(b"\n", start)) >= 0:
         line = data[start:stop]

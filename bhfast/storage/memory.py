@@ -1,4 +1,4 @@
-"""A recording that stays in memory until it is written as a whole."""
+"""A recording that stays in memory until all of it is written at the end."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bhfast.transfer.host_memory import host_tensor
 
 
 class MemoryStorage:
-    """Keeps all records in memory, and writes them as a whole. See :class:`Storage`."""
+    """Keeps all records in memory, and writes them at the end. See :class:`bhfast.storage.base.Storage`."""
 
     failure = None
 
@@ -83,9 +83,9 @@ class MemoryStorage:
 
 
 def write_trace(output: OutputFile, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
-    """Write a whole trace, sync it and give it its final name.
+    """Write a whole trace, sync it, and give it its final name.
 
-    Nothing is copied: the bytes go from the tensors to the file. Do not write to the tensors meanwhile.
+    Nothing is copied: the bytes go straight from the tensors to the file. Do not write to the tensors meanwhile.
 
     Args:
         output: the file to write.
@@ -94,7 +94,7 @@ def write_trace(output: OutputFile, tensors: Mapping[str, Tensor], metadata: Map
         path: the final name, in the same folder.
 
     Raises:
-        StorageError: the disk filled up or failed; the tensors are as they were.
+        StorageError: the disk filled up or failed; the tensors are unchanged.
     """
     each = records_per_checksum(max(map(len, (x for x in tensors.values() if x.dim())), default=1), len(tensors))
     sums = {name: checksums(tensor, each) for name, tensor in tensors.items()}
@@ -113,7 +113,7 @@ def write_trace(output: OutputFile, tensors: Mapping[str, Tensor], metadata: Map
         os.replace(output.partial, path)
     except OSError as error:
         raise StorageError(
-            f"naming the trace {path} failed: {error.strerror}; it is complete in {output.partial}: run "
+            f"renaming the trace to {path} failed: {error.strerror}; it is complete in {output.partial}: run "
             f"python -m bhfast.recover {output.partial}"
         ) from error
     output.is_worth_keeping = False

@@ -2,8 +2,8 @@
 
 The lock is an ``flock`` on the open file: it ends with the process that holds it, however that ends. A forked child
 shares its parent's open files, and would keep the lock when the parent is killed, so every child closes them at once.
-POSIX record locks, which are not inherited, are no way out: a process loses them when it closes the file anywhere, and
-two recordings in one process would not see each other's.
+Children do not inherit POSIX record locks, but a process loses those when it closes the file anywhere, and two
+recordings in one process would not see each other's.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class OutputFile:
         overwrite: whether to replace an existing ``NAME``, and a ``NAME.partial`` left by an earlier run.
 
     Attributes:
-        fd: of ``NAME.partial``, open for reading and writing.
+        fd: the file descriptor of ``NAME.partial``, open for reading and writing.
         is_worth_keeping: whether ``NAME.partial`` can be recovered, so that it must stay if it could not be finished.
 
     Raises:
-        StorageError: on entering, if ``NAME`` exists, or a ``NAME.partial`` that may hold records, or the folder is not
-            writable.
+        StorageError: on entering, if ``NAME`` exists, if there is a ``NAME.partial`` that may hold records, or if the
+            folder is not writable.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -124,7 +124,7 @@ class OutputFile:
             ) from None
 
     def free(self) -> int:
-        """Return how many bytes of disk the trace can use, including those it has."""
+        """Return how many bytes of disk the trace can use, including those it already has."""
         return shutil.disk_usage(self.path.parent).free + os.fstat(self.fd).st_blocks * 512
 
     def __exit__(
@@ -161,14 +161,14 @@ def lock(partial: Path, flags: int = 0) -> int:
         except OSError:
             os.close(fd)
             raise
-        os.close(fd)  # another run finished it between the two calls, and it is that run's trace now
+        os.close(fd)  # between the two calls another run finished it; now it is that run's trace
     _locked.add(fd)
     return fd
 
 
 def unlock(fd: int) -> None:
     """Close what :func:`lock` has opened."""
-    with suppress(OSError):  # closing unlocks, too, but not while a child is just being forked
+    with suppress(OSError):  # closing would unlock too, but not while a child is being forked
         fcntl.flock(fd, fcntl.LOCK_UN)
     _locked.discard(fd)
     os.close(fd)

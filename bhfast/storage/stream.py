@@ -1,4 +1,4 @@
-"""Streaming: a thread writes each record into its place in the file while the run goes on, in flat memory."""
+"""Streaming: a thread writes each record to its place in the file during the run, in constant memory."""
 
 from __future__ import annotations
 
@@ -30,27 +30,27 @@ from bhfast.transfer.host_memory import host_tensor
 
 SMALL = 64  # bytes: smaller records go to the journal
 BUFFER = 32 << 20  # bytes of records that may wait for the disk
-COMMIT_SECONDS = 1.0  # between two commits when few records come
+COMMIT_SECONDS = 1.0  # between two commits when few records arrive
 KEYFRAME_SLOTS = 2  # key frames of a tensor that may wait for the disk
-LEAST_RECORDS = 16  # the disk must have room for
+LEAST_RECORDS = 16  # that the disk must have room for, if the number of steps is not known
 MOST_RECORDS = 1 << 24  # to make room for, if the number of steps is not known
-HEADER_ENTRY = 200  # bytes of a tensor's entry without its name
+HEADER_ENTRY = 200  # bytes, at most, of a tensor's entry without its name
 HEADER_SLACK = 64 << 10  # bytes for logged values and constants
 BASE64_CHECKSUM = 16 / 3  # characters of a CRC-32 in base64
-LOGGED_TENSORS = 4  # tensors beyond the known ones that the header has room for checksums of
+LOGGED_TENSORS = 4  # tensors beyond the known ones whose checksums the header has room for
 HEADER_BLOCK = 4096
-MAX_REGIONS = 4 << 40  # bytes: far below what file systems allow in one file
+MAX_REGIONS = 4 << 40  # bytes in all: far below the largest file that file systems allow
 POLL = 0.001  # seconds
 
 
 def slots_of(size: int, group: int, records: int, buffer_bytes: int = BUFFER) -> int:
-    """Return how many records of a tensor to hold in memory: a multiple of ``group``, no more than needed.
+    """Return how many records of a tensor to hold in memory: a multiple of ``group``, and no more than needed.
 
     Args:
-        size: bytes of one record of all tensors known at the start, or of this tensor if that is more.
+        size: bytes per record of all tensors known at the start, or of this tensor if that is more.
         group: see :meth:`StreamStorage.add`.
-        records: how many there can be.
-        buffer_bytes: size of all records that may wait for the disk.
+        records: the largest possible number of records.
+        buffer_bytes: bytes of records that may wait for the disk.
     """
     return min(max(2, buffer_bytes // (group * max(1, size))), -(-records // group)) * group
 
@@ -77,9 +77,9 @@ class _BufferedTensor(NamedTuple):
 class StreamStorage:
     """Writes records in the background, in order, and commits them. See :class:`bhfast.storage.base.Storage`.
 
-    Each tensor has a region of the file from the start, with its records side by side, so nothing moves in the end. If
-    the number of records is not known, each region has room for as many as the disk can hold, in a file with holes
-    where nothing is written yet. :mod:`bhfast.storage.journal` keeps track of what is committed.
+    Each tensor has its own region of the file from the start, with its records side by side, so no data is moved at the
+    end. If the number of records is not known, each region has room for as many as the disk can hold, in a sparse file.
+    :mod:`bhfast.storage.journal` keeps track of what is committed.
 
     If the writer fails, the next call to the storage raises its error.
 
@@ -90,8 +90,8 @@ class StreamStorage:
         start_step: the step of record 0.
         names: bytes per record of the tensors known at the start, by name.
         metadata: for the header's ``__metadata__``.
-        buffer_bytes: size of all records that may wait for the disk.
-        commit_seconds: between two commits when few records come.
+        buffer_bytes: bytes of records that may wait for the disk.
+        commit_seconds: seconds between two commits when few records arrive.
 
     Raises:
         StorageError: the disk is too small.
@@ -113,7 +113,7 @@ class StreamStorage:
         self.committed = self.waits = 0
         self._buffer_bytes = buffer_bytes
         self._commit_seconds = commit_seconds
-        self.slots = sys.maxsize  # the smallest number that a tensor has
+        self.slots = sys.maxsize  # of the tensor that has the fewest
         size = max(1, sum(names.values()))
         self._is_open_ended = records is None
         self.capacity = records if records is not None else self._most_records(size)
@@ -167,7 +167,7 @@ class StreamStorage:
         return journal
 
     def _most_records(self, size: int) -> int:
-        """Return how many records the disk can hold, and half of a file of the size that is allowed."""
+        """Return how many records fit on the disk, and into half of the file size that the system allows."""
         limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
         free = min(self.output.free(), MAX_REGIONS)
         free = free if limit == resource.RLIM_INFINITY else min(free, limit // 2)
@@ -196,7 +196,7 @@ class StreamStorage:
         return host
 
     def _make_region(self, tensor: RecordedTensor) -> int:
-        """Return where the records of a tensor go, after the header."""
+        """Reserve a region for a tensor's records; return its offset after the header."""
         offset = self._end + -self._end % tensor.dtype.itemsize
         self._end = offset + (tensor.entries(self.capacity) + (tensor.stride > 1)) * tensor.nbytes
         if self._is_open_ended:
@@ -205,7 +205,7 @@ class StreamStorage:
             except OSError as error:
                 raise StorageError(
                     f"cannot make room for {tensor.name} in the trace {self.output.path}: {error.strerror}; "
-                    "say steps=, or choose another place with --out"
+                    "pass steps=, or choose another place with --out"
                 ) from None
         else:
             self.output.reserve(self._header + self._end)
@@ -214,7 +214,7 @@ class StreamStorage:
     def _use_header(self, name: str) -> None:
         self._header_left -= len(json.dumps(name)) + HEADER_ENTRY
         if self._header_left < 0:
-            raise ConfigError(f"there is no room for {name} in the header: log fewer names, or with steps= known")
+            raise ConfigError(f"there is no room for {name} in the header: log fewer names, or pass steps=")
 
     def set_constant(self, name: str, value: Tensor) -> None:
         self._use_header(name)
@@ -225,7 +225,7 @@ class StreamStorage:
         if record >= self.capacity:
             raise StorageError(
                 f"the trace {self.output.path} is full: it has the {self.capacity:,} records that the disk had room "
-                "for at the start; say steps= if you know it"
+                "for at the start; pass steps= if you know it"
             )
         with self._changed:
             self.waits += record >= self.room
@@ -279,7 +279,7 @@ class StreamStorage:
             self._error = self._error or self._deleted()
             return 0
         if self._error is not None:
-            with suppress(TraceError):  # the last commit may have failed when its line was there already
+            with suppress(TraceError):  # the last commit may have failed after its line was written
                 self.committed = read_journal(self.output.partial).records
         return self.committed
 
@@ -378,7 +378,7 @@ class StreamStorage:
             self._changed.notify_all()
 
     def _write_unwritten(self, own: _BufferedTensor) -> None:
-        """Write the records that were committed before the tensor was known, unless they are zeros: the file is."""
+        """Write the records that were committed before the tensor existed, unless they are zeros, as the file is."""
         tensor = own.tensor
         if own.offset is None or tensor.is_zero_at_first:
             return

@@ -1,4 +1,4 @@
-"""A grid of experiments: which runs it has, the workers that run them, and their results."""
+"""A grid of experiments: its runs, the workers that run them, and their results."""
 
 from bhfast.sweep.program import SweepSummary as SweepSummary
 from bhfast.sweep.program import main as main

@@ -16,7 +16,7 @@ import bhfast
 from bhfast.errors import ConfigError
 
 NOT_IN_GRID = ("out", "overwrite", "quiet")  # the sweep sets these itself
-# Where runs follow one another, streaming is faster and needs less memory: benchmarks/results/cpu.json
+# For one run after another, streaming is faster and needs less memory: benchmarks/results/cpu.json
 SWEEP_DEFAULTS = {"storage": "stream"}
 ALWAYS_NAMED = ("sigma", "seed")
 RESULT_FIELDS = ("first_loss", "last_loss", "mean_loss", "steps_per_second", "seconds")
@@ -58,7 +58,7 @@ def parse_grid(grid: Mapping[str, Any], source: str) -> dict[str, list[Any]]:
     """Check a grid; return the values of each setting as a list without repetitions.
 
     Args:
-        grid: a value or a sequence of values for each setting. Names may have ``-`` for ``_``.
+        grid: for each setting a value or a sequence of values. Names may have ``-`` in place of ``_``.
         source: where the grid comes from, for error messages.
 
     Raises:
@@ -114,7 +114,7 @@ def expand_grid(grid: Mapping[str, list[Any]], out_dir: str | os.PathLike[str]) 
         ConfigError: a setting is out of range, nothing would be recorded, or two runs would have the same name.
     """
     if 0 in grid.get("record_every", ()):
-        raise ConfigError("record_every must be at least 1 in a sweep, got 0: all that a sweep leaves are its traces")
+        raise ConfigError("record_every must be at least 1 in a sweep, got 0: a sweep keeps nothing but its traces")
     order = [entry.name for entry in fields(bhfast.TrainConfig) if entry.name in grid]
     varied = [*ALWAYS_NAMED, *(name for name in order if name not in ALWAYS_NAMED and len(grid[name]) > 1)]
     runs: dict[str, Run] = {}
@@ -163,7 +163,7 @@ def rank_and_world(environment: Mapping[str, str]) -> tuple[int, int]:
             fits = False
         if not fits:
             raise ConfigError(
-                f"{rank_name}={number} and {world_name}={world} do not name a share of the runs"
+                f"{rank_name}={number} and {world_name}={world} do not determine a share of the runs"
                 + (f" (from {first} in steps of {step})" if first_name else "")
             )
         return rank, int(world)

@@ -37,8 +37,9 @@ def divide_machine(runs: Sequence[Run], jobs: int | None) -> WorkerResources:
     """Divide this process's share of the machine among workers.
 
     Args:
-        runs: what there is to run.
-        jobs: how many workers; None: one per GPU if a run uses one, else one per core. There are never more than runs.
+        runs: the runs to divide.
+        jobs: how many workers; None for one per GPU if any run uses one, else one per core. There are never more
+            workers than runs.
 
     Raises:
         ConfigError: a device is not available here, or ``jobs`` is below 1.
@@ -68,20 +69,20 @@ def divide_machine(runs: Sequence[Run], jobs: int | None) -> WorkerResources:
 class WorkerPool:
     """Workers, each with a thread that gives it one run after another.
 
-    Entering starts them. Leaving kills all workers at once, and removes what their unfinished runs have written.
+    Entering starts them. Leaving kills all workers at once, and removes the partial files of unfinished runs.
 
     Args:
-        first_worker: a worker that has been started already.
-        runs: what to run, in this order.
+        first_worker: a worker that is already started.
+        runs: the runs, in order.
         resources: what each worker may use; also says how many there are.
         results: gets the result of each run.
-        overwrite: whether to run again what is done, and to replace traces of other experiments.
+        overwrite: whether to repeat runs that are done, and to replace traces of other experiments.
         hide_bars: passed to tqdm as ``disable``: None hides the bars unless there is a terminal.
         print_status: prints a line.
 
     Attributes:
         entries: the entries in ``sweep.json`` of the runs that are done or failed, by name.
-        kept: the names of those whose traces existed.
+        kept: the names of the runs whose traces existed already.
     """
 
     def __init__(
@@ -103,7 +104,7 @@ class WorkerPool:
         self._overwrite = overwrite
         self._hide_bars = hide_bars
         self._print_status = print_status
-        self._lock = threading.Lock()  # for what follows, for the attributes above, and for printing
+        self._lock = threading.Lock()  # guards what follows, the attributes above, and printing
         self._remaining = iter(runs)
         self._workers = {0: first_worker}
         self._is_closing = False
@@ -192,7 +193,7 @@ def _remove_partial(run: Run) -> None:
 
 
 def outcome_line(entry: Mapping[str, Any], is_kept: bool) -> str:
-    """Return in one line how a run went, from its entry in ``sweep.json``."""
+    """Return one line that says how a run went, from its entry in ``sweep.json``."""
     if entry["state"] == "failed":
         return f"{entry['name']}: failed"
     speed = "kept" if is_kept else f"{format_number(entry['steps_per_second'], 1)} steps/s"

@@ -1,12 +1,11 @@
-"""A grid of experiments, run side by side, each recorded in a trace of its own.
+"""Runs a grid of experiments side by side, and records each in a trace of its own.
 
     python -m bhfast.sweep --sigma 0 1e-5 1e-4 1e-3 --seed 42 43 --lr 1e-3 3e-4 --out-dir tensors/sweep
 
-The settings are those of ``python -m bhfast.train``; every combination of their values is a run. The same command again
-continues where it was interrupted: complete traces are kept. Processes started by torchrun or Slurm, on any number of
-machines, divide the runs among themselves; all they need is a common folder. ``sweep.json`` there says how each run
-went. With several GPUs each run has one of them to itself; this is the one part that has never been tried on such a
-machine.
+The settings are those of ``python -m bhfast.train``; every combination of their values is a run. To continue an
+interrupted sweep, run the same command again: complete traces are kept. Processes started by torchrun or Slurm, on any
+number of machines, divide the runs among themselves; all they need is a shared folder. ``sweep.json`` there says how
+each run went. With several GPUs each run has one to itself; this has never been tried on such a machine.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from bhfast.sweep.pool import WorkerPool, divide_machine, format_number
 from bhfast.sweep.results import SweepResults
 from bhfast.sweep.worker import Worker
 
-# Modules that need torch are imported inside functions: meanwhile the first worker is importing it, too.
+# Modules that need torch are imported inside functions, so that the first worker can import it at the same time.
 
 OUT_DIR = "tensors/sweep"
 
@@ -46,9 +45,9 @@ class SweepSummary:
     """How this process's share of a sweep went.
 
     Attributes:
-        runs: their entries in ``sweep.json``.
-        kept: the names of those whose traces existed.
-        seconds: since the start of the first worker.
+        runs: the entries of its runs in ``sweep.json``.
+        kept: the names of the runs whose traces existed already.
+        seconds: the time from the start of the first worker to the end.
         signal: SIGINT, SIGTERM or SIGHUP, if one of them interrupted the sweep; None if every run was tried.
     """
 
@@ -66,16 +65,16 @@ def sweep(
     overwrite: bool = False,
     quiet: bool = False,
 ) -> SweepSummary:
-    """Run a grid of experiments, or this process's share of it; keep what is done already.
+    """Run a grid of experiments, or this process's share of it; keep complete traces.
 
-    A run that fails does not stop the others. Ctrl-C and SIGTERM stop all runs at once; the unfinished ones start anew
-    the next time.
+    A run that fails does not stop the others. Ctrl-C, SIGTERM and SIGHUP stop all runs at once; the unfinished ones
+    start over the next time.
 
     Args:
         grid: for each field of :class:`bhfast.TrainConfig` a value or several; not ``out``, ``overwrite``, ``quiet``.
         out_dir: folder for ``sweep.json`` and, for each run, ``NAME.safetensors``.
-        jobs: runs side by side; None: one per core, or per GPU.
-        overwrite: whether to run again what is done, and to replace traces of other experiments.
+        jobs: how many runs side by side; None for one per core, or per GPU.
+        overwrite: whether to repeat runs that are done, and to replace traces of other experiments.
         quiet: print nothing but errors.
 
     Raises:
@@ -126,7 +125,7 @@ def _sweep(
             print(f"bhfast sweep: error: {entry['name']}: {entry['error']}", file=sys.stderr)
     print_status(_totals(entries, pool.kept, seconds))
     if received:
-        print_status(f"interrupted by {received.name}; the same command continues with the rest")
+        print_status(f"interrupted by {received.name}; run the same command again to continue")
     return SweepSummary(entries, pool.kept, seconds, received)
 
 
@@ -158,12 +157,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bhfast sweep",
         description="Run a grid of experiments, several side by side, and record each. Every setting takes one or more "
-        "values, and every combination is a run; repeated values count once. Runs that are done are kept.",
+        "values, and every combination is a run; repeated values count once. Complete traces are kept.",
     )
     parser.add_argument("--grid", metavar="FILE.toml", help="settings and their values; flags override them")
     parser.add_argument("--out-dir", default=OUT_DIR, help=f"folder for the traces and sweep.json (default: {OUT_DIR})")
     parser.add_argument("--jobs", type=int, help="runs side by side (default: one per core, or per GPU)")
-    parser.add_argument("--overwrite", action="store_true", help="run all again; replace traces of other settings")
+    parser.add_argument("--overwrite", action="store_true", help="repeat all runs; replace traces with other settings")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
     for entry in fields(bhfast.TrainConfig):
         if entry.name not in NOT_IN_GRID:

@@ -16,10 +16,10 @@ from bhfast.sweep.grid import Run, json_value
 
 
 class SweepResults:
-    """The results of all sweeps in a folder, kept in its ``sweep.json``. Several processes may update it at a time.
+    """The results of all sweeps in a folder, kept in its ``sweep.json``. Several processes may update it concurrently.
 
-    Every method raises :class:`bhfast.errors.StorageError` if the folder cannot be written to, or if the
-    ``sweep.json`` there is not of a sweep.
+    Every method raises :class:`bhfast.errors.StorageError` if the folder cannot be written to, or if its
+    ``sweep.json`` does not belong to a sweep.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -59,7 +59,9 @@ class SweepResults:
         except (ValueError, KeyError, TypeError):
             fits = False
         if not fits:
-            raise StorageError(f"{self.path} is not of a sweep; delete it, or choose another folder with --out-dir")
+            raise StorageError(
+                f"{self.path} does not belong to a sweep; delete it, or choose another folder with --out-dir"
+            )
         return content
 
     def begin(self, grid: Mapping[str, list[Any]], runs: Sequence[Run], share: Sequence[Run], restart: bool) -> None:
@@ -68,8 +70,8 @@ class SweepResults:
         Args:
             grid: the values of each setting.
             runs: all runs of the sweep.
-            share: the runs of this process, which are marked as waiting.
-            restart: whether this includes runs that are done.
+            share: the runs of this process; they are marked as waiting.
+            restart: whether to mark runs that are done as waiting, too.
         """
         mine = {run.name for run in share}
         with self._locked() as content:

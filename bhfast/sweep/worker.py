@@ -1,7 +1,7 @@
 """Processes that run experiments one after another, so that each imports torch only once.
 
 A :class:`Worker` writes tasks to its process, each as a line of JSON, and reads the replies. The process exits when the
-one that started it is gone, even in the middle of a run, of which only ``NAME.partial`` is left then.
+process that started it is gone, even in the middle of a run; then only ``NAME.partial`` of that run is left.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from typing import IO, Any
 
 
 class Worker:
-    """A process that runs experiments, as its parent sees it. Leaving the block kills it.
+    """A process that runs experiments, seen from its parent. Leaving the block kills it.
 
     Attributes:
-        started_at: when it was started, by :func:`time.monotonic`.
+        started_at: when it was started, in seconds of :func:`time.monotonic`.
     """
 
     def __init__(self) -> None:
@@ -93,13 +93,13 @@ def run_task(task: dict[str, Any], reply: Callable[..., None]) -> dict[str, Any]
     """Run one experiment, unless its complete trace exists.
 
     Args:
-        task: ``config``, the fields of a :class:`bhfast.TrainConfig`; ``threads``, how many to use; ``gpu``, the only
-            one it may use, as in ``CUDA_VISIBLE_DEVICES``, or None.
+        task: ``config``, the fields of a :class:`bhfast.TrainConfig`; ``threads``, how many to use; ``gpu``, the GPU to
+            use, as in ``CUDA_VISIBLE_DEVICES``, or None.
         reply: called with ``step=`` and ``loss=`` while it runs.
 
     Returns:
         ``state``, which is ``done``; ``is_kept``, whether the trace existed; ``first_loss``, ``last_loss`` and
-        ``mean_loss``; and if it was run, ``seconds`` and ``steps_per_second``.
+        ``mean_loss``; and, unless it was kept, ``seconds`` and ``steps_per_second``.
     """
     import torch
 
@@ -138,7 +138,7 @@ def _losses(path: Path) -> dict[str, float | None]:
 
 
 def _serve(tasks: queue.SimpleQueue[dict[str, Any]], replies: IO[str]) -> None:
-    """Run task after task. In this thread, which is not the main one, signals do not end a run with a shorter trace."""
+    """Run task after task, in a thread other than the main one, so that no signal ends a run with a shorter trace."""
 
     def reply(**message: Any) -> None:
         try:
@@ -147,7 +147,7 @@ def _serve(tasks: queue.SimpleQueue[dict[str, Any]], replies: IO[str]) -> None:
             os._exit(1)  # nobody is listening; an exception would end the run with a shorter trace
 
     try:
-        import bhfast.train  # noqa: F401 - while waiting for the first task
+        import bhfast.train  # noqa: F401 - imports torch before the first task arrives
         from bhfast.errors import BhfastError
 
         while True:

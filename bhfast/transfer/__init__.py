@@ -1,1 +1,1 @@
-"""Records on their way from a device to the host's memory."""
+"""Transfers records from a device to host memory."""

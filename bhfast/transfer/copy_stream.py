@@ -1,4 +1,4 @@
-"""Copies from a device to the host beside the computation: a side stream, and pinned memory."""
+"""Copies from a device to the host while it computes: a side stream, and pinned memory."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from bhfast.transfer.host_memory import PIN_PIECE, MemoryPreparer, split
 
 
 class Ticket(Protocol):
-    """A group of copies under way. torch's CUDA events are tickets."""
+    """Stands for a group of copies under way. torch's CUDA events are tickets."""
 
     def query(self) -> bool:
-        """Whether they are done."""
+        """Return whether the copies are done."""
         ...
 
 
 class CopyStream(Protocol):
-    """Copies from a device to the host beside the computation, in the order of the calls."""
+    """Copies from a device to the host while the device computes, in the order of the calls."""
 
     @property
     def waits(self) -> int:
-        """How often the computation had to wait: for a copy out of a slot that it needs, or for pinned memory.
+        """How often the computation had to wait: until a slot it needs was copied, or until memory was pinned.
 
         Complete after :meth:`drain`.
         """
@@ -36,7 +36,7 @@ class CopyStream(Protocol):
         ...
 
     def copy(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Ticket:
-        """Copy each second tensor to the first, as it is after all the computation issued so far."""
+        """Copy the second tensor of each pair to the first, after all the computation issued so far."""
         ...
 
     def hold(self, ticket: Ticket) -> None:
@@ -55,7 +55,7 @@ class CopyStream(Protocol):
 class StallCounter:
     """Counts how often the computation had to wait for a copy.
 
-    The host runs far ahead of the device. Only when both events of a pair are over can it tell which came first.
+    The host runs far ahead of the device, so it can tell which event of a pair came first only when both are over.
     """
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class StallCounter:
         self._ahead: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
     def add(self, arrived: torch.cuda.Event, copied: torch.cuda.Event) -> None:
-        """Add a pair of events to come, and count the pairs that are over."""
+        """Add a pair of future events, and count the pairs that are over."""
         self.settle()
         self._ahead.append((arrived, copied))
 

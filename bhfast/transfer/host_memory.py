@@ -14,14 +14,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-PIN_PIECE = 64 << 20  # bytes pinned at once: other calls to the driver wait that long
-POPULATE_PIECE = 256 << 10  # bytes of pages taken at once: other changes to the address space wait that long
+PIN_PIECE = 64 << 20  # bytes pinned at once: other calls to the driver wait meanwhile
+POPULATE_PIECE = 256 << 10  # bytes of pages touched at once: other changes to the address space wait meanwhile
 
 
 def host_tensor(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return uninitialised host memory of exactly this size, from the start of a page, in huge pages where there are.
+    """Return uninitialized host memory of exactly this size, starting at a page, in huge pages if the system has them.
 
-    Pages are taken when they are first written to.
+    The system provides a page when it is first written to.
     """
     count = torch.Size(shape).numel()
     if count == 0:
@@ -33,9 +33,9 @@ def host_tensor(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def split(host: Tensor, slots: Tensor, piece: int = PIN_PIECE) -> Iterator[tuple[Tensor, Tensor]]:
-    """Split a copy to part of a :func:`host_tensor` where it would cross from one pinned piece of memory to the next.
+    """Split a copy into part of a :func:`host_tensor` where it would cross from one pinned piece to the next.
 
-    CUDA takes memory that was registered in two pieces for two.
+    To CUDA, memory that was registered in two pieces is two separate blocks.
     """
     start = host.storage_offset() * host.itemsize
     end = start + host.nbytes
@@ -52,7 +52,7 @@ class MemoryPreparer:
     """Prepares host memory in the background, piece by piece, while the first steps run.
 
     It pins memory that a GPU copies to, or touches pages before the run writes to them (:func:`page_prefaulter`).
-    Memory that cannot be prepared works all the same, only more slowly.
+    Memory that cannot be prepared still works, but more slowly.
 
     Args:
         prepare: called with an address and a number of bytes; returns an error, or None.
@@ -77,7 +77,7 @@ class MemoryPreparer:
         self._thread.start()
 
     def add(self, tensor: Tensor) -> None:
-        """Prepare a tensor of :func:`host_tensor`: the first piece of every tensor, then the second, and so on."""
+        """Prepare a :func:`host_tensor`. The first piece of every tensor comes first, then the second, and so on."""
         with self._changed:
             for offset in range(0, tensor.nbytes, self._piece):
                 size = min(self._piece, tensor.nbytes - offset)
@@ -85,7 +85,7 @@ class MemoryPreparer:
             self._changed.notify_all()
 
     def wait(self, tensor: Tensor) -> bool:
-        """Wait until the memory of ``tensor`` is ready, or has failed to be; return whether there was a wait."""
+        """Wait until the memory of ``tensor`` is ready, or could not be prepared; return whether there was a wait."""
         start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
 
         def is_pending() -> bool:
@@ -133,7 +133,7 @@ class MemoryPreparer:
 def page_prefaulter() -> MemoryPreparer:
     """Return a preparer that touches pages of host memory before the run does, because the first write is slow.
 
-    Where the system has no such call it does nothing. Linux has it since 5.14.
+    It does nothing if the system has no call for this. Linux has one since 5.14.
     """
     return MemoryPreparer(_populate, lambda address: None, POPULATE_PIECE)
 

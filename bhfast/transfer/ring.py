@@ -1,7 +1,7 @@
-"""Records on their way from a device to the host: a ring on the device, a side stream, pinned memory.
+"""Transfers records from a device to the host: a ring on the device, a side stream, pinned memory.
 
 A kernel writes each record to the next slot of a ring of two halves. When one half is full, a side stream copies it to
-the host while the other half fills. The streams meet by events; the host never waits for the device in the loop.
+the host while the other half fills. Events synchronize the streams; the host never waits for the device in the loop.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ HALF_BYTES = 4 << 20  # large enough for the full bandwidth of the bus
 
 
 def half_size(record_bytes: int, records: int) -> int:
-    """Return how many records one half of a ring holds: some megabytes, at least 2, no more than there will be."""
+    """Return how many records one half of a ring holds: about 4 MB, at least 2, no more than there will be."""
     return min(max(2, HALF_BYTES // max(record_bytes, 1)), max(2, records))
 
 
 class Ring:
-    """Slots for records on a device, and the tensors on the host that they end up in.
+    """Slots for records on a device, and the host tensors to which they are copied.
 
     Record r of a tensor goes to slot ``r % (2 * half)``. Records are written in order, one after the other.
 
@@ -39,8 +39,10 @@ class Ring:
         self.landed = 0  # records that are known to be on the host
         self._tensors: list[_RingTensor] = []
         self._start = first - first % half  # the first record of the half that is being filled
-        self._sent = self._start  # records that are on the host, or on their way
-        self._tickets: deque[tuple[int, Ticket]] = deque()  # the copies under way, and where each ends
+        self._sent = self._start  # records that are on the host, or being copied
+        self._tickets: deque[tuple[int, Ticket]] = (
+            deque()
+        )  # copies under way: the first record after each, and its ticket
         self._last: Ticket | None = None  # of the last copy
         self._before: Ticket | None = None  # of the last copy out of the other half
 
@@ -48,9 +50,12 @@ class Ring:
         """Return slots for records that go to ``host``, starting with the half that is being filled.
 
         Args:
-            host: ``[records, ...]``, or a ring of its own whose length is a multiple of ``half``. What it already
-                holds of that half stays, unless it is recorded again.
+            host: ``[records, ...]``, or a ring whose length is a multiple of ``half``. Records of the current half that
+                it already holds are kept, unless they are recorded again.
             fill: what a record holds if nothing is written to it; None if every record is written.
+
+        Returns:
+            ``[2 * half, ...]`` on ``device``.
         """
         slots = torch.empty((2 * self.half, *host.shape[1:]), dtype=host.dtype, device=device)
         at = self._start % len(host)
@@ -67,7 +72,7 @@ class Ring:
         return self._start + self.half
 
     def send(self, records: int) -> Ticket | None:
-        """Send all records below ``records``, of the current half, to the host; return the ticket of the last copy."""
+        """Send the records of the current half that are below ``records`` to the host; return the last ticket."""
         while self._tickets and self._tickets[0][1].query():
             self.landed = self._tickets.popleft()[0]
         if records > self._sent:
@@ -82,7 +87,7 @@ class Ring:
         return self._last
 
     def turn(self) -> None:
-        """Send what is left of the full half, and make the other one ready to be written to."""
+        """Send the rest of the full half, and make the other half ready for writing."""
         self.send(self.room)
         if self._before is not None:
             self.stream.hold(self._before)
@@ -94,7 +99,7 @@ class Ring:
                 tensor.slots[first : first + self.half].fill_(tensor.fill)
 
     def drain(self, records: int) -> None:
-        """Bring everything up to ``records`` records to the host, and wait for it."""
+        """Bring all records below ``records`` to the host, and wait until they are there."""
         self.stream.drain()
         self.send(records)
         self.stream.drain()

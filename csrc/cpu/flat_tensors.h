@@ -17,7 +17,8 @@ class FlatTensors {
 
   int64_t numel() const { return starts_.back(); }
 
-  // Call visit(tensor, begin, end) for each tensor that has some of the elements [begin, end), with its own numbers.
+  // Call visit(tensor, begin, end) for each tensor that has some of the elements [begin, end); the call's begin and end
+  // count within the tensor.
   template <class Visit>
   void visit(int64_t begin, int64_t end, Visit visit) const {
     size_t i = std::upper_bound(starts_.begin(), starts_.end(), begin) - starts_.begin() - 1;

@@ -1,4 +1,4 @@
-// The operations on the CPU, whole and in the parts that the native engine's threads share among themselves.
+// The operations on the CPU: whole, and in parts that the native engine's threads divide among themselves.
 #pragma once
 
 #include <cstdint>

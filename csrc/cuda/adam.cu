@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int field = 0; field < kFields; ++field) {
       if (!t.rings[field]) continue;
-      // Streaming: the kernel does not read it again. As a uint4: the compiler would store a P in pieces.
+      // A streaming store, because the kernel does not read it again; as uint4, because the compiler would split a P.
       __stcs(reinterpret_cast<uint4*>(ring_at<T>(t.rings[field], slot, t.numel, i)),
              __builtin_bit_cast(uint4, *values[field]));
     }

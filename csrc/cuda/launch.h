@@ -37,7 +37,7 @@ __device__ inline int64_t slot_of_step(const StepScalars& s) {
   return s.slots ? slot_of(s.device_step ? *s.device_step : s.step, s.every, s.slots) : -1;
 }
 
-constexpr int kAccessBytes = 16;  // that a thread reads or writes at once
+constexpr int kAccessBytes = 16;  // what a thread reads or writes at once
 
 template <class T>
 struct alignas(kAccessBytes) Pack {

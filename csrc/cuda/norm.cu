@@ -1,9 +1,9 @@
 // The gradient norm, summed in the fixed order of bhfast.ops.arithmetic.grad_norm, and the clip coefficient. One launch
 // for each level of sums.
 //
-// A warp sums a block of kNormBlock values: it adds the second half to the first until one value is left. Thread t has
-// the eight values from 8 t on of every 256. So the first two halvings and the last three stay within a thread, and the
-// five between them are warp shuffles. No warp waits for another.
+// A warp sums a block of kNormBlock values: it adds the second half to the first until one value is left. Of every
+// 256 values, thread t has eight, starting at 8 t. So the first two halvings and the last three stay within a thread,
+// and the five between them are warp shuffles. No warp waits for another.
 #include <algorithm>
 
 #include "kernels.h"
@@ -64,7 +64,7 @@ __device__ void write_sum(float sum, int64_t block, int64_t blocks, float* sums,
 // The block of values that this warp sums.
 __device__ int64_t block_of_warp() { return static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp; }
 
-// Where a run of this thread begins in its block.
+// Where one of this thread's runs begins in its block.
 __device__ int run_begin(int run) { return (run * kWarp + threadIdx.x % kWarp) * kRunLength; }
 
 __device__ float element(const GradTensor& grad, int64_t i) {

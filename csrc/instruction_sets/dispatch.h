@@ -1,5 +1,5 @@
-// The CPU's code is compiled once for each instruction set: see the files in this folder. Which of them runs is decided
-// here, when the extension is loaded.
+// The CPU code is compiled once for each instruction set: see the files in this folder. The one to run is chosen here,
+// when the extension is loaded.
 #pragma once
 
 #include <memory>
@@ -48,13 +48,13 @@ extern const InstructionSet avx512bf16_set, avx512_set, avx2_set;
 #endif
 extern const InstructionSet portable_set;
 
-// The names of those that run on this machine, fastest first.
+// The names of the instruction sets that this machine supports, fastest first.
 std::vector<std::string> instruction_sets();
 
-// Throws std::invalid_argument if this machine does not run it.
+// Throws std::invalid_argument if this machine does not support it.
 const InstructionSet& find_instruction_set(const std::string& name);
 
-// The one whose kernels the operations use: the fastest, unless another was chosen.
+// The instruction set whose kernels the operations use: the fastest, unless another was chosen.
 const InstructionSet& current_instruction_set();
 void use_instruction_set(const std::string& name);
 

@@ -40,8 +40,8 @@ inline void causal_softmax(float* scores, int64_t stride, int64_t begin, int64_t
   fill_block(to, keys, [&](int i, int64_t c) { return load(scores + i * stride + c) * inverse_sum[i]; });
 }
 
-// Set the attention weights of a block of queries, and the values mixed with them. scratch:
-// [kRowBlock][rows_per_window]
+// Set the attention weights of a block of queries, and the values mixed with them.
+// scratch: [kRowBlock][rows_per_window]
 inline void attend(const Network& net, const Block& block, RowBlock rows, float* scratch) {
   const int64_t width = net.shape.hidden, stride = net.rows_per_window, keys = rows.position + kRowBlock;
   const int64_t window = rows.first - rows.position;
@@ -56,10 +56,10 @@ inline void attend(const Network& net, const Block& block, RowBlock rows, float*
   }
 }
 
-// to = the gradient by the scores, from d_weights, the gradient by the weights: [kRowBlock][stride].
+// to = the gradient of the scores, from d_weights, the gradient of the attention weights: [kRowBlock][stride].
 inline void softmax_backward(const float* d_weights, int64_t stride, int64_t keys, const Matrix& weights,
                              const Matrix& to) {
-  float mean[kRowBlock];  // of d_weights, weighted
+  float mean[kRowBlock];  // of d_weights, weighted by the attention weights
   for (int i = 0; i < kRowBlock; ++i) {
     f32 sum{};
     for (int64_t c = 0; c < keys; c += kLanes) {
@@ -72,7 +72,7 @@ inline void softmax_backward(const float* d_weights, int64_t stride, int64_t key
   });
 }
 
-// Set the gradients by the scores and the queries of a block. scratch: [kRowBlock][rows_per_window]
+// Set the gradients of the scores and the queries of a block. scratch: [kRowBlock][rows_per_window]
 inline void attend_backward_queries(const Network& net, const Block& block, RowBlock rows, float* scratch) {
   const int64_t width = net.shape.hidden, stride = net.rows_per_window, keys = rows.position + kRowBlock;
   const int64_t window = rows.first - rows.position;
@@ -87,7 +87,7 @@ inline void attend_backward_queries(const Network& net, const Block& block, RowB
   }
 }
 
-// Set the gradients by the keys and the values of a block. They sum over the queries of this block and all later ones.
+// Set the gradients of the keys and the values of a block. They sum over the queries of this block and all later ones.
 inline void attend_backward_keys_values(const Network& net, const Block& block, RowBlock rows) {
   const int64_t width = net.shape.hidden, queries = net.rows_per_window - rows.position;
   for (int64_t head = 0; head < net.shape.heads; ++head) {

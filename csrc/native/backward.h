@@ -1,4 +1,4 @@
-// The backward pass of a block of rows, to the gradients by all activations. Those by the parameters come later: see
+// The backward pass of a block of rows: the gradients of all activations. Those of the parameters come later: see
 // weight_gradients.h.
 #pragma once
 

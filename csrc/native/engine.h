@@ -18,7 +18,8 @@ struct Shape {
   int64_t vocab, hidden, layers, heads, context, windows;
 };
 
-// Blocks of kRowBlock rows, the unit of work of the forward and backward pass. More threads than that have none.
+// The number of blocks of kRowBlock rows, the unit of work of the forward and backward pass. More threads than that
+// would have nothing to do.
 inline int64_t row_blocks(const Shape& s) { return s.windows * ((s.context + kRowBlock - 1) / kRowBlock); }
 
 // Why the engine cannot run a network of these sizes; empty if it can.
@@ -82,7 +83,7 @@ class Engine {
   // Run and record the next `steps` steps.
   void run(int64_t steps);
 
-  // Turn profiling on or off; and the seconds measured so far, summed over threads: [kActivityCount].
+  // Turn profiling on or off; get the seconds measured so far, summed over threads: [kActivityCount].
   void set_profiling(bool on);
   std::vector<double> profile() const;
 

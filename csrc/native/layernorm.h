@@ -31,8 +31,8 @@ inline void layer_norm(const Matrix& x, const Norm& norm, float* statistics, con
   }
 }
 
-// From d_y, the gradient by the result: to = the gradient by x, plus the residual's gradient unless its rows are null.
-// partial: [2][width], set to this block's part of the gradients by weight and bias.
+// d_y is the gradient of the result. Sets `to` to the gradient of x, plus the residual's gradient unless its rows are
+// null, and partial, [2][width], to this block's part of the gradients of weight and bias.
 inline void layer_norm_backward(const Matrix& d_y, const Matrix& x, const Norm& norm, const float* statistics,
                                 const Matrix& residual, const Matrix& to, float* partial) {
   const float inverse_width = 1.0f / x.width;

@@ -1,4 +1,4 @@
-// The network's parameters, activations and gradients. d_x is the gradient of the loss by x.
+// The network's parameters, activations and gradients. d_x is the gradient of the loss with respect to x.
 //
 // A matrix has one row for each position of each window. Windows are padded to a multiple of kRowBlock rows; padding
 // comes after a window's end, where causal attention does not look, and gets no gradient.
@@ -57,7 +57,7 @@ struct Linear {
 struct Norm {
   Parameter weight, bias;
   float* statistics;  // [rows][2]: mean, and one over the standard deviation
-  float* partial;     // [rows / kRowBlock][2][hidden]: each block's part of the gradients by weight and bias
+  float* partial;     // [rows / kRowBlock][2][hidden]: each block's part of the gradients of weight and bias
 };
 
 // A transformer block.
@@ -78,7 +78,7 @@ struct Block {
 
   Matrix d_out;
   Matrix d_hidden;
-  Matrix d_mid;  // by x_mid
+  Matrix d_mid;  // of x_mid
   Matrix d_mixed;
   Matrix d_scores;
   Matrix d_qkv;

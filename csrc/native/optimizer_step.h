@@ -17,7 +17,7 @@ class OptimizerStep {
   // Update and record this worker's share of the parameters. Needs the sums of all workers.
   void apply(Worker& worker, int64_t step);
 
-  // Log the values that a step has one of; for one worker. Needs the sums of all workers.
+  // Log the values that each step has one of. Called by one worker. Needs the sums of all workers.
   //
   // losses: [rows]; the step's loss is `loss_scale` times their sum. logits: [vocab]
   void log(int64_t step, const std::vector<float>& losses, float loss_scale, const bfloat16* logits) const;

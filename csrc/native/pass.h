@@ -5,7 +5,7 @@
 
 namespace bhfast::native::BHFAST_ISA {
 
-// Memory of one thread's own.
+// Memory that one thread uses alone.
 struct Scratch {
   float* floats;  // [2][padded_vocab], [kRowBlock][rows_per_window] or [kRowBlock][hidden]
   Matrix rows;    // [kRowBlock][4 * hidden]
@@ -40,7 +40,7 @@ struct Pass {
   // See Timer.
   void lap(Activity activity) const { worker.timer.lap(activity); }
 
-  // Call work(rows) for each block of rows that is this thread's, in every phase the same ones. Early blocks of a
+  // Call work(rows) for each of this thread's blocks of rows, which are the same in every phase. Early blocks of a
   // window attend to fewer keys than late ones, so every other round deals them out in reverse order.
   template <class Work>
   void each_row_block(Work work) const {

@@ -1,4 +1,4 @@
-// The gradients by all parameters, from those by all activations. Each sums over all rows, in order.
+// The gradients of all parameters, from those of all activations. Each sums over all rows, in order.
 #pragma once
 
 #include "pass.h"
@@ -6,7 +6,7 @@
 
 namespace bhfast::native::BHFAST_ISA {
 
-// By the weights and biases of kRowBlock outputs of a linear layer with input x.
+// Of the weights and biases of kRowBlock outputs of a linear layer with input x.
 inline void linear_gradient(const Network& net, const Linear& layer, const Matrix& x, const Matrix& d_y,
                             int64_t output) {
   Matrix grad;
@@ -20,7 +20,7 @@ inline void linear_gradient(const Network& net, const Linear& layer, const Matri
   }
 }
 
-// By the vectors of kRowBlock tokens: as rows of the output layer and as embeddings. scratch: [kRowBlock][hidden]
+// Of the vectors of kRowBlock tokens, as rows of the output layer and as embeddings. scratch: [kRowBlock][hidden]
 inline void token_gradient(const Network& net, int64_t token, float* scratch) {
   const int64_t width = net.shape.hidden;
   multiply(left_transposed(net.logits.at(0, token)), right(net.normed), width / kLanes, net.rows / 2, scratch, width);
@@ -35,7 +35,7 @@ inline void token_gradient(const Network& net, int64_t token, float* scratch) {
   }
 }
 
-// By the vector of a position.
+// Of the vector of a position.
 inline void position_gradient(const Network& net, int64_t position) {
   const int64_t width = net.shape.hidden;
   for (int64_t c = 0; c < width; c += kLanes) {
@@ -45,7 +45,7 @@ inline void position_gradient(const Network& net, int64_t position) {
   }
 }
 
-// By the weight and bias of a layer normalization.
+// Of the weight and bias of a layer normalization.
 inline void norm_gradient(const Network& net, const Norm& norm) {
   const int64_t width = net.shape.hidden;
   for (int64_t c = 0; c < width; c += kLanes) {

@@ -1,4 +1,4 @@
-// One thread of the pool: its share of the work, and the barrier where it waits for the others.
+// One thread of the pool: its share of the work, and the barrier at which it waits for the others.
 #pragma once
 
 #include <atomic>
@@ -68,7 +68,7 @@ class Timer {
 };
 
 struct Worker {
-  int index, count;  // which of how many
+  int index, count;  // this worker's number, and how many there are
   Barrier& barrier;
   Timer timer;
 
