@@ -32,7 +32,7 @@ ROOMS: dict[str, set[str]] = {
     "corpus": {"cli", "errors"},
     "ops": set(),
     "optim": {"errors", "ops"},
-    "trace": {"errors"},
+    "trace": {"errors", "ops"},
     "transfer": set(),
     "storage": {"errors", "machine", "trace", "transfer"},
     "recording": {"errors", "ops", "signals", "storage", "trace", "transfer"},

@@ -1,8 +1,8 @@
 """Where a recording grows: in memory until all of it is written at the end, or straight into the file.
 
 Both kinds of storage hand out host tensors whose axis 0 is a ring of slots: record r of a tensor is written to slot
-``r % slots``. The memory storage has one slot for every record. A tensor that is recorded at key frames only has an entry,
-and a slot, for these records alone.
+``r % slots``. The memory storage has one slot for every record. A tensor that is recorded at key frames only has an
+entry, and a slot, for these records alone.
 """
 
 from __future__ import annotations
