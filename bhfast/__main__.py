@@ -12,6 +12,8 @@ PROGRAMS = {
     "sweep": "run a grid of experiments",
     "corpus": "make a corpus to train on",
     "verify": "prove a trace by replaying it",
+    "compact": "make a full trace compact, and prove that nothing is lost",
+    "expand": "make a compact trace full",
     "recover": "make a trace from a run that was killed",
     "report": "show what happened in a run or a sweep",
     "doctor": "report the hardware, and what bhfast will use of it",

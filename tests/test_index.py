@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from bhfast.errors import TraceError
-from bhfast.storage.memory import write_trace
 from bhfast.storage.output import OutputFile
+from bhfast.storage.whole import write_trace
 from bhfast.trace import ShardedTensor, Trace, TraceTensor, open_trace
 from bhfast.trace.sharded import INDEX_FORMAT, open_index
 

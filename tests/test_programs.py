@@ -40,6 +40,8 @@ ROOMS: dict[str, set[str]] = {
     "lightning": {"recording"},
     "replay": {"ops", "trace"},
     "verify": {"cli", "errors", "replay", "trace"},
+    "compact": {"cli", "errors", "replay", "storage", "trace"},
+    "expand": {"cli", "errors", "ops", "storage", "trace", "verify"},
     "recover": {"cli", "errors", "storage", "trace"},
     "summary": {"errors", "lattice", "trace"},
     "engines": {"errors", "model", "ops", "optim", "recording"},

@@ -17,8 +17,9 @@ from bhfast.errors import StorageError
 from bhfast.machine import available_memory
 from bhfast.storage.base import RecordedTensor, Stats
 from bhfast.storage.files import copy_path, journal_path
-from bhfast.storage.memory import MemoryStorage, write_trace
+from bhfast.storage.memory import MemoryStorage
 from bhfast.storage.output import OutputFile, lock
+from bhfast.storage.whole import write_trace
 from bhfast.trace import open_trace
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 from traces import raw
 
-from bhfast.storage.memory import write_trace
 from bhfast.storage.output import OutputFile
+from bhfast.storage.whole import write_trace
 from bhfast.trace import Trace, TraceTensor, open_trace
 from bhfast.trace.format import bytes_of, place
 

@@ -13,8 +13,8 @@ from torch import nn
 
 from bhfast.optim import FusedAdam
 from bhfast.recording.recorder import Recorder
-from bhfast.storage.memory import write_trace
 from bhfast.storage.output import OutputFile
+from bhfast.storage.whole import write_trace
 from bhfast.trace import open_trace
 from bhfast.trace.format import HEADER_CHECKSUM, bytes_of, header_checksum
 

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
-from bhfast.errors import StorageError
 from bhfast.storage.base import RecordedTensor, steps_of
-from bhfast.storage.files import sync_folder, write_at
 from bhfast.storage.output import OutputFile
-from bhfast.trace.checksums import checksum_metadata, checksums, records_per_checksum
-from bhfast.trace.format import bytes_of, encode_header, place
+from bhfast.storage.whole import write_trace
 from bhfast.transfer.copy_stream import Ticket
 from bhfast.transfer.host_memory import host_tensor
 
@@ -80,41 +76,3 @@ class MemoryStorage:
 
     def close(self) -> None:
         self.tensors.clear()
-
-
-def write_trace(output: OutputFile, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
-    """Write a whole trace, sync it, and give it its final name.
-
-    Nothing is copied: the bytes go straight from the tensors to the file. Do not write to the tensors meanwhile.
-
-    Args:
-        output: the file to write.
-        tensors: contiguous CPU tensors by name.
-        metadata: for the header's ``__metadata__``.
-        path: the final name, in the same folder.
-
-    Raises:
-        StorageError: the disk filled up or failed; the tensors are unchanged.
-    """
-    each = records_per_checksum(max(map(len, (x for x in tensors.values() if x.dim())), default=1), len(tensors))
-    sums = {name: checksums(tensor, each) for name, tensor in tensors.items()}
-    entries = place(tensors)
-    header = encode_header(entries, {**metadata, **checksum_metadata(sums, each)})
-    try:
-        write_at(output.fd, memoryview(header), 0)
-        for name, entry in entries.items():
-            write_at(output.fd, bytes_of(tensors[name]), len(header) + entry.offset)
-        os.ftruncate(output.fd, len(header) + max((entry.end for entry in entries.values()), default=0))
-        os.fsync(output.fd)
-    except OSError as error:
-        raise StorageError(f"writing the trace {path} failed: {error.strerror}; nothing was saved") from error
-    output.is_worth_keeping = True
-    try:
-        os.replace(output.partial, path)
-    except OSError as error:
-        raise StorageError(
-            f"renaming the trace to {path} failed: {error.strerror}; it is complete in {output.partial}: run "
-            f"python -m bhfast.recover {output.partial}"
-        ) from error
-    output.is_worth_keeping = False
-    sync_folder(path.parent)

@@ -60,6 +60,14 @@ class LazyTensor:
     def numel(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel() * self.itemsize
+
     def __len__(self) -> int:
         return self.shape[0]
 

@@ -8,6 +8,7 @@ rebuilt a moment ago, and only for the rows asked for.
 from __future__ import annotations
 
 import math
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -42,7 +43,7 @@ class KeyframedParam:
         DamageError: the tensors do not fit together.
     """
 
-    def __init__(self, trace: Trace, name: str, cache: _Blocks) -> None:
+    def __init__(self, trace: Trace, name: str, cache: _Cache) -> None:
         self._trace = trace
         self._name = name
         self._cache = cache
@@ -115,20 +116,21 @@ class KeyframedParam:
         if len(runs) == 1 and len(records) <= self._block_length(low, high):
             self._read_cached(field, records[0], low, high, found)
             return found
-        state, at = None, -1
+        at, state = self._cache.take_cursor((self._name, low, high))
         done = 0
         for start, stop in runs:
             while start < stop:
                 frame = self._frame_of(start)
                 end = min(stop, self._end_of(frame))
-                if state is None or at < self._starts[frame]:
-                    state, at = self._keyframe(frame, low, high), self._starts[frame]
+                if not self._starts[frame] <= at <= start:
+                    at, state = self._starts[frame], self._keyframe(frame, low, high)
                 target = found[done : done + end - start]
                 outputs: list[Tensor | None] = [None] * len(STATE)
                 outputs[field] = target
                 at = self._replay(state, at, start, end, low, high, outputs)
                 done += end - start
                 start = end
+        self._cache.put_cursor((self._name, low, high), at, state)
         return found
 
     @property
@@ -209,24 +211,41 @@ class KeyframedParam:
         return start, found
 
 
-class _Blocks:
-    """The blocks of states that were rebuilt last, all of one file."""
+class _Cache:
+    """The states that were rebuilt last, all of one file. Several threads may use it.
+
+    It has blocks of records that were read one by one, and a cursor: the state at which the last long read ended.
+    """
 
     def __init__(self) -> None:
         self._blocks: OrderedDict[Any, list[Tensor]] = OrderedDict()
         self._size = 0
+        self._cursor: tuple[Any, int, list[Tensor]] | None = None
+        self._lock = threading.Lock()
 
     def get(self, key: Any) -> list[Tensor] | None:
-        if key in self._blocks:
-            self._blocks.move_to_end(key)
-        return self._blocks.get(key)
+        with self._lock:
+            if key in self._blocks:
+                self._blocks.move_to_end(key)
+            return self._blocks.get(key)
 
     def put(self, key: Any, states: list[Tensor]) -> None:
-        self._blocks[key] = states
-        self._size += sum(own.nbytes for own in states)
-        while self._size > CACHE_BYTES and len(self._blocks) > 1:
-            _, old = self._blocks.popitem(last=False)
-            self._size -= sum(own.nbytes for own in old)
+        with self._lock:
+            self._size -= sum(own.nbytes for own in self._blocks.pop(key, ()))
+            self._blocks[key] = states
+            self._size += sum(own.nbytes for own in states)
+            while self._size > CACHE_BYTES and len(self._blocks) > 1:
+                _, old = self._blocks.popitem(last=False)
+                self._size -= sum(own.nbytes for own in old)
+
+    def take_cursor(self, key: Any) -> tuple[int, list[Tensor]]:
+        """Return the record of the cursor and its state, which the caller may change; -1 if it is not of ``key``."""
+        with self._lock:
+            cursor, self._cursor = self._cursor, None
+        return (-1, []) if cursor is None or cursor[0] != key else cursor[1:]
+
+    def put_cursor(self, key: Any, record: int, state: list[Tensor]) -> None:
+        self._cursor = (key, record, state)
 
 
 class RebuiltTensor(LazyTensor):
@@ -284,7 +303,7 @@ def keyframed_params(trace: Trace) -> Iterator[tuple[str, KeyframedParam]]:
         DamageError: their tensors do not fit together.
     """
     params = trace.optimizer.get("params", {}) if "keyframes" in trace.metadata else {}
-    cache = _Blocks()
+    cache = _Cache()
     for name, described in params.items():
         if _is_keyframed(trace, described["keys"]):
             yield name, KeyframedParam(trace, name, cache)

@@ -12,7 +12,8 @@ import numpy as np
 from torch import Tensor
 
 from bhfast.errors import DamageError, TraceError
-from bhfast.trace.format import HEADER_CHECKSUM, KEYFRAME_STEPS, KEYFRAMES, bytes_of, parse_json
+from bhfast.trace.checksums import without_checksums
+from bhfast.trace.format import KEYFRAME_STEPS, KEYFRAMES, bytes_of, parse_json
 from bhfast.trace.opening import open_file
 from bhfast.trace.reader import Trace
 from bhfast.trace.tensors import ShardedTensor, first_records
@@ -103,8 +104,7 @@ def read_index(path: Path) -> Index:
         elif name in shared or (x.dim() and len(x) == lengths):
             tensors[name] = first_records(x, records)
     first = next(iter(files.values()))
-    metadata = {key: text for key, text in first.metadata.items() if not key.startswith(("crc32", HEADER_CHECKSUM))}
-    trace = Trace(path, tensors, metadata)
+    trace = Trace(path, tensors, without_checksums(first.metadata))
     for own in files.values():
         own.logged = trace
     return Index(trace, files, shards, weight_map)
