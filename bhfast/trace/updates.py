@@ -14,6 +14,7 @@ from bhfast.trace.reader import Trace
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATE = ("param", *MOMENTS)  # what a step of Adam changes
+TABLE = 256  # steps whose coefficients are computed together, and kept
 
 
 def why_unknown(trace: Trace, logged: Mapping[str, Tensor]) -> str | None:
@@ -72,6 +73,7 @@ class Updates:
             for key in ("skipped", f"{name}.has_grad")
             if key in source
         }
+        self._tables: dict[int, Tensor] = {}  # of coefficients
         self._logged = logged
         self._optimizer = optimizer
         known = optimizer.get("known", {"arithmetic": None, "records": 0})
@@ -128,8 +130,17 @@ class Updates:
 
     def coefficients(self, now: slice) -> Tensor:
         """Return the coefficients of some steps: float32 ``[n, 7]``; see :func:`bhfast.ops.arithmetic.adam`."""
-        steps, lrs = self._steps[now].tolist(), self._lrs[now].tolist()
-        return arithmetic.adam_coefficients(steps, lrs, **self._settings)
+        first, last = now.start // TABLE, (now.stop - 1) // TABLE
+        tables = [self._coefficient_table(number) for number in range(first, last + 1)]
+        table = tables[0] if len(tables) == 1 else torch.cat(tables)
+        return table[now.start - first * TABLE : now.stop - first * TABLE]
+
+    def _coefficient_table(self, number: int) -> Tensor:
+        if number not in self._tables:
+            now = slice(number * TABLE, (number + 1) * TABLE)
+            steps, lrs = self._steps[now].tolist(), self._lrs[now].tolist()
+            self._tables[number] = arithmetic.adam_coefficients(steps, lrs, **self._settings)
+        return self._tables[number]
 
     def next_states(self, states: Sequence[Tensor], grads: Tensor, now: slice) -> list[Tensor]:
         """Advance many states by a step each, all at once.
