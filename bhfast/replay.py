@@ -12,7 +12,7 @@ from torch import Tensor
 from bhfast.ops import checks, torch_adam
 from bhfast.trace import Trace
 from bhfast.trace.format import KEYFRAMES
-from bhfast.trace.updates import MOMENTS, STATE, Updates, why_unknown
+from bhfast.trace.updates import MOMENTS, STATE, Updates, bits, differing, why_unknown
 
 CHUNK = 1 << 19  # elements replayed at once
 
@@ -81,7 +81,7 @@ def _why_not_param(trace: Trace, updates: Updates) -> str | None:
 
 
 def _changes(tensor: Tensor, record: int) -> bool:
-    return not torch.equal(_bits(tensor[record]), _bits(tensor[record - 1]))
+    return not torch.equal(bits(tensor[record]), bits(tensor[record - 1]))
 
 
 def replay(trace: Trace, logged: Mapping[str, Tensor]) -> Difference | None:
@@ -126,16 +126,10 @@ def _replay_keyframes(trace: Trace, updates: Updates) -> Difference | None:
     return None
 
 
-def _bits(values: Tensor) -> Tensor:
-    return values.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.itemsize])
-
-
 def _first_difference(trace: Trace, name: str, first: int, recorded: Tensor, replayed: Tensor) -> Difference | None:
-    """Compare bits; two NaN are equal, as the payload of a NaN depends on the instruction that made it."""
-    if torch.equal(_bits(recorded), _bits(replayed)):
+    if torch.equal(bits(recorded), bits(replayed)):
         return None
-    differs = _bits(recorded) != _bits(replayed)
-    differs &= ~(recorded.isnan() & replayed.isnan())
+    differs = differing(recorded, replayed)
     if not differs.any():
         return None
     record, *index = differs.nonzero()[0].tolist()
@@ -150,4 +144,4 @@ def _first_difference(trace: Trace, name: str, first: int, recorded: Tensor, rep
 
 def _describe(value: Tensor) -> str:
     digits = 2 * value.itemsize
-    return f"{value.item():.8g} (0x{int(_bits(value)) & (1 << 4 * digits) - 1:0{digits}x})"
+    return f"{value.item():.8g} (0x{int(bits(value)) & (1 << 4 * digits) - 1:0{digits}x})"

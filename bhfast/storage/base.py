@@ -154,10 +154,13 @@ class Storage(Protocol):
         """Wait until ``records`` records are stored; return how many can be saved, which is fewer after a failure."""
         ...
 
-    def add_last(self) -> None:
+    def add_last(self) -> bool:
         """Add the last record to tensors with a stride that lack it: it is in the slot after their last entry.
 
         Called after :meth:`settle`. A disk that fails now loses that entry only.
+
+        Returns:
+            Whether it was added.
         """
         ...
 

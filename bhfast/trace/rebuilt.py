@@ -2,7 +2,8 @@
 
 A compact trace holds every gradient, but parameters and moments at key frames only. Adam is specified to the bit, so
 each state in between follows from the key frame before it. Rebuilding starts at that key frame, or at a state that was
-rebuilt a moment ago, and only for the rows asked for.
+rebuilt a moment ago, and only for the rows asked for. It goes on to the next key frame, which must have the same bits:
+a damaged gradient, or a parameter that was changed behind the recorder's back, raises an error.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from bhfast.trace.format import KEYFRAME_STEPS, KEYFRAMES
 from bhfast.trace.lazy import LazyTensor
 from bhfast.trace.reader import Trace
 from bhfast.trace.tensors import TraceTensor
-from bhfast.trace.updates import STATE, Updates, why_unknown
+from bhfast.trace.updates import STATE, Updates, differing, why_none_known
 
 BLOCK_BYTES = 4 << 20  # of states that are rebuilt together when few are asked for
 CACHE_BYTES = 32 << 20  # of such blocks that are kept
@@ -59,6 +61,7 @@ class KeyframedParam:
             raise DamageError(f"{trace.path} is corrupted: the key frames of {name} do not fit its gradients")
         self._size = max(1, math.prod(self._grads.shape[1:]))
         self._updates: Updates | None = None
+        self._proven: dict[int, Tensor] = {}  # for each key frame, up to which rows lead to the next one: bool [rows]
 
     def tensors(self) -> dict[str, RebuiltTensor]:
         """Return param, exp_avg and exp_avg_sq of all records, by their names."""
@@ -74,8 +77,7 @@ class KeyframedParam:
             TraceError: that is not known.
         """
         if self._updates is None:
-            reason = why_unknown(self._trace, self._trace.logged)
-            if reason and "known" not in self._trace.optimizer:
+            if reason := why_none_known(self._trace, self._trace.logged):
                 raise self._unknown(reason)
             self._updates = Updates(self._trace, self._trace.logged, self._name)
         return self._updates
@@ -86,10 +88,13 @@ class KeyframedParam:
             f"{KEYFRAME_STEPS}; between them it cannot be rebuilt: {reason}"
         )
 
+    def _are_known(self, start: int, stop: int) -> bool:
+        is_known = self.updates.is_known[start:stop]
+        return len(is_known) == stop - start and bool(is_known.all())
+
     def _require_known(self, start: int, stop: int) -> None:
         """Raise TraceError unless the records from ``start`` to ``stop`` follow from those before them."""
-        is_known = self.updates.is_known[start:stop]
-        if len(is_known) < stop - start or not is_known.all():
+        if not self._are_known(start, stop):
             reason = self._trace.optimizer.get("reason")
             if not self.updates.has_one_factor[start:stop].all():
                 reason = "between backward and step, gradients were changed by something other than one common factor"
@@ -115,25 +120,33 @@ class KeyframedParam:
         if len(runs) == 1 and len(records) <= self._block_length(low, high):
             self._read_cached(field, records[0], low, high, found)
             return found
-        state, at = None, -1
         done = 0
+        for frame, parts in groupby(self._parts(runs), key=lambda part: part[0]):
+            state, at = self._keyframe(frame, low, high), self._starts[frame]
+            for _, start, end in parts:
+                outputs: list[Tensor | None] = [None] * len(STATE)
+                outputs[field] = found[done : done + end - start]
+                at = self._replay(state, at, start, end, low, high, outputs)
+                done += end - start
+            self._prove(frame, state, at, low, high)
+        return found
+
+    def _parts(self, runs: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
+        """Yield ranges of records, divided at key frames: the key frame before each part, its start, and its end."""
         for start, stop in runs:
             while start < stop:
                 frame = self._frame_of(start)
                 end = min(stop, self._end_of(frame))
-                if state is None or at < self._starts[frame]:
-                    state, at = self._keyframe(frame, low, high), self._starts[frame]
-                target = found[done : done + end - start]
-                outputs: list[Tensor | None] = [None] * len(STATE)
-                outputs[field] = target
-                at = self._replay(state, at, start, end, low, high, outputs)
-                done += end - start
+                yield frame, start, end
                 start = end
-        return found
 
     @property
     def _rows_are_independent(self) -> bool:
         return self.updates.rounding != torch_adam.FUSED
+
+    @property
+    def _row_count(self) -> int:
+        return self._grads.shape[1] if self._grads.dim() > 1 else 1
 
     def _frame_of(self, record: int) -> int:
         return int(torch.searchsorted(self.records, record, right=True)) - 1
@@ -168,9 +181,35 @@ class KeyframedParam:
             self.updates.advance(state, grads, slice(at + 1, end), outputs, max(0, start - at - 1))
         return max(at, end - 1)
 
+    def _prove(self, frame: int, state: list[Tensor], at: int, low: int, high: int) -> None:
+        """Raise TraceError unless ``state``, rebuilt from key frame ``frame`` to record ``at``, leads to the next one.
+
+        Where there is no next key frame, or the steps up to it are not known, nothing can be compared. The last key
+        frame was written when the recording ended, so it is compared with the steps before it.
+        """
+        if at == self._starts[frame]:
+            if frame and frame + 1 == len(self._starts):
+                self._prove(frame - 1, self._keyframe(frame - 1, low, high), -1, low, high)
+            return
+        proven = self._proven.setdefault(frame, torch.zeros(self._row_count, dtype=torch.bool))
+        if frame + 1 == len(self._starts) or proven[low:high].all():
+            return
+        at, end = max(at, self._starts[frame]), self._starts[frame + 1] + 1
+        if not self._are_known(at + 1, end):
+            return
+        self._replay(state, at, end, end, low, high, [None] * len(STATE))
+        if any(map(torch.any, map(differing, state, self._keyframe(frame + 1, low, high)))):
+            first, last = (int(self._trace.steps[self._starts[i]]) for i in (frame, frame + 1))
+            raise TraceError(
+                f"{self._trace.path}: steps {first + 1} to {last} do not lead from one key frame of {self._name} to "
+                "the next, so nothing between them can be rebuilt: the file is damaged (bhfast verify says where), or "
+                "something other than the optimizer's steps changed the parameter or its moments"
+            )
+        proven[low:high] = True
+
     def rebuilt_frame(self, frame: int) -> list[Tensor]:
         """Return what key frame ``frame`` must be, from the one before it: param, exp_avg, exp_avg_sq."""
-        rows = self._grads.shape[1] if self._grads.dim() > 1 else 1
+        rows = self._row_count
         state, end = self._keyframe(frame - 1, 0, rows), self._starts[frame] + 1
         self._replay(state, self._starts[frame - 1], end, end, 0, rows, [None] * len(STATE))
         return state
@@ -180,8 +219,7 @@ class KeyframedParam:
 
     def _block_length(self, low: int, high: int) -> int:
         """Return how many records of some rows are rebuilt together."""
-        rows = max(1, self._grads.shape[1]) if self._grads.dim() > 1 else 1
-        size = len(STATE) * self._grads.itemsize * self._size * (high - low) // rows
+        size = len(STATE) * self._grads.itemsize * self._size * (high - low) // max(1, self._row_count)
         return max(1, BLOCK_BYTES // max(1, size))
 
     def _read_cached(self, field: int, record: int, low: int, high: int, found: Tensor) -> None:
@@ -204,7 +242,8 @@ class KeyframedParam:
             before = self._cache.get((self._name, start - length, low, high)) if start > first else None
             state = self._keyframe(frame, low, high) if before is None else [own[-1].clone() for own in before]
             found = [torch.empty(end - start, *own.shape, dtype=own.dtype) for own in state]
-            self._replay(state, first if before is None else start - 1, start, end, low, high, found)
+            at = self._replay(state, first if before is None else start - 1, start, end, low, high, found)
+            self._prove(frame, state, at, low, high)
             self._cache.put((self._name, start, low, high), found)
         return start, found
 
