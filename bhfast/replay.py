@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -23,7 +24,8 @@ class Difference:
 
     Attributes:
         tensor: its name in the file; None for the header.
-        record: the index along axis 0; -1 if a checksum failed that covers no single record.
+        record: the index along axis 0; for key frames, the record that they are of; -1 if a checksum failed that covers
+            no single record.
         step: the step of that record; None if ``record`` is -1.
         index: the element within the record; None if a checksum found the difference.
         text: all this in one line, with the values found.
@@ -93,7 +95,8 @@ def replay(trace: Trace, logged: Mapping[str, Tensor]) -> Difference | None:
 def _replay_param(trace: Trace, updates: Updates) -> Difference | None:
     keys = updates.keys
     if not updates.described["steps_done"]:
-        for key in (keys[field] for field in MOMENTS):
+        ending = KEYFRAMES if updates.name in trace.keyframes else ""
+        for key in (f"{keys[field]}{ending}" for field in MOMENTS):
             if difference := _first_difference(trace, key, 0, trace[key][:1], torch.zeros_like(trace[key][:1])):
                 return difference
     if updates.name in trace.keyframes:
@@ -116,14 +119,46 @@ def _replay_param(trace: Trace, updates: Updates) -> Difference | None:
 
 def _replay_keyframes(trace: Trace, updates: Updates) -> Difference | None:
     """Replay a parameter from each key frame to the next, and compare them."""
-    for frame, record in enumerate(trace.keyframes[updates.name].records[1:].tolist(), start=1):
+    records = trace.keyframes[updates.name].records.tolist()
+    for frame, (before, record) in enumerate(pairwise(records), start=1):
+        if record >= updates.records:
+            break  # another of several files, which has the learning rates, is shorter
         states = trace.keyframes[updates.name].rebuilt_frame(frame)
         for field, value in zip(STATE, states, strict=True):
             key = f"{updates.keys[field]}{KEYFRAMES}"
             recorded = trace[key].as_subclass(Tensor)[frame : frame + 1]
             if difference := _first_difference(trace, key, record, recorded, value[None]):
-                return difference
+                return _cause(trace, updates, difference, frame, before, record)
     return None
+
+
+def _cause(trace: Trace, updates: Updates, found: Difference, frame: int, before: int, record: int) -> Difference:
+    """Return what was damaged if a key frame is not the one that the steps since the last one lead to.
+
+    Args:
+        found: the difference from the key frame.
+        frame: which key frame.
+        before, record: the records of the key frame before, and of this one.
+    """
+    spans = dict.fromkeys([updates.keys["grad"], *updates.flags, "learning_rates", "clip_coefs"], (before + 1, record))
+    spans |= {f"{updates.keys[field]}{KEYFRAMES}": (frame - 1, frame) for field in STATE}
+    each = int(trace.metadata.get("crc32_records", "1"))
+    where = f"found by replaying {found.tensor}{list(found.index or ())} of step {found.step}"
+    for name, own in trace.damage():
+        first, last = spans.get(name, (0, -1))
+        if own is None and first <= last:
+            text = f"steps {int(trace.steps[before]) + 1} to {found.step}, {name}: its CRC-32 does not match; {where}"
+            return replace(found, tensor=name, text=text)
+        if own is not None and first - each < own <= last:
+            own = max(own, first)
+            at = (before, record)[own - first] if name.endswith(KEYFRAMES) else own
+            text = f"step {int(trace.steps[at])}, {name}: the CRC-32 of its bytes does not match; {where}"
+            return replace(found, tensor=name, record=at, step=int(trace.steps[at]), text=text)
+    text = (
+        f"{found.text.partition(';')[0]}; all checksums of {trace.path.name} match, so it was changed after step "
+        f"{int(trace.steps[before])} by something other than the optimizer's steps"
+    )
+    return replace(found, text=text)
 
 
 def _first_difference(trace: Trace, name: str, first: int, recorded: Tensor, replayed: Tensor) -> Difference | None:
