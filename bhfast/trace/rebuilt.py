@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -60,7 +61,6 @@ class KeyframedParam:
         if len(shapes) > 1 or len(lengths) > 1 or not is_rising or len(self._grads) != len(steps):
             raise DamageError(f"{trace.path} is corrupted: the key frames of {name} do not fit its gradients")
         self._size = max(1, math.prod(self._grads.shape[1:]))
-        self._updates: Updates | None = None
         self._proven: dict[int, Tensor] = {}  # for each key frame, up to which rows lead to the next one: bool [rows]
 
     def tensors(self) -> dict[str, RebuiltTensor]:
@@ -69,36 +69,38 @@ class KeyframedParam:
         shape = self._grads.shape
         return {keys[field]: RebuiltTensor(self, i, shape, self._frames[i].dtype) for i, field in enumerate(STATE)}
 
-    @property
-    def updates(self) -> Updates:
-        """What the steps did.
+    @cached_property
+    def _updates(self) -> Updates:
+        return Updates(self._trace, self._trace.logged, self._name)
 
-        Raises:
-            TraceError: that is not known.
-        """
-        if self._updates is None:
-            if reason := why_none_known(self._trace, self._trace.logged):
-                raise self._unknown(reason)
-            self._updates = Updates(self._trace, self._trace.logged, self._name)
-        return self._updates
+    @cached_property
+    def _why_none_known(self) -> str | None:
+        return why_none_known(self._trace, self._trace.logged)
 
-    def _unknown(self, reason: object) -> TraceError:
-        return TraceError(
-            f"{self._trace.path}: {self._name} is known at its {len(self._starts)} key frames only, see "
-            f"{KEYFRAME_STEPS}; between them it cannot be rebuilt: {reason}"
-        )
-
-    def _are_known(self, start: int, stop: int) -> bool:
-        is_known = self.updates.is_known[start:stop]
-        return len(is_known) == stop - start and bool(is_known.all())
+    @cached_property
+    def _is_known(self) -> Tensor:
+        """Which records follow from those before them: bool ``[R]``."""
+        found = torch.zeros(len(self._grads), dtype=torch.bool)
+        if self._why_none_known is None:
+            known = self._updates.is_known
+            found[: len(known)] = known[: len(found)]
+        return found
 
     def _require_known(self, start: int, stop: int) -> None:
         """Raise TraceError unless the records from ``start`` to ``stop`` follow from those before them."""
-        if not self._are_known(start, stop):
-            reason = self._trace.optimizer.get("reason")
-            if not self.updates.has_one_factor[start:stop].all():
-                reason = "between backward and step, gradients were changed by something other than one common factor"
-            raise self._unknown(reason)
+        if self._is_known[start:stop].all():
+            return
+        optimizer = self._trace.optimizer
+        reason = self._why_none_known or optimizer["reason"]
+        if self._why_none_known is None and not self._updates.has_one_factor[start:stop].all():
+            reason = "between backward and step, gradients were changed by something other than one common factor"
+        raise TraceError(
+            f"{self._trace.path}: steps {self._step_of(start)} to {self._step_of(stop - 1)} of {self._name} cannot be "
+            f"rebuilt: {reason}; its key frames can be read, see {KEYFRAME_STEPS}"
+        )
+
+    def _step_of(self, record: int) -> int:
+        return int(self._trace.steps[record])
 
     # -----------------------------------------------------------------------------------------------------------------
     # Reading
@@ -142,7 +144,8 @@ class KeyframedParam:
 
     @property
     def _rows_are_independent(self) -> bool:
-        return self.updates.rounding != torch_adam.FUSED
+        optimizer = self._trace.optimizer
+        return torch_adam.FUSED not in (optimizer["arithmetic"], optimizer.get("known", {}).get("arithmetic"))
 
     @property
     def _row_count(self) -> int:
@@ -178,7 +181,7 @@ class KeyframedParam:
         if end - 1 > at:
             self._require_known(at + 1, end)
             grads = self._rows(self._grads, low, high)[at + 1 : end]
-            self.updates.advance(state, grads, slice(at + 1, end), outputs, max(0, start - at - 1))
+            self._updates.advance(state, grads, slice(at + 1, end), outputs, max(0, start - at - 1))
         return max(at, end - 1)
 
     def _prove(self, frame: int, state: list[Tensor], at: int, low: int, high: int) -> None:
@@ -195,11 +198,11 @@ class KeyframedParam:
         if frame + 1 == len(self._starts) or proven[low:high].all():
             return
         at, end = max(at, self._starts[frame]), self._starts[frame + 1] + 1
-        if not self._are_known(at + 1, end):
+        if not self._is_known[at + 1 : end].all():
             return
         self._replay(state, at, end, end, low, high, [None] * len(STATE))
         if any(map(torch.any, map(differing, state, self._keyframe(frame + 1, low, high)))):
-            first, last = (int(self._trace.steps[self._starts[i]]) for i in (frame, frame + 1))
+            first, last = (self._step_of(self._starts[i]) for i in (frame, frame + 1))
             raise TraceError(
                 f"{self._trace.path}: steps {first + 1} to {last} do not lead from one key frame of {self._name} to "
                 "the next, so nothing between them can be rebuilt: the file is damaged (bhfast verify says where), or "
@@ -237,6 +240,10 @@ class KeyframedParam:
         first = self._starts[frame]
         start = record - (record - first) % length
         end = min(start + length, self._end_of(frame))
+        known = first + 1 + int(self._is_known[first + 1 : end].int().cumprod(0).sum())
+        if record >= known:
+            self._require_known(known, record + 1)
+        end = min(end, known)
         found = self._cache.get((self._name, start, low, high))
         if found is None:
             before = self._cache.get((self._name, start - length, low, high)) if start > first else None
