@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from bhfast.ops import checks, torch_adam
 from bhfast.trace import Trace
 from bhfast.trace.format import KEYFRAMES
-from bhfast.trace.updates import MOMENTS, STATE, Updates, why_unknown
+from bhfast.trace.updates import MOMENTS, STATE, Updates, bits, differing, why_unknown
 
 CHUNK = 1 << 19  # elements replayed at once
 
@@ -23,7 +24,8 @@ class Difference:
 
     Attributes:
         tensor: its name in the file; None for the header.
-        record: the index along axis 0; -1 if a checksum failed that covers no single record.
+        record: the index along axis 0; for key frames, the record that they are of; -1 if a checksum failed that covers
+            no single record.
         step: the step of that record; None if ``record`` is -1.
         index: the element within the record; None if a checksum found the difference.
         text: all this in one line, with the values found.
@@ -81,7 +83,7 @@ def _why_not_param(trace: Trace, updates: Updates) -> str | None:
 
 
 def _changes(tensor: Tensor, record: int) -> bool:
-    return not torch.equal(_bits(tensor[record]), _bits(tensor[record - 1]))
+    return not torch.equal(bits(tensor[record]), bits(tensor[record - 1]))
 
 
 def replay(trace: Trace, logged: Mapping[str, Tensor]) -> Difference | None:
@@ -93,7 +95,8 @@ def replay(trace: Trace, logged: Mapping[str, Tensor]) -> Difference | None:
 def _replay_param(trace: Trace, updates: Updates) -> Difference | None:
     keys = updates.keys
     if not updates.described["steps_done"]:
-        for key in (keys[field] for field in MOMENTS):
+        ending = KEYFRAMES if updates.name in trace.keyframes else ""
+        for key in (f"{keys[field]}{ending}" for field in MOMENTS):
             if difference := _first_difference(trace, key, 0, trace[key][:1], torch.zeros_like(trace[key][:1])):
                 return difference
     if updates.name in trace.keyframes:
@@ -116,26 +119,52 @@ def _replay_param(trace: Trace, updates: Updates) -> Difference | None:
 
 def _replay_keyframes(trace: Trace, updates: Updates) -> Difference | None:
     """Replay a parameter from each key frame to the next, and compare them."""
-    for frame, record in enumerate(trace.keyframes[updates.name].records[1:].tolist(), start=1):
+    records = trace.keyframes[updates.name].records.tolist()
+    for frame, (before, record) in enumerate(pairwise(records), start=1):
+        if record >= updates.records:
+            break  # another of several files, which has the learning rates, is shorter
         states = trace.keyframes[updates.name].rebuilt_frame(frame)
         for field, value in zip(STATE, states, strict=True):
             key = f"{updates.keys[field]}{KEYFRAMES}"
             recorded = trace[key].as_subclass(Tensor)[frame : frame + 1]
             if difference := _first_difference(trace, key, record, recorded, value[None]):
-                return difference
+                return _cause(trace, updates, difference, frame, before, record)
     return None
 
 
-def _bits(values: Tensor) -> Tensor:
-    return values.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.itemsize])
+def _cause(trace: Trace, updates: Updates, found: Difference, frame: int, before: int, record: int) -> Difference:
+    """Return what was damaged if a key frame is not the one that the steps since the last one lead to.
+
+    Args:
+        found: the difference from the key frame.
+        frame: which key frame.
+        before, record: the records of the key frame before, and of this one.
+    """
+    spans = dict.fromkeys([updates.keys["grad"], *updates.flags, "learning_rates", "clip_coefs"], (before + 1, record))
+    spans |= {f"{updates.keys[field]}{KEYFRAMES}": (frame - 1, frame) for field in STATE}
+    each = int(trace.metadata.get("crc32_records", "1"))
+    where = f"found by replaying {found.tensor}{list(found.index or ())} of step {found.step}"
+    for name, own in trace.damage():
+        first, last = spans.get(name, (0, -1))
+        if own is None and first <= last:
+            text = f"steps {int(trace.steps[before]) + 1} to {found.step}, {name}: its CRC-32 does not match; {where}"
+            return replace(found, tensor=name, text=text)
+        if own is not None and first - each < own <= last:
+            own = max(own, first)
+            at = (before, record)[own - first] if name.endswith(KEYFRAMES) else own
+            text = f"step {int(trace.steps[at])}, {name}: the CRC-32 of its bytes does not match; {where}"
+            return replace(found, tensor=name, record=at, step=int(trace.steps[at]), text=text)
+    text = (
+        f"{found.text.partition(';')[0]}; all checksums of {trace.path.name} match, so it was changed after step "
+        f"{int(trace.steps[before])} by something other than the optimizer's steps"
+    )
+    return replace(found, text=text)
 
 
 def _first_difference(trace: Trace, name: str, first: int, recorded: Tensor, replayed: Tensor) -> Difference | None:
-    """Compare bits; two NaN are equal, as the payload of a NaN depends on the instruction that made it."""
-    if torch.equal(_bits(recorded), _bits(replayed)):
+    if torch.equal(bits(recorded), bits(replayed)):
         return None
-    differs = _bits(recorded) != _bits(replayed)
-    differs &= ~(recorded.isnan() & replayed.isnan())
+    differs = differing(recorded, replayed)
     if not differs.any():
         return None
     record, *index = differs.nonzero()[0].tolist()
@@ -150,4 +179,4 @@ def _first_difference(trace: Trace, name: str, first: int, recorded: Tensor, rep
 
 def _describe(value: Tensor) -> str:
     digits = 2 * value.itemsize
-    return f"{value.item():.8g} (0x{int(_bits(value)) & (1 << 4 * digits) - 1:0{digits}x})"
+    return f"{value.item():.8g} (0x{int(bits(value)) & (1 << 4 * digits) - 1:0{digits}x})"

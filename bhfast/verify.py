@@ -32,6 +32,7 @@ from bhfast.cli import run_program
 from bhfast.errors import BhfastError, DamageError, TraceError
 from bhfast.replay import Difference, replay, why_not
 from bhfast.trace import Trace, open_trace
+from bhfast.trace.format import KEYFRAME_STEPS, KEYFRAMES
 from bhfast.trace.sharded import INDEX_SUFFIX, Index, disagreements, read_index
 
 SEVERITY = (0, 2, 1)  # exit statuses, the worst last
@@ -108,7 +109,8 @@ def _verify_file(trace: Trace, logged: Mapping[str, Tensor]) -> Verification:
 
 def _compare_checksums(trace: Trace) -> Difference | None:
     for name, record in trace.damage():
-        step = None if record is None else int(trace.steps[record])
+        steps = trace[KEYFRAME_STEPS] if name.endswith(KEYFRAMES) and KEYFRAME_STEPS in trace else trace.steps
+        step = None if record is None else int(steps[record])
         where = name if step is None else f"step {step}, {name}"
         text = f"{where}: the CRC-32 of its bytes does not match"
         return Difference(name, -1 if record is None else record, step, None, text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Sequence
 from functools import cache
@@ -75,8 +76,9 @@ def fused_adamw(
     Returns:
         Three new tensors ``[n, ...]``.
     """
-    rest = 0 if is_whole else -param[0].numel() % FUSED_BLOCK
-    state = [torch.nn.functional.pad(x.flatten(1), (0, rest)) for x in (param, exp_avg, exp_avg_sq)]
+    size = math.prod(param.shape[1:])
+    rest = 0 if is_whole else -size % FUSED_BLOCK
+    state = [torch.nn.functional.pad(x.reshape(len(x), size), (0, rest)) for x in (param, exp_avg, exp_avg_sq)]
     state = [x.clone() for x in state]  # a padding of nothing copies nothing
     for i, (step, lr) in enumerate(zip(steps, lrs, strict=True)):
         torch._fused_adamw_(
@@ -94,5 +96,5 @@ def fused_adamw(
             amsgrad=False,
             maximize=False,
         )
-    p, m, v = (x[:, : x.shape[1] - rest].view(param.shape) for x in state)
+    p, m, v = (x[:, :size].reshape(param.shape) for x in state)
     return p, m, v

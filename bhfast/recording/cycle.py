@@ -17,7 +17,7 @@ from bhfast.recording.slots import RecordSlots
 class Follower(Protocol):
     """What a step needs from an :class:`bhfast.recording.hooks.OptimizerFollower`."""
 
-    optimizer: torch.optim.Optimizer
+    rates: list[float]
     logged: dict[str, Tensor]
     has_stepped: bool
 
@@ -95,7 +95,7 @@ class StepCycle:
         self._log_own_values()
         self.slots.log(**self.pending)
         self.pending.clear()
-        self.slots.end()
+        self.slots.end(has_keyframe=True)
         self.is_begun = self.is_under_way = False
 
     def _log_own_values(self) -> None:
@@ -105,7 +105,7 @@ class StepCycle:
         if self._own is None:
             own = {"learning_rates", "grad_norms", "clip_coefs", "skipped"}
             self._own = own - self.slots.tensors.keys() - self.pending.keys()
-        rates = [float(group["lr"]) for follower in self.followers for group in follower.optimizer.param_groups]
+        rates = [rate for follower in self.followers for rate in follower.rates]
         values = {"learning_rates": torch.tensor(rates if len(rates) > 1 else rates[0], dtype=torch.float64)}
         values |= self.followers[0].logged if len(self.followers) == 1 else self._values_of_each()
         self.slots.log(**{name: value for name, value in values.items() if name in self._own})

@@ -47,6 +47,7 @@ class OptimizerFollower:
         params: what this process records of its parameters.
         fields: what is recorded, by name in the file.
         description: what the trace says of the optimizer.
+        rates: the learning rates of its groups in its last step.
         logged: values of the current step that a replay needs.
         has_stepped: whether it did a step in the last complete record.
     """
@@ -63,6 +64,7 @@ class OptimizerFollower:
         self.params = plan.params
         self.fields = {field.name: field for field in plan.at_start}
         self.description = OptimizerDescription(plan.optimizer)
+        self.rates: list[float] = []
         self.logged: dict[str, Tensor] = {}
         self.has_stepped = False
         self._plan = plan
@@ -177,9 +179,23 @@ class OptimizerFollower:
         self.description.look(self._slots.step)
         if self._steps_in_record > 1:
             self._mark_unknown(f"it did several steps in record {self._slots.record}")
-        if self._versions and self._versions != self._current_versions():
-            self._mark_unknown(f"parameters or their state were changed between steps, before step {self._slots.step}")
+        self._look_for_changes(self._slots.step)
         return True
+
+    def _look_for_changes(self, step: int) -> None:
+        if self.was_changed():
+            self.description.mark_unknown(
+                f"parameters or their state were changed between steps, before step {step}", step
+            )
+
+    def was_changed(self) -> bool:
+        """Return whether something other than a step has changed what is recorded at key frames."""
+        return self._is_hooked and self._versions != self._current_versions()
+
+    @property
+    def _is_hooked(self) -> bool:
+        """Whether steps are performed by the optimizer's ``step()``, not by an engine."""
+        return not self._slots.step or self._steps_seen > 0
 
     def _mark_unknown(self, reason: str) -> None:
         self.description.mark_unknown(reason, self._slots.step)
@@ -217,7 +233,16 @@ class OptimizerFollower:
                 self.logged["skipped"] = torch.tensor(False) if found is None else found.detach().reshape(()) > 0
             if getattr(optimizer, "max_grad_norm", None) is not None and not self._unclipped:
                 self.logged |= {"grad_norms": optimizer.grad_norm, "clip_coefs": optimizer.clip_coef}  # type: ignore[attr-defined]
+        self._end()
+
+    def _end(self) -> None:
+        self._note_state()
         self._cycle.end(self)
+
+    def _note_state(self) -> None:
+        """Remember what may change before the record is complete, or before the next step."""
+        self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self._versions = self._current_versions()
 
     def _scaled_step(self, scaler: GradScaler, proceed: Callable[[], Any]) -> Any:
         """Perform ``scaler.step(optimizer)``; if that skips the optimizer's step, record it as skipped."""
@@ -238,13 +263,16 @@ class OptimizerFollower:
             self._record_gradients()
             self._record_state()
             self.logged["skipped"] = torch.tensor(True)
-        self._cycle.end(self)
+        self._end()
 
     def complete_record(self) -> None:
         """If the optimizer has not stepped since the last record, fill in its part of this one."""
         self.has_stepped = self._steps_in_record > 0
-        if not self.has_stepped:
+        if self.has_stepped:
+            self._look_for_changes(self._slots.step + 1)
+        else:
             self.logged = {}
+            self._note_state()
         if not self.has_stepped and self._slots.record is not None:
             self._by_hand = [*self._fused, *self._not_fused]
             self._mark_unknown(f"it did no step in record {self._slots.record}")
@@ -253,7 +281,6 @@ class OptimizerFollower:
             self._record_state()
         self._gradients.clear()
         self._steps_in_record = 0
-        self._versions = self._current_versions()
         if self._keyframed and (reason := self.description.unknown):
             self._cycle.warn(
                 "keyframes",
@@ -273,14 +300,23 @@ class OptimizerFollower:
         factor = self._gradients.record(fields, self._scaler, self._scale, found_inf)
         if factor is not None:
             self.logged["clip_coefs"] = factor
+            if self._keyframed and factor.device.type == "cpu" and factor.isnan():  # elsewhere, asking would wait
+                self._cycle.warn(
+                    "factor",
+                    f"states from step {self._slots.step} to the next key frame cannot be rebuilt: between backward "
+                    "and step, gradients were changed by something other than one common factor",
+                )
 
     def record_start(self) -> None:
         """Write record 0: parameters and state as they are, and zeros for the gradients."""
         for field in self.fields.values():
             self._write_value(field)
+        self._versions = self._current_versions()
 
     def _record_state(self) -> None:
         self._discover_fields()
+        if self._slots.is_keyframe:
+            self.record_keyframe()
         for field in self._by_hand:
             if field.field != "grad":
                 self._write_value(field)

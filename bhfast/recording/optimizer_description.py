@@ -33,6 +33,7 @@ class OptimizerDescription:
         self.flags = _flags(optimizer)
         self.unknown: str | None = None  # why its steps cannot be replayed, whatever kind of optimizer it is
         self.unknown_since = 0  # the first step that this reason holds for
+        self._arithmetic_at_start: str | None = None
         self.steps_done: dict[str, int] = {}  # by parameter: steps done before the recording
 
     def look(self, step: int) -> None:
@@ -58,6 +59,7 @@ class OptimizerDescription:
         for name, param in params.items():  # keeps the counts of the first call
             self.steps_done.setdefault(name, int(self.optimizer.state.get(param, {}).get("step", 0)))
         arithmetic, reason = self._arithmetic(list(params.values()))
+        self._arithmetic_at_start = self._arithmetic_at_start or arithmetic
         groups = {id(p): i for i, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
         described: dict[str, Any] = {
             "name": type(self.optimizer).__name__,
@@ -69,7 +71,7 @@ class OptimizerDescription:
                 for name, p in params.items()
             },
         }
-        known = arithmetic or self._arithmetic_of_kind(list(params.values()))[0]
+        known = self._arithmetic_at_start
         if known and not arithmetic:
             described["known"] = {"arithmetic": known, "records": self.unknown_since}
         if known == torch_adam.FUSED:
@@ -83,10 +85,8 @@ class OptimizerDescription:
 
         The arithmetic is a rounding of :func:`bhfast.ops.arithmetic.adam`, or that of torch's own fused kernel.
         """
-        return (None, self.unknown) if self.unknown is not None else self._arithmetic_of_kind(params)
-
-    def _arithmetic_of_kind(self, params: list[Tensor]) -> tuple[str | None, str]:
-        """Return the same, whatever has happened in its steps."""
+        if self.unknown is not None:
+            return None, self.unknown
         optimizer, kind = self.optimizer, type(self.optimizer).__name__
         if rounding := getattr(optimizer, "rounding", None):
             return rounding, f"{kind} is specified to the bit"
@@ -207,7 +207,8 @@ def _settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 
 
 def _flags(optimizer: torch.optim.Optimizer) -> list[tuple[Any, ...]]:
-    return [tuple(group.get(flag) for flag in FLAGS) for group in optimizer.param_groups]
+    own = [tuple(group.get(flag) for flag in FLAGS) for group in optimizer.param_groups]
+    return [(getattr(optimizer, "rounding", None),), *own]
 
 
 def _plain(value: Any) -> Any:

@@ -155,7 +155,7 @@ class Recorder:
         self._partition = RankPartition(selected, self.path)
         self._partition.require_gradients_of(unclipped, model)
         plans = [FieldPlan(own, self._partition.params, fields, keys or {}, keyframes) for own in optimizers]
-        names = [field.name for plan in plans for field in plan.at_start]
+        names = [name for plan in plans for field in plan.at_start for name in {field.name, field.key}]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ConfigError(f"keys must give every tensor a name of its own, got {', '.join(sorted(twice))} twice")
         self._followers = [
@@ -221,6 +221,7 @@ class Recorder:
                 stack.enter_context(follower.following(self._model))
             self.slots.on_recount = self._record_fused
             self.slots.on_keyframe = self._record_keyframe
+            self.slots.on_last = self._record_last_keyframe
             stack.enter_context(terminable())
             self._started_at = time.monotonic()
             self._stack = stack.pop_all()
@@ -233,6 +234,13 @@ class Recorder:
     def _record_keyframe(self) -> None:
         for follower in self._followers:
             follower.record_keyframe()
+
+    def _record_last_keyframe(self) -> bool:
+        """Write the last key frame; return False if that is too late, as something has changed since the last step."""
+        if any(follower.was_changed() for follower in self._followers):
+            return False
+        self._record_keyframe()
+        return True
 
     def _take_new_field(self, field: RecordedField) -> bool:
         """Make room for a field that has appeared in an optimizer's state; return False if it cannot be recorded."""

@@ -63,7 +63,10 @@ class RecordSlots:
         self.constants: dict[str, Tensor] = {}
         self.is_logging = True  # whether this process records what is logged
         self.on_recount: Callable[[], None] = lambda: None  # called after step_tensor was replaced
-        self.on_keyframe: Callable[[], None] = lambda: None  # called to write the current key frame
+        self.on_keyframe: Callable[[], None] = lambda: None  # called to write the key frame of a step that had no hooks
+        self.on_last: Callable[[], bool] = lambda: (
+            True
+        )  # called to write the last one; returns whether that is possible
         self.records = None if steps is None else steps // every + 1
         self.steps = math.inf if steps is None else steps
         self._storage: Storage
@@ -175,18 +178,18 @@ class RecordSlots:
         if self.keyframes:
             self.frames = -(-saved // self.keyframes)
         if self.keyframes and saved == self.complete and saved % self.keyframes != 1 and not self._is_in_step:
-            self._write_keyframe(self.frames)
-            self._storage.add_last()
-            self.frames += 1
+            self._frame = self.frames
+            self.frames += self.on_last() and self._storage.add_last()
         return saved, fault
 
     @property
     def _is_in_step(self) -> bool:
         return self.complete != self.step // self.every + 1
 
-    def _write_keyframe(self, frame: int) -> None:
-        self._frame = frame
-        self.on_keyframe()
+    @property
+    def is_keyframe(self) -> bool:
+        """Whether the current step makes a key frame."""
+        return bool(self.keyframes) and self.record is not None and self.step == self._frame * (self.keyframes or 1)
 
     def save(self, metadata: Mapping[str, str], path: Path) -> list[str]:
         """Write the settled records to the trace ``path``; return the names of its tensors."""
@@ -254,13 +257,19 @@ class RecordSlots:
         self.step += most
         self.step_tensor.fill_(self.step)
         self.record = None if self.step % self.every else self.step // self.every
+        if self.keyframes:
+            self._frame = self.step // self.keyframes
         return most
 
-    def end(self) -> None:
-        """Mark the reserved steps as issued; on a GPU they may still be running."""
+    def end(self, *, has_keyframe: bool = False) -> None:
+        """Mark the reserved steps as issued; on a GPU they may still be running.
+
+        Args:
+            has_keyframe: whether the key frame, if the step makes one, is written already.
+        """
         self.complete = self.step // self.every + 1
-        if self.keyframes and self.step % self.keyframes == 0:
-            self._write_keyframe(self.step // self.keyframes)
+        if self.is_keyframe and not has_keyframe:
+            self.on_keyframe()
 
     @contextmanager
     def counted_by(self, step: Tensor) -> Iterator[None]:

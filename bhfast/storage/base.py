@@ -82,7 +82,7 @@ def steps_of(records: int, every: int, start_step: int, strides: set[int], *, ha
     steps = start_step + torch.arange(records) * every
     found = {"recorded_steps": steps}
     for stride in strides - {1}:
-        frames = steps[::stride]
+        frames = steps[::stride].contiguous()
         found[KEYFRAME_STEPS] = torch.cat([frames, steps[-1:]]) if has_last else frames
     return found
 
@@ -154,10 +154,13 @@ class Storage(Protocol):
         """Wait until ``records`` records are stored; return how many can be saved, which is fewer after a failure."""
         ...
 
-    def add_last(self) -> None:
+    def add_last(self) -> bool:
         """Add the last record to tensors with a stride that lack it: it is in the slot after their last entry.
 
         Called after :meth:`settle`. A disk that fails now loses that entry only.
+
+        Returns:
+            Whether it was added.
         """
         ...
 

@@ -57,8 +57,9 @@ class MemoryStorage:
         self._records = records
         return records
 
-    def add_last(self) -> None:
+    def add_last(self) -> bool:
         self._has_last = True
+        return True
 
     def save(self, metadata: Mapping[str, str], path: Path) -> None:
         tensors = {

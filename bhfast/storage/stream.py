@@ -283,7 +283,9 @@ class StreamStorage:
                 self.committed = read_journal(self.output.partial).records
         return self.committed
 
-    def add_last(self) -> None:
+    def add_last(self) -> bool:
+        if self._error is not None:
+            return False  # the journal's end is uncertain
         sums, values = {}, {}
         try:
             for name, own in self._tensors.items():
@@ -305,6 +307,8 @@ class StreamStorage:
                 RecordingWarning,
                 stacklevel=2,
             )
+            return False
+        return True
 
     def _stop(self, records: int) -> None:
         with self._changed:

@@ -2,15 +2,19 @@
 
 A compact trace holds every gradient, but parameters and moments at key frames only. Adam is specified to the bit, so
 each state in between follows from the key frame before it. Rebuilding starts at that key frame, or at a state that was
-rebuilt a moment ago, and only for the rows asked for.
+rebuilt a moment ago, and only for the rows asked for. It goes on to the next key frame, which must have the same bits:
+a damaged gradient, or a parameter that was changed behind the recorder's back, raises an error.
 """
 
 from __future__ import annotations
 
 import math
 import threading
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -22,9 +26,9 @@ from bhfast.trace.format import KEYFRAME_STEPS, KEYFRAMES
 from bhfast.trace.lazy import LazyTensor
 from bhfast.trace.reader import Trace
 from bhfast.trace.tensors import TraceTensor
-from bhfast.trace.updates import STATE, Updates, why_unknown
+from bhfast.trace.updates import STATE, Updates, differing, why_none_known
 
-BLOCK_BYTES = 4 << 20  # of states that are rebuilt together when few are asked for
+BLOCK_BYTES = 2 << 20  # of states that are rebuilt together when few are asked for
 CACHE_BYTES = 32 << 20  # of such blocks that are kept
 
 
@@ -58,8 +62,9 @@ class KeyframedParam:
         is_rising = not self._starts or (self._starts[0] == 0 and bool((self.records.diff() > 0).all()))
         if len(shapes) > 1 or len(lengths) > 1 or not is_rising or len(self._grads) != len(steps):
             raise DamageError(f"{trace.path} is corrupted: the key frames of {name} do not fit its gradients")
-        self._size = max(1, math.prod(self._grads.shape[1:]))
-        self._updates: Updates | None = None
+        self._row_count = self._grads.shape[1] if self._grads.dim() > 1 else 1
+        self._row_bytes = self._grads.itemsize * math.prod(self._grads.shape[2:])
+        self._proven: dict[int, Tensor] = {}  # for each key frame, up to which rows lead to the next one: bool [rows]
 
     def tensors(self) -> dict[str, RebuiltTensor]:
         """Return param, exp_avg and exp_avg_sq of all records, by their names."""
@@ -67,34 +72,38 @@ class KeyframedParam:
         shape = self._grads.shape
         return {keys[field]: RebuiltTensor(self, i, shape, self._frames[i].dtype) for i, field in enumerate(STATE)}
 
-    @property
-    def updates(self) -> Updates:
-        """What the steps did.
+    @cached_property
+    def _updates(self) -> Updates:
+        return Updates(self._trace, self._trace.logged, self._name)
 
-        Raises:
-            TraceError: that is not known.
-        """
-        if self._updates is None:
-            reason = why_unknown(self._trace, self._trace.logged)
-            if reason and "known" not in self._trace.optimizer:
-                raise self._unknown(reason)
-            self._updates = Updates(self._trace, self._trace.logged, self._name)
-        return self._updates
+    @cached_property
+    def _why_none_known(self) -> str | None:
+        return why_none_known(self._trace, self._trace.logged)
 
-    def _unknown(self, reason: object) -> TraceError:
-        return TraceError(
-            f"{self._trace.path}: {self._name} is known at its {len(self._starts)} key frames only, see "
-            f"{KEYFRAME_STEPS}; between them it cannot be rebuilt: {reason}"
-        )
+    @cached_property
+    def _is_known(self) -> Tensor:
+        """Which records follow from those before them: bool ``[R]``."""
+        found = torch.zeros(len(self._grads), dtype=torch.bool)
+        if self._why_none_known is None:
+            known = self._updates.is_known
+            found[: len(known)] = known[: len(found)]
+        return found
 
     def _require_known(self, start: int, stop: int) -> None:
         """Raise TraceError unless the records from ``start`` to ``stop`` follow from those before them."""
-        is_known = self.updates.is_known[start:stop]
-        if len(is_known) < stop - start or not is_known.all():
-            reason = self._trace.optimizer.get("reason")
-            if not self.updates.has_one_factor[start:stop].all():
-                reason = "between backward and step, gradients were changed by something other than one common factor"
-            raise self._unknown(reason)
+        if self._is_known[start:stop].all():
+            return
+        optimizer = self._trace.optimizer
+        reason = self._why_none_known or optimizer["reason"]
+        if self._why_none_known is None and not self._updates.has_one_factor[start:stop].all():
+            reason = "between backward and step, gradients were changed by something other than one common factor"
+        raise TraceError(
+            f"{self._trace.path}: steps {self._step_of(start)} to {self._step_of(stop - 1)} of {self._name} cannot be "
+            f"rebuilt: {reason}; its key frames can be read, see {KEYFRAME_STEPS}"
+        )
+
+    def _step_of(self, record: int) -> int:
+        return int(self._trace.steps[record])
 
     # -----------------------------------------------------------------------------------------------------------------
     # Reading
@@ -118,27 +127,40 @@ class KeyframedParam:
             return found
         at, state = self._cache.take_cursor((self._name, low, high))
         done = 0
+        for frame, grouped in groupby(self._parts(runs), key=lambda part: part[0]):
+            parts = [*grouped]
+            if not self._starts[frame] <= at <= parts[0][1]:
+                at, state = self._starts[frame], self._keyframe(frame, low, high)
+            for _, start, end in parts:
+                outputs: list[Tensor | None] = [None] * len(STATE)
+                outputs[field] = found[done : done + end - start]
+                at = self._replay(state, at, start, end, low, high, outputs)
+                done += end - start
+            self._prove(frame, state, at, low, high)
+        self._cache.put_cursor((self._name, low, high), at, state)
+        return found
+
+    def read_one(self, field: int, record: int) -> Tensor:
+        """Return one record: ``[...]``."""
+        start, states = self._block(record, 0, self._row_count)
+        return states[field][record - start].clone()
+
+    def _parts(self, runs: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
+        """Yield ranges of records, divided at key frames: the key frame before each part, its start, and its end."""
         for start, stop in runs:
             while start < stop:
                 frame = self._frame_of(start)
                 end = min(stop, self._end_of(frame))
-                if not self._starts[frame] <= at <= start:
-                    at, state = self._starts[frame], self._keyframe(frame, low, high)
-                target = found[done : done + end - start]
-                outputs: list[Tensor | None] = [None] * len(STATE)
-                outputs[field] = target
-                at = self._replay(state, at, start, end, low, high, outputs)
-                done += end - start
+                yield frame, start, end
                 start = end
-        self._cache.put_cursor((self._name, low, high), at, state)
-        return found
 
     @property
     def _rows_are_independent(self) -> bool:
-        return self.updates.rounding != torch_adam.FUSED
+        optimizer = self._trace.optimizer
+        return torch_adam.FUSED not in (optimizer["arithmetic"], optimizer.get("known", {}).get("arithmetic"))
 
     def _frame_of(self, record: int) -> int:
-        return int(torch.searchsorted(self.records, record, right=True)) - 1
+        return bisect_right(self._starts, record) - 1
 
     def _end_of(self, frame: int) -> int:
         """Return the record of the next key frame, or the number of records."""
@@ -167,12 +189,39 @@ class KeyframedParam:
         if end - 1 > at:
             self._require_known(at + 1, end)
             grads = self._rows(self._grads, low, high)[at + 1 : end]
-            self.updates.advance(state, grads, slice(at + 1, end), outputs, max(0, start - at - 1))
+            self._updates.advance(state, grads, slice(at + 1, end), outputs, max(0, start - at - 1))
         return max(at, end - 1)
+
+    def _prove(self, frame: int, state: list[Tensor], at: int, low: int, high: int) -> None:
+        """Raise TraceError unless ``state``, rebuilt from key frame ``frame`` to record ``at``, leads to the next one.
+
+        Where there is no next key frame, or the steps up to it are not known, nothing can be compared. The last key
+        frame was written when the recording ended, so it is compared with the steps before it.
+        """
+        if at == self._starts[frame]:
+            if frame and frame + 1 == len(self._starts):
+                self._prove(frame - 1, self._keyframe(frame - 1, low, high), -1, low, high)
+            return
+        proven = self._proven.setdefault(frame, torch.zeros(self._row_count, dtype=torch.bool))
+        if frame + 1 == len(self._starts) or proven[low:high].all():
+            return
+        at, end = max(at, self._starts[frame]), self._starts[frame + 1] + 1
+        if not self._is_known[at + 1 : end].all():
+            return
+        state = [value.clone() for value in state]
+        self._replay(state, at, end, end, low, high, [None] * len(STATE))
+        if any(map(torch.any, map(differing, state, self._keyframe(frame + 1, low, high)))):
+            first, last = (self._step_of(self._starts[i]) for i in (frame, frame + 1))
+            raise TraceError(
+                f"{self._trace.path}: steps {first + 1} to {last} do not lead from one key frame of {self._name} to "
+                "the next, so nothing between them can be rebuilt: the file is damaged (bhfast verify says where), or "
+                "something other than the optimizer's steps changed the parameter or its moments"
+            )
+        proven[low:high] = True
 
     def rebuilt_frame(self, frame: int) -> list[Tensor]:
         """Return what key frame ``frame`` must be, from the one before it: param, exp_avg, exp_avg_sq."""
-        rows = self._grads.shape[1] if self._grads.dim() > 1 else 1
+        rows = self._row_count
         state, end = self._keyframe(frame - 1, 0, rows), self._starts[frame] + 1
         self._replay(state, self._starts[frame - 1], end, end, 0, rows, [None] * len(STATE))
         return state
@@ -182,9 +231,7 @@ class KeyframedParam:
 
     def _block_length(self, low: int, high: int) -> int:
         """Return how many records of some rows are rebuilt together."""
-        rows = max(1, self._grads.shape[1]) if self._grads.dim() > 1 else 1
-        size = len(STATE) * self._grads.itemsize * self._size * (high - low) // rows
-        return max(1, BLOCK_BYTES // max(1, size))
+        return max(1, BLOCK_BYTES // max(1, len(STATE) * self._row_bytes * (high - low)))
 
     def _read_cached(self, field: int, record: int, low: int, high: int, found: Tensor) -> None:
         """Fill ``found`` with the records from ``record`` on."""
@@ -201,12 +248,17 @@ class KeyframedParam:
         first = self._starts[frame]
         start = record - (record - first) % length
         end = min(start + length, self._end_of(frame))
+        known = first + 1 + int(self._is_known[first + 1 : end].int().cumprod(0).sum())
+        if record >= known:
+            self._require_known(known, record + 1)
+        end = min(end, known)
         found = self._cache.get((self._name, start, low, high))
         if found is None:
             before = self._cache.get((self._name, start - length, low, high)) if start > first else None
             state = self._keyframe(frame, low, high) if before is None else [own[-1].clone() for own in before]
             found = [torch.empty(end - start, *own.shape, dtype=own.dtype) for own in state]
-            self._replay(state, first if before is None else start - 1, start, end, low, high, found)
+            at = self._replay(state, first if before is None else start - 1, start, end, low, high, found)
+            self._prove(frame, state, at, low, high)
             self._cache.put((self._name, start, low, high), found)
         return start, found
 
@@ -263,6 +315,11 @@ class RebuiltTensor(LazyTensor):
         super().__init__(shape, dtype)
         self._param = param
         self._field = field
+
+    def __getitem__(self, index: Any) -> Tensor:
+        if type(index) is int and -len(self) <= index < len(self):
+            return self._param.read_one(self._field, index % len(self)).as_subclass(TraceTensor)
+        return super().__getitem__(index)
 
     def _read(self, steps: slice | Tensor, low: int, high: int) -> Tensor:
         records, inverse = _records(steps, len(self))

@@ -28,7 +28,13 @@ def why_unknown(trace: Trace, logged: Mapping[str, Tensor]) -> str | None:
     optimizer, steps = trace.optimizer, trace.steps
     if steps.dim() != 1 or not torch.equal(steps - steps[:1], torch.arange(len(steps))):
         return "a replay needs every step, but this run recorded only some (--record-every)"
-    rounding = optimizer["arithmetic"]
+    return str(optimizer["reason"]) if optimizer["arithmetic"] is None else why_none_known(trace, logged)
+
+
+def why_none_known(trace: Trace, logged: Mapping[str, Tensor]) -> str | None:
+    """Return why not even a trace's first steps are known to the bit; None if they are. See :func:`why_unknown`."""
+    optimizer = trace.optimizer
+    rounding = optimizer["arithmetic"] or optimizer.get("known", {}).get("arithmetic")
     if rounding is None:
         return str(optimizer["reason"])
     if reason := _why_not_arithmetic(rounding, optimizer["groups"]):
@@ -43,6 +49,19 @@ def _why_not_arithmetic(rounding: str, groups: Sequence[Mapping[str, Any]]) -> s
         if kernel != (here := torch_adam.fused_kernel()):
             return f"it was recorded with the fused AdamW of {kernel}, whose bits may differ from those of {here} here"
     return None
+
+
+def bits(values: Tensor) -> Tensor:
+    """Return the bits of floating-point values as integers."""
+    return values.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.itemsize])
+
+
+def differing(one: Tensor, other: Tensor) -> Tensor:
+    """Return where the bits of two tensors differ, bool ``[...]``.
+
+    Two NaN are equal, as the payload of a NaN depends on the instruction that made it.
+    """
+    return (bits(one) != bits(other)) & ~(one.isnan() & other.isnan())
 
 
 class Updates:
