@@ -1,0 +1,198 @@
+"""Compact traces against full ones: bytes, the speed of recording, and that of reading.
+
+    python benchmarks/compact.py --json benchmarks/results/compact.json
+
+Full and compact take turns for several rounds. The figures are medians, and so are the ratios, of those of each round.
+Each recording is a process of its own. Traces are read from a warm page cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import bhfast
+from bhfast.model import GPTConfig, build_model, window_loss
+from bhfast.ops import extension
+
+KEYFRAMES = 256
+FORMS = {"full": 0, "compact": KEYFRAMES}
+TENSORS = ("embeddings", "momentum", "variance")
+VOCAB, DIM, CONTEXT = 10_000, 64, 128
+CHUNK = 256  # records read at once
+WARM_UP = 10  # steps
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Recording
+
+
+def reference_run(form: str, storage: str, steps: int, folder: Path) -> dict[str, float]:
+    """Return steps per second of the reference run, and bytes per step."""
+    out = folder / f"{storage}-{form}.safetensors"
+    config = bhfast.TrainConfig(
+        steps=steps, keyframes=FORMS[form], storage=storage, out=str(out), device="cpu", quiet=True
+    )
+    begun = time.perf_counter()
+    result = bhfast.train(config)
+    seconds = time.perf_counter() - begun
+    return {"per second": result.steps_per_second, "in all": steps / seconds, "bytes": out.stat().st_size / steps}
+
+
+def large_stream(form: str, steps: int, folder: Path) -> dict[str, float]:
+    """Return the same of a network with 10,000 tokens, of which all rows are streamed."""
+    torch.manual_seed(0)
+    config = GPTConfig(vocab_size=VOCAB, hidden_dim=DIM, layers=2, heads=2, context=CONTEXT)
+    model, _ = build_model(config, sigma=0.0, init_scale=0.02, seed=42, device=torch.device("cpu"))
+    optimizer = bhfast.FusedAdam(model.parameters(), lr=1e-3, weight_decay=0.0)
+    tokens = torch.randint(0, VOCAB, (64, 1, CONTEXT + 1))
+    path, times = folder / f"large-{form}.safetensors", []
+    own = {"keyframes": FORMS[form] or None, "steps": steps, "path": path, "storage": "stream"}
+    begun = time.perf_counter()
+    with bhfast.Recorder(optimizer, {"wte": model.wte.weight}, **own):
+        for step in range(steps):
+            start = time.perf_counter()
+            batch = tokens[step % len(tokens)]
+            optimizer.zero_grad()
+            window_loss(model(batch[:, :-1]), batch, 1).backward()
+            optimizer.step()
+            times.append(time.perf_counter() - start)
+    seconds = time.perf_counter() - begun
+    per_second = 1 / statistics.fmean(times[WARM_UP:])
+    return {"per second": per_second, "in all": steps / seconds, "bytes": path.stat().st_size / steps}
+
+
+def sweep(form: str, steps: int, folder: Path) -> dict[str, float]:
+    """Return the same of a sweep over four seeds."""
+    flags = ["--steps", str(steps), "--device", "cpu", "--keyframes", str(FORMS[form]), "--seed", "1", "2", "3", "4"]
+    begun = time.perf_counter()
+    subprocess.run(
+        [sys.executable, "-m", "bhfast.sweep", *flags, "--out-dir", str(folder / f"sweep-{form}")],
+        check=True,
+        capture_output=True,
+    )
+    seconds = time.perf_counter() - begun
+    size = sum(path.stat().st_size for path in (folder / f"sweep-{form}").rglob("*.safetensors"))
+    return {"in all": 4 * steps / seconds, "bytes": size / steps / 4}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def in_chunks(trace: bhfast.Trace) -> None:
+    for first in range(0, len(trace.steps), CHUNK):
+        for name in TENSORS:
+            trace[name][first : first + CHUNK].clone()
+
+
+def one_by_one(trace: bhfast.Trace) -> None:
+    for record in range(len(trace.steps)):
+        for name in TENSORS:
+            trace[name][record].clone()
+
+
+def at_random(trace: bhfast.Trace) -> None:
+    for record in random.Random(0).sample(range(len(trace.steps)), 100):
+        trace["embeddings"][record].clone()
+
+
+READERS: dict[str, Callable[[bhfast.Trace], None]] = {
+    f"all records of 3 tensors, {CHUNK} at a time": in_chunks,
+    "all records of 3 tensors, one by one": one_by_one,
+    "100 random records of the embeddings": at_random,
+}
+
+
+def seconds_to_read(form: str, reader: str, folder: Path) -> dict[str, float]:
+    trace = bhfast.open_trace(folder / f"memory-{form}.safetensors")
+    trace["grads"].clone()
+    begun = time.perf_counter()
+    READERS[reader](trace)
+    return {"seconds": time.perf_counter() - begun}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All of it
+
+
+def apart(work: str, *arguments: object) -> dict[str, float]:
+    """Run one of the functions above in a process of its own."""
+    command = [sys.executable, __file__, "--only", json.dumps([work, *map(str, arguments)])]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def race(name: str, rounds: int, work: Callable[[str], dict[str, float]]) -> dict[str, object]:
+    """Let the two forms take turns; return medians, and those of the ratios compact / full of each round."""
+    found: dict[str, list[dict[str, float]]] = {form: [] for form in FORMS}
+    for number in range(rounds):
+        for form in list(FORMS)[:: 1 if number % 2 else -1]:
+            found[form].append(work(form))
+            os.sync()
+    result: dict[str, object] = {}
+    for key in found["full"][0]:
+        values = {form: [own[key] for own in found[form]] for form in FORMS}
+        ratios = [compact / full for full, compact in zip(*values.values(), strict=True)]
+        result[key] = {**{form: statistics.median(own) for form, own in values.items()}, "ratios": ratios}
+        result[key] |= {"ratio": statistics.median(ratios)}
+        print(f"{name:<48} {key:<10} {' '.join(f'{k} {v:,.4g}' for k, v in result[key].items() if k != 'ratios')}")
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", help="where the figures go")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=3000, help="of the reference run")
+    parser.add_argument("--large-steps", type=int, default=120, help="of the network with 10,000 tokens")
+    parser.add_argument("--folder", help="on the disk to measure; default: that for temporary files")
+    parser.add_argument("--only", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.only:
+        work, form, *rest = json.loads(args.only)
+        own = {"reference_run": reference_run, "large_stream": large_stream, "sweep": sweep, "read": seconds_to_read}
+        converted = [int(x) if x.isdigit() else x for x in rest[:-1]]
+        print(json.dumps(own[work](form, *converted, Path(rest[-1]))))
+        return
+    results: dict[str, object] = {}
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        runs = {
+            "reference run, in memory": lambda form: apart("reference_run", form, "memory", args.steps, folder),
+            "reference run, streamed": lambda form: apart("reference_run", form, "stream", args.steps, folder),
+            "10,000 x 64, all rows, streamed": lambda form: apart("large_stream", form, args.large_steps, folder),
+            "sweep of 4 seeds": lambda form: sweep(form, args.steps // 4, Path(tempfile.mkdtemp(dir=folder))),
+            **{name: lambda form, name=name: apart("read", form, name, folder) for name in READERS},
+        }
+        for name, work in runs.items():
+            results[name] = race(name, args.rounds, work)
+    machine = {
+        "cpu": next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "operations": " ".join(extension.backend(torch.device("cpu"))),
+        "keyframes": KEYFRAMES,
+        "steps": args.steps,
+        "load at the end": os.getloadavg(),
+    }
+    if args.json:
+        Path(args.json).write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
