@@ -28,6 +28,7 @@ def record(
     buffer_bytes: int = 1 << 19,
     commit_seconds: float = COMMIT_SECONDS,
     overwrite: bool = True,
+    keyframes: int | None = None,
     after_step: Callable[[int, Recorder], None] = lambda step, recorder: None,
 ) -> Recorder:
     """Train ``steps`` steps of a matrix and a vector; record the first, some rows of a second one, and a loss.
@@ -35,7 +36,7 @@ def record(
     Args:
         announced: the number of steps that the recorder is told; None if it is not told.
         buffer_bytes, commit_seconds: see :class:`bhfast.storage.stream.StreamStorage`.
-        overwrite: see :class:`bhfast.Recorder`.
+        overwrite, keyframes: see :class:`bhfast.Recorder`.
         after_step: called with the number of each step.
     """
 
@@ -57,6 +58,7 @@ def record(
         path=path,
         storage=storage,
         overwrite=overwrite,
+        keyframes=keyframes,
     )
     with recorder:
         recorder.constants["answer"] = torch.tensor([42])
