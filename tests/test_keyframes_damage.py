@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from children import fork, status_of
 from keyframe_runs import KEYFRAME, RUNS, STEPS, Params, Run, assert_same, assert_same_bits
-from streaming_run import record
+from streaming_run import assert_begins_like, record
 from traces import flip
 
 from bhfast.errors import RecordingWarning, TraceError
@@ -25,7 +25,7 @@ from bhfast.storage import stream
 from bhfast.storage.files import journal_path
 from bhfast.storage.journal import Journal
 from bhfast.trace import open_trace
-from bhfast.trace.format import KEYFRAME_STEPS, KEYFRAMES
+from bhfast.trace.format import KEYFRAME_STEPS
 from bhfast.verify import main, verify
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -119,18 +119,12 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return record(tmp_path_factory.mktemp("whole") / "whole", 400, announced=400, storage="memory").path
 
 
-def assert_begins_like(path: Path, whole: Path) -> int:
-    """All that the shorter compact trace holds or rebuilds is as in the full one; returns the number of records."""
-    trace, wanted = open_trace(path), open_trace(whole)
-    records = len(trace.steps)
-    for name in trace:
-        if name.endswith(KEYFRAMES):
-            assert_same_bits(trace[name], wanted[name.removesuffix(KEYFRAMES)][trace[KEYFRAME_STEPS]])
-        elif name not in (KEYFRAME_STEPS, "loss", "late", "second.rows", "answer"):  # logged after the step
-            assert_same_bits(trace[name][:records], wanted[name][:records])
-    found = verify(path)
-    assert found.difference is None
-    return records
+def assert_recovered(partial_path: Path, whole: Path) -> None:
+    """All committed records are there, or rebuilt, as in the full trace."""
+    found = recover(partial_path)
+    assert_begins_like(found.path, whole, logged=found.records - 1)
+    assert len(open_trace(found.path).steps) == found.records
+    assert verify(found.path).difference is None
 
 
 @pytest.mark.parametrize("times", [3, pytest.param(20, marks=pytest.mark.slow)])
@@ -145,8 +139,7 @@ def test_a_killed_run_is_recovered_and_rebuilt(times: int, undisturbed: Path, tm
         time.sleep(seconds)
         os.kill(child, signal.SIGKILL)
         assert status_of(child) == -signal.SIGKILL
-        found = recover(path.with_name(f"{path.name}.partial"))
-        assert assert_begins_like(found.path, undisturbed) == found.records
+        assert_recovered(path.with_name(f"{path.name}.partial"), undisturbed)
 
 
 def kill_after(number: int, step: int, recorder: Any) -> None:
@@ -157,8 +150,7 @@ def kill_after(number: int, step: int, recorder: Any) -> None:
 @pytest.mark.parametrize("step", [KEYFRAME * 10 - 1, KEYFRAME * 10, KEYFRAME * 10 + 1])
 def test_a_run_killed_near_a_key_frame(step: int, undisturbed: Path, tmp_path: Path) -> None:
     assert status_of(fork(partial(compact, tmp_path / "t", after_step=partial(kill_after, step)))) == -signal.SIGKILL
-    found = recover(tmp_path / "t.partial")
-    assert assert_begins_like(found.path, undisturbed) == found.records > 1
+    assert_recovered(tmp_path / "t.partial", undisturbed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
