@@ -13,7 +13,7 @@ import sys
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -35,6 +35,7 @@ class Case(NamedTuple):
     storage: str = "memory"
     rows: str = "spread"
     is_late: bool = False  # what only appears during the run: unknown state, a missing gradient
+    keyframes: int | None = None
 
 
 CASES = {
@@ -44,6 +45,8 @@ CASES = {
     "fsdp-stream": Case("fsdp", 2, "stream", "low"),
     "fsdp-all": Case("fsdp", 2, rows="all"),
     "fsdp-unordered": Case("fsdp", 2, rows="unordered"),
+    "ddp-compact": Case("ddp", 2, keyframes=6),
+    "fsdp-compact": Case("fsdp", 2, "stream", keyframes=6),
     "fsdp-precious": Case("fsdp", 2),  # where one process finds a file in its way
     "fsdp-late": Case("fsdp", 2, rows="high", is_late=True),
     "hsdp": Case("hsdp", 4, rows="all"),
@@ -91,8 +94,9 @@ def record(case: Case, path: Path, rank: int = 0) -> str:
     ranks = range(case.processes) if case.how == "alone" else [rank]
     generators = [torch.Generator().manual_seed(1 + own) for own in ranks]
     rows = {"wte.weight": ROWS[case.rows]} if case.rows != "all" else {}
+    options: dict[str, Any] = {"steps": 20, "storage": case.storage, "keyframes": case.keyframes}
     try:
-        recorder = Recorder(optimizer, "*", model=model, rows=rows, steps=20, path=path, storage=case.storage)
+        recorder = Recorder(optimizer, "*", model=model, rows=rows, path=path, **options)
         with recorder:
             for step in range(20):
                 losses, grads = [], []

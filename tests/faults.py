@@ -135,6 +135,7 @@ SCENARIOS = {
     "stream, shorter, padding": Scenario(partial(run, announced=400), without=PADDING),
     "stream, unknown length": Scenario(partial(run, announced=None)),
     "stream, unknown length, copy": Scenario(partial(run, announced=None), without=COPY),
+    "stream, compact": Scenario(partial(run, announced=400, keyframes=7)),
     **{
         f"recover, {name}": Scenario(
             partial(run, announced=options["announced"]), partial(kill, **options), is_recovery=True, without=without
@@ -148,6 +149,7 @@ SCENARIOS = {
             ("unknown length, copy", COPY, {"announced": None}),
             ("before the first commit", (), {"announced": 400, "step": 2}),
             ("damaged", (), {"announced": 400, "damage": True}),
+            ("compact", (), {"announced": 400, "keyframes": 7}),
             ("damaged, copy", COPY, {"announced": 400, "damage": True}),
             ("killed at the end", (), {"announced": 400, "in_tail": True}),
         ]

@@ -14,6 +14,7 @@ from bhfast.recording.slots import RecordSlots
 from bhfast.storage.choose import open_storage
 from bhfast.storage.stream import COMMIT_SECONDS
 from bhfast.trace import open_trace
+from bhfast.trace.format import KEYFRAME_STEPS, KEYFRAMES
 
 SHAPE = 48, 24
 ROWS = [1, 2, 3, 5, 8, 13, 21, 34]
@@ -28,6 +29,7 @@ def record(
     buffer_bytes: int = 1 << 19,
     commit_seconds: float = COMMIT_SECONDS,
     overwrite: bool = True,
+    keyframes: int | None = None,
     after_step: Callable[[int, Recorder], None] = lambda step, recorder: None,
 ) -> Recorder:
     """Train ``steps`` steps of a matrix and a vector; record the first, some rows of a second one, and a loss.
@@ -35,7 +37,7 @@ def record(
     Args:
         announced: the number of steps that the recorder is told; None if it is not told.
         buffer_bytes, commit_seconds: see :class:`bhfast.storage.stream.StreamStorage`.
-        overwrite: see :class:`bhfast.Recorder`.
+        overwrite, keyframes: see :class:`bhfast.Recorder`.
         after_step: called with the number of each step.
     """
 
@@ -57,6 +59,7 @@ def record(
         path=path,
         storage=storage,
         overwrite=overwrite,
+        keyframes=keyframes,
     )
     with recorder:
         recorder.constants["answer"] = torch.tensor([42])
@@ -79,12 +82,19 @@ def reference(folder: Path, steps: int) -> Path:
 def assert_begins_like(shorter: Path, longer: Path, *, logged: int | None = None) -> None:
     """Each tensor of the shorter trace is the beginning of that of the longer one, byte for byte.
 
+    The shorter one may be compact: its key frames are those records of the longer one.
+
     Args:
         logged: of how many records at least all values are there; None: of all.
     """
     a, b = open_trace(shorter), open_trace(longer)
-    assert set(a) <= set(b)
-    for name in a:
+    frames = {name for name in a if name.endswith(KEYFRAMES)}
+    for name in frames:
+        wanted = b[name.removesuffix(KEYFRAMES)][a[KEYFRAME_STEPS]]
+        assert torch.equal(a[name].view(torch.uint8), wanted.view(torch.uint8)), name
+    rest = set(a) - frames - {KEYFRAME_STEPS}
+    assert rest <= set(b)
+    for name in rest:
         records = min(len(a.steps), logged or len(a.steps)) if name in ("loss", "late") else len(a.steps)
         is_record = len(b[name]) == len(b.steps)
         x, y = (t[name][:records] if is_record else t[name] for t in (a, b))

@@ -14,6 +14,7 @@ import torch
 from distributed_run import CASES, Case
 from safetensors.torch import load_file
 
+from bhfast.errors import TraceError
 from bhfast.recording.shards import RankPartition
 from bhfast.trace import Trace, open_trace
 from bhfast.verify import verify
@@ -90,6 +91,35 @@ def test_each_rank_records_its_shards(name: str, recorded: Path, alone: dict[tup
     for file in own:
         assert list(open_trace(recorded / name / file).damage()) == []
         assert "head.weight.grad" in load_file(recorded / name / file)
+
+
+@pytest.mark.parametrize("name", ["ddp-compact", pytest.param("fsdp-compact", marks=needs_shards)])
+def test_a_compact_recording_rebuilds_what_a_full_one_holds(
+    name: str, recorded: Path, alone: dict[tuple[str, int], Trace]
+) -> None:
+    (said_by_all,) = set(said(recorded, name))
+    path = recorded / name / said_by_all.removeprefix("trace ")
+    trace, full = open_trace(path), alone["spread", 2]
+    assert trace["keyframe_steps"].tolist() == [0, 6, 12, 18, 20]
+    for key in full:
+        assert torch.equal(bits(trace[key]), bits(full[key])), key
+        for index in (slice(7, 8), slice(3, 15, 4), [19, -1]):
+            assert torch.equal(bits(trace[key][index]), bits(full[key][index])), key
+    for key in trace.keys() - full.keys() - {"keyframe_steps"}:
+        assert torch.equal(bits(trace[key]), bits(full[key.removesuffix(".keyframes")][[0, 6, 12, 18, 20]])), key
+    result = verify(path)
+    assert (result.status, result.replayed) == (0, 20), result
+
+
+@needs_shards
+def test_a_file_without_the_learning_rates_has_key_frames_only(recorded: Path) -> None:
+    folder = recorded / "fsdp-compact"
+    trace = open_trace(folder / "run-00002-of-00002.safetensors")
+    whole = open_trace(folder / "run.safetensors.index.json")
+    assert torch.equal(bits(trace["head.weight"][[0, 6, 20]]), bits(whole["head.weight"][[0, 6, 20]][:, 3:]))
+    with pytest.raises(TraceError, match=r"steps 1 to 1 of head.weight cannot be rebuilt: learning_rates are not in"):
+        trace["head.weight"][1]
+    assert verify(trace.path).status == 2
 
 
 @needs_shards

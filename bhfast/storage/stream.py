@@ -301,6 +301,9 @@ class StreamStorage:
             sync(self.output.fd)
             self._journal.append({"last": True, "crc32": sums, "values": values})
         except OSError as error:
+            with suppress(TraceError):
+                if read_journal(self.output.partial).has_last:
+                    return True  # only the sync has failed
             warnings.warn(
                 f"the last key frame of {self.output.path} could not be written: {error.strerror}; the others and all "
                 "gradients are there",

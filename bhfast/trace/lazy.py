@@ -79,19 +79,17 @@ class LazyTensor:
 
     def __getitem__(self, index: Any) -> Tensor:
         index = tuple(map(_simplified, index if isinstance(index, tuple) else (index,)))
-        if self.dim() == 1:
-            return self._read(slice(None), 0, 1)[index]
+        low, high = 0, self.shape[1] if self.dim() > 1 else 1
         rest: list[Any]
         step, *rest = index or (slice(None),)
         is_several = isinstance(step, Tensor) and step.dim() == 1
         is_simple = type(step) is int or isinstance(step, slice) or is_several  # bool is an int, but not an index
-        if any(x is Ellipsis or x is None for x in index) or not is_simple:
-            return self._read(slice(None), 0, self.shape[1])[index]
+        if any(x is Ellipsis or x is None for x in index) or not is_simple or len(index) > self.dim():
+            return self._read(slice(None), low, high)[index]
         if is_several and not all(isinstance(x, int | slice) for x in rest):
-            return self._read(slice(None), 0, self.shape[1])[index]  # pairs of indices
+            return self._read(slice(None), low, high)[index]  # pairs of indices
         if isinstance(step, int) and not -len(self) <= step < len(self):
             raise IndexError(f"index {step} is out of bounds for {len(self)} records")
-        low, high = 0, self.shape[1]
         if rest and isinstance(rest[0], int):
             if not -high <= rest[0] < high:
                 raise IndexError(f"index {rest[0]} is out of bounds for axis 1, which has {high}")

@@ -237,8 +237,14 @@ class KeyframedParam:
         """Fill ``found`` with the records from ``record`` on."""
         done = 0
         while done < len(found):
-            start, states = self._block(record + done, low, high)
-            part = states[field][record + done - start :][: len(found) - done]
+            at = record + done
+            frame = self._frame_of(at)
+            if at == self._starts[frame] and (done + 1 == len(found) or self._end_of(frame) == at + 1):
+                part = self._keyframe(frame, low, high)[field][None]  # alone: the states after it are not asked for
+                self._prove(frame, [], at, low, high)
+            else:
+                start, states = self._block(at, low, high)
+                part = states[field][at - start :][: len(found) - done]
             found[done : done + len(part)] = part
             done += len(part)
 
