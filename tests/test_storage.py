@@ -15,11 +15,13 @@ from traces import tensors, write
 
 from bhfast.errors import StorageError
 from bhfast.machine import available_memory
-from bhfast.storage.base import RecordedTensor, Stats
-from bhfast.storage.files import copy_path, journal_path
+from bhfast.storage.base import Stats
+from bhfast.storage.files import copy_path
 from bhfast.storage.memory import MemoryStorage, write_trace
 from bhfast.storage.output import OutputFile, lock
 from bhfast.trace import open_trace
+from bhfast.trace.journal import journal_path
+from bhfast.trace.recorded import RecordedTensor
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The writer's promises

@@ -14,10 +14,11 @@ from torch import Tensor
 from bhfast.errors import BhfastError, ConfigError
 from bhfast.ops import kernels
 from bhfast.recording.fields import RecordedField, local
-from bhfast.storage.base import RecordedTensor, Storage
+from bhfast.storage.base import Storage
 from bhfast.storage.choose import open_storage
 from bhfast.storage.output import OutputFile
 from bhfast.trace.format import KEYFRAME_STEPS, format_bytes
+from bhfast.trace.recorded import RecordedTensor
 from bhfast.transfer.copy_stream import make_copy_stream
 from bhfast.transfer.host_memory import page_prefaulter
 from bhfast.transfer.ring import Ring, half_size

@@ -9,11 +9,11 @@ from pathlib import Path
 from torch import Tensor
 
 from bhfast.errors import StorageError
-from bhfast.storage.base import RecordedTensor, steps_of
 from bhfast.storage.files import sync_folder, write_at
 from bhfast.storage.output import OutputFile
 from bhfast.trace.checksums import checksum_metadata, checksums, records_per_checksum
 from bhfast.trace.format import bytes_of, encode_header, place
+from bhfast.trace.recorded import RecordedTensor, steps_of
 from bhfast.transfer.copy_stream import Ticket
 from bhfast.transfer.host_memory import host_tensor
 
