@@ -158,6 +158,10 @@ class RecordSlots:
                 self._storage.set_constant(name, value)
                 self._kept_constants.add(name)
 
+    def set_metadata(self, metadata: Mapping[str, str]) -> None:
+        """Add to the file's metadata, so that readers of the unfinished file know what later records mean."""
+        self._storage.set_metadata(metadata)
+
     def settle(self) -> tuple[int, Exception | None]:
         """Bring all records to the host and, when streaming, to the disk.
 

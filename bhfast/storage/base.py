@@ -59,6 +59,10 @@ class Storage(Protocol):
         """Store a tensor of the whole run."""
         ...
 
+    def set_metadata(self, metadata: Mapping[str, str]) -> None:
+        """Add to the file's metadata, no later than the records that are submitted from now on."""
+        ...
+
     def wait(self, record: int) -> None:
         """Wait until ``record`` has a free slot, so that ``room`` is larger than it.
 

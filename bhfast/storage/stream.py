@@ -222,6 +222,10 @@ class StreamStorage:
         with self._changed:
             self._events.append(constant_event(name, value.detach().cpu().contiguous()))
 
+    def set_metadata(self, metadata: Mapping[str, str]) -> None:
+        with self._changed:
+            self._events.append({"metadata": dict(metadata)})
+
     def wait(self, record: int) -> None:
         if record >= self.capacity:
             raise StorageError(
