@@ -9,6 +9,7 @@ import signal
 import time
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import torch
 from children import fork, status_of
 from memory import peak_memory
 from streaming_run import record, reference
-from torch import Tensor, nn
+from torch import nn
 from traces import raw
 from traces import record as record_small
 
@@ -27,6 +28,7 @@ from bhfast.recording.recorder import Recorder
 from bhfast.recording.slots import RecordSlots
 from bhfast.recover import recover
 from bhfast.report.program import main as report
+from bhfast.report.survey import survey_trace
 from bhfast.storage import finish
 from bhfast.storage.choose import open_storage
 from bhfast.storage.journal import Journal
@@ -98,7 +100,7 @@ def record_compact(
 @pytest.mark.parametrize("announced", [STEPS, None, 1000])
 @pytest.mark.parametrize("collapses", [True, False], ids=["collapse", "copy"])
 def test_a_trace_at_every_stage_of_its_run(announced, collapses, tmp_path: Path, monkeypatch) -> None:
-    """Tensors that appear late, small ones, constants; and what was opened before stays right when the run has ended."""
+    """Tensors that appear late, small ones, constants; what was opened before stays right when the run has ended."""
     if not collapses:
         monkeypatch.setattr("bhfast.storage.finish._collapse_range", lambda *_: False)
     path, seen = tmp_path / "t.safetensors", []
@@ -168,10 +170,8 @@ def test_another_process_polls_in_little_memory(tmp_path: Path) -> None:
             time.sleep(0.001)
         trace = None
         while trace is None:
-            try:
+            with suppress(TraceError):  # until the run has begun
                 trace = open_trace(partial_of(path))
-            except TraceError as error:
-                assert "has only just begun" in str(error), error
         found, memory = {}, peak_memory()
         while trace.is_live:
             records = trace.refresh()
@@ -230,6 +230,7 @@ def test_a_compact_trace(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("is_killed", [False, True])
+@pytest.mark.filterwarnings("ignore:.*cannot be rebuilt:bhfast.errors.RecordingWarning")
 def test_what_cannot_be_rebuilt_is_known_at_once(is_killed: bool, tmp_path: Path) -> None:
     """Settings change in the middle: an unfinished trace says so, as the finished one does."""
     path, ready = tmp_path / "t", tmp_path / "ready"
@@ -248,7 +249,7 @@ def test_what_cannot_be_rebuilt_is_known_at_once(is_killed: bool, tmp_path: Path
     def check(trace: Trace) -> None:
         assert len(trace["w"][:32]) == 32
         for at in (37, 40):
-            with pytest.raises(TraceError, match="cannot be rebuilt: the optimizer's settings were changed before step"):
+            with pytest.raises(TraceError, match=r"cannot be rebuilt: the optimizer's settings were changed"):
                 trace["w"][at]
 
     if is_killed:
@@ -348,7 +349,6 @@ def test_at_every_step_of_finishing(left: Path, monkeypatch) -> None:
     assert trace.refresh() == len(whole["recorded_steps"])
 
 
-
 def test_a_new_run_over_a_killed_one(left: Path) -> None:
     """The run takes the same file again: what was shown of the killed one cannot be read any more."""
     trace = open_trace(left)
@@ -358,7 +358,7 @@ def test_a_new_run_over_a_killed_one(left: Path) -> None:
     def look(step: int, recorder: Recorder) -> None:
         if step == 100:
             assert raw(trace["loss"]) == raw(small)
-            with pytest.raises(TraceError, match=r"the run that wrote .*partial has ended, but its trace is not in .*or"):
+            with pytest.raises(TraceError, match=r"the run that wrote .*partial has ended, but its trace is not"):
                 trace["first"][5]
             with pytest.raises(TraceError, match="has ended, but its trace is not in"):
                 trace.refresh()
@@ -395,7 +395,7 @@ def test_a_run_that_is_cut_to_its_good_records(left: Path) -> None:
 def test_a_file_that_is_cut_off(left: Path) -> None:
     trace = open_trace(left)
     os.truncate(left, 100)
-    with pytest.raises(TraceError, match="can no longer be read|has ended, but its trace"):
+    with pytest.raises(TraceError, match="has ended, but its trace is not in"):
         trace["first"][5]
 
 
@@ -460,7 +460,6 @@ def test_verify_wants_the_end_of_the_run(left: Path) -> None:
 
 
 def test_report_of_a_run_that_goes_on(text: str, tmp_path: Path, monkeypatch, capsys) -> None:
-    survey = pytest.importorskip("bhfast.report.survey", reason="matplotlib is not installed; it comes with bhfast[report]")
     seen = []
     real = StreamStorage.submit
 
@@ -469,13 +468,13 @@ def test_report_of_a_run_that_goes_on(text: str, tmp_path: Path, monkeypatch, ca
         partial_ = self.output.partial
         if records > 60 and not seen and journal_path(partial_).exists() and len(open_trace(partial_).steps) > 20:
             assert report([str(partial_)]) == 0
-            seen.append(survey.survey_trace(open_trace(partial_)))
+            seen.append(survey_trace(open_trace(partial_)))
 
     monkeypatch.setattr(StreamStorage, "submit", submit)
     monkeypatch.setattr(StreamStorage, "is_due", lambda *_: True)
     train(TrainConfig(steps=100, corpus=text, out=str(tmp_path / "t"), storage="stream", engine="torch", quiet=True))
     assert re.search(r"step 0: centroid norm [0-9.]+.*\nloss: ", capsys.readouterr().out, re.S)
     (found,) = seen
-    whole = survey.survey_trace(open_trace(tmp_path / "t"))
+    whole = survey_trace(open_trace(tmp_path / "t"))
     assert 20 < len(found.steps) < 101
     assert torch.equal(found.norms["grads"], whole.norms["grads"][: len(found.steps)])

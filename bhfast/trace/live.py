@@ -234,6 +234,14 @@ class LiveTensor(LazyTensor):
                 "refresh() the trace"
             )
 
+    @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
+
+    def as_subclass(self, cls: type[Tensor]) -> LiveTensor:
+        """Return itself, so that it can take the place of a tensor of a mapped file where only indexing is wanted."""
+        return self
+
     def first(self, records: int) -> LiveTensor:
         return LiveTensor(self._file, self._name, (records, *self.shape[1:]), self.dtype)
 

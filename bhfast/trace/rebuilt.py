@@ -47,8 +47,8 @@ class KeyframedParam:
         self._name = name
         self._cache = cache
         keys = trace.optimizer["params"][name]["keys"]
-        self._grads = _plain(trace[keys["grad"]])
-        self._frames = [_plain(trace[f"{keys[field]}{KEYFRAMES}"]) for field in STATE]
+        self._grads = trace[keys["grad"]].as_subclass(Tensor)
+        self._frames = [trace[f"{keys[field]}{KEYFRAMES}"].as_subclass(Tensor) for field in STATE]
         steps, frame_steps = trace.steps.as_subclass(Tensor), trace[KEYFRAME_STEPS].as_subclass(Tensor)
         self.records = frame_steps - steps[0] if len(steps) else frame_steps
         self._starts: list[int] = self.records.tolist()
@@ -142,8 +142,13 @@ class KeyframedParam:
         """Return the record of the next key frame, or the number of records."""
         return self._starts[frame + 1] if frame + 1 < len(self._starts) else len(self._grads)
 
+    def _rows(self, tensor: Any, low: int, high: int) -> Any:
+        if isinstance(tensor, LazyTensor):
+            return tensor.rows(low, high)
+        return tensor[:, low:high] if tensor.dim() > 1 else tensor
+
     def _keyframe(self, frame: int, low: int, high: int) -> list[Tensor]:
-        return [_rows(own, slice(frame, frame + 1), low, high)[0].clone() for own in self._frames]
+        return [self._rows(own, low, high)[frame].clone() for own in self._frames]
 
     def _replay(
         self, state: list[Tensor], at: int, start: int, end: int, low: int, high: int, outputs: Sequence[Tensor | None]
@@ -161,7 +166,7 @@ class KeyframedParam:
             outputs = [output if output is None else output[1:] for output in outputs]
         if end - 1 > at:
             self._require_known(at + 1, end)
-            grads = _rows(self._grads, slice(at + 1, end), low, high)
+            grads = self._rows(self._grads, low, high)[at + 1 : end]
             self.updates.advance(state, grads, slice(at + 1, end), outputs, max(0, start - at - 1))
         return max(at, end - 1)
 
@@ -178,7 +183,7 @@ class KeyframedParam:
     def _block_length(self, low: int, high: int) -> int:
         """Return how many records of some rows are rebuilt together."""
         rows = max(1, self._grads.shape[1]) if self._grads.dim() > 1 else 1
-        size = len(STATE) * self._grads.dtype.itemsize * self._size * (high - low) // rows
+        size = len(STATE) * self._grads.itemsize * self._size * (high - low) // rows
         return max(1, BLOCK_BYTES // max(1, size))
 
     def _read_cached(self, field: int, record: int, low: int, high: int, found: Tensor) -> None:
@@ -204,16 +209,6 @@ class KeyframedParam:
             self._replay(state, first if before is None else start - 1, start, end, low, high, found)
             self._cache.put((self._name, start, low, high), found)
         return start, found
-
-
-def _plain(tensor: Any) -> Any:
-    return tensor.as_subclass(Tensor) if isinstance(tensor, Tensor) else tensor
-
-
-def _rows(tensor: Any, records: slice, low: int, high: int) -> Tensor:
-    """Return some rows of some records of any tensor of a trace; records of scalars have no rows."""
-    found = tensor[records, low:high] if tensor.dim() > 1 else tensor[records]
-    return found.as_subclass(Tensor)
 
 
 class _Blocks:

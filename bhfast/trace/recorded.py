@@ -71,6 +71,6 @@ def steps_of(records: int, every: int, start_step: int, strides: set[int], *, ha
     steps = start_step + torch.arange(records) * every
     found = {"recorded_steps": steps}
     for stride in strides - {1}:
-        frames = steps[::stride]
+        frames = steps[::stride].contiguous()
         found[KEYFRAME_STEPS] = torch.cat([frames, steps[-1:]]) if has_last else frames
     return found
