@@ -18,11 +18,12 @@ from pathlib import Path
 
 from bhfast.cli import run_program
 from bhfast.errors import StorageError, TraceError
-from bhfast.storage.files import journal_path, remove, sync_folder
+from bhfast.storage.files import remove, sync_folder
 from bhfast.storage.finish import check_records, finish
-from bhfast.storage.journal import Journal, read_journal
+from bhfast.storage.journal import Journal
 from bhfast.storage.output import lock, unlock
 from bhfast.trace import open_trace
+from bhfast.trace.journal import journal_path, read_journal
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,11 @@ def verify(path: str | os.PathLike[str]) -> Verification:
     if path.name.endswith(INDEX_SUFFIX):
         return _verify_index(read_index(path))
     trace = open_trace(path)
+    if trace.is_live:
+        raise TraceError(
+            f"{path} cannot be verified: its run has not ended; if it was killed, make a trace of it with "
+            f"python -m bhfast.recover {path}"
+        )
     return _verify_file(trace, trace)
 
 

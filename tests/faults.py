@@ -36,8 +36,8 @@ from bhfast import recover
 from bhfast.errors import BhfastError, TraceError
 from bhfast.recording.recorder import Recorder
 from bhfast.storage import finish as finishing
-from bhfast.storage.journal import read_journal
 from bhfast.trace import open_trace
+from bhfast.trace.journal import read_journal
 from bhfast.verify import verify
 
 STEPS = 24

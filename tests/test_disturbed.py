@@ -14,9 +14,9 @@ from streaming_run import assert_begins_like, record, reference
 from bhfast.errors import StorageError, TraceError
 from bhfast.recording.recorder import Recorder
 from bhfast.recover import recover
-from bhfast.storage.files import journal_path
 from bhfast.storage.output import OutputFile, lock, unlock
 from bhfast.trace import open_trace
+from bhfast.trace.journal import journal_path
 from bhfast.verify import verify
 
 STEPS, DISTURBED_AT = 60, 25

@@ -16,12 +16,13 @@ from strategies import CHANGES, JUNK, fuzzed, mutated
 
 from bhfast.errors import StorageError, TraceError
 from bhfast.recover import recover
-from bhfast.storage.files import journal_path, sync_folder, write_at
+from bhfast.storage.files import sync_folder, write_at
 from bhfast.storage.finish import check_records, finish
-from bhfast.storage.journal import VERSION, Journal, State, encode, read_journal
+from bhfast.storage.journal import Journal, encode
 from bhfast.trace import open_trace
 from bhfast.trace.checksums import checksums
 from bhfast.trace.format import ALIGNMENT, FORMAT, bytes_of
+from bhfast.trace.journal import VERSION, State, journal_path, read_journal
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing

@@ -23,10 +23,9 @@ from bhfast.errors import StorageError, TraceError
 from bhfast.recording.recorder import Recorder
 from bhfast.recover import main
 from bhfast.storage import finish as finishing
-from bhfast.storage.files import journal_path
-from bhfast.storage.journal import read_journal
 from bhfast.storage.output import OutputFile
 from bhfast.trace import open_trace
+from bhfast.trace.journal import journal_path, read_journal
 
 STEPS = 1500
 KILLS = 30

@@ -15,12 +15,14 @@ from traces import tensors, write
 
 from bhfast.errors import StorageError
 from bhfast.machine import available_memory
-from bhfast.storage.base import RecordedTensor, Stats
-from bhfast.storage.files import copy_path, journal_path
+from bhfast.storage.base import Stats
+from bhfast.storage.files import copy_path
 from bhfast.storage.memory import MemoryStorage
 from bhfast.storage.output import OutputFile, lock
 from bhfast.storage.whole import write_trace
 from bhfast.trace import open_trace
+from bhfast.trace.journal import journal_path
+from bhfast.trace.recorded import RecordedTensor
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The writer's promises

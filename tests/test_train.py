@@ -23,8 +23,8 @@ from bhfast.config import TrainConfig
 from bhfast.engines.choose import select_engine
 from bhfast.errors import ConfigError, StorageError
 from bhfast.experiment import is_run_of
-from bhfast.storage.files import journal_path
 from bhfast.trace import open_trace
+from bhfast.trace.journal import journal_path
 from bhfast.train import TrainResult, main, train
 from bhfast.verify import verify
 

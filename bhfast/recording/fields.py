@@ -12,8 +12,8 @@ from torch import Tensor
 from bhfast.errors import BhfastError
 from bhfast.ops import checks
 from bhfast.recording.protocols import RecordsItself
-from bhfast.storage.base import RecordedTensor
 from bhfast.trace.format import KEYFRAMES
+from bhfast.trace.recorded import RecordedTensor
 from bhfast.trace.updates import STATE
 
 NAMES = {"param": "{name}"}  # of the fields' tensors in the file

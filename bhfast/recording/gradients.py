@@ -16,7 +16,7 @@ from bhfast.recording.cycle import StepCycle
 from bhfast.recording.fields import RecordedField, RecordedParam, local
 from bhfast.recording.loss_scaling import unscaled
 from bhfast.recording.optimizer_description import OptimizerDescription
-from bhfast.storage.base import RecordedTensor
+from bhfast.trace.recorded import RecordedTensor
 
 
 class BackwardWatch:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bhfast.errors import ConfigError
 from bhfast.recording.fields import local
-from bhfast.storage.base import RecordedTensor
+from bhfast.trace.recorded import RecordedTensor
 
 
 def as_tensors(values: Mapping[str, Any], known: Mapping[str, RecordedTensor | Tensor]) -> dict[str, Tensor]:

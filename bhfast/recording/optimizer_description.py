@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,9 @@ class OptimizerDescription:
 
     Args:
         optimizer: what to describe; its settings are read now.
+
+    Attributes:
+        on_unknown: called when the steps can no longer be replayed, before the record of such a step is complete.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -32,6 +35,7 @@ class OptimizerDescription:
         self.settings = _settings(optimizer)
         self.flags = _flags(optimizer)
         self.unknown: str | None = None  # why its steps cannot be replayed, whatever kind of optimizer it is
+        self.on_unknown: Callable[[], None] = lambda: None
         self.unknown_since = 0  # the first step that this reason holds for
         self._arithmetic_at_start: str | None = None
         self.steps_done: dict[str, int] = {}  # by parameter: steps done before the recording
@@ -48,6 +52,7 @@ class OptimizerDescription:
         """Note why the steps cannot be replayed; the first reason stays."""
         if self.unknown is None:
             self.unknown, self.unknown_since = reason, step
+            self.on_unknown()
 
     def describe(self, params: Mapping[str, Tensor], keys: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
         """Return the description, for JSON; called before the first step, and again after the last.

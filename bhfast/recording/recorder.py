@@ -216,6 +216,7 @@ class Recorder:
                 self.constants[f"{name}.rows"] = rows.cpu()
             for follower in self._followers:
                 follower.record_start()
+                follower.description.on_unknown = self._describe
             self.slots.complete = 1
             for follower in self._followers:
                 stack.enter_context(follower.following(self._model))
@@ -230,6 +231,9 @@ class Recorder:
     def _record_fused(self) -> None:
         for follower in self._followers:
             follower.record_fused()
+
+    def _describe(self) -> None:
+        self.slots.set_metadata(description_metadata(self._followers, self._tied))
 
     def _record_keyframe(self) -> None:
         for follower in self._followers:

@@ -14,10 +14,11 @@ from torch import Tensor
 from bhfast.errors import BhfastError, ConfigError
 from bhfast.ops import kernels
 from bhfast.recording.fields import RecordedField, local
-from bhfast.storage.base import RecordedTensor, Storage
+from bhfast.storage.base import Storage
 from bhfast.storage.choose import open_storage
 from bhfast.storage.output import OutputFile
 from bhfast.trace.format import KEYFRAME_STEPS, format_bytes
+from bhfast.trace.recorded import RecordedTensor
 from bhfast.transfer.copy_stream import make_copy_stream
 from bhfast.transfer.host_memory import page_prefaulter
 from bhfast.transfer.ring import Ring, half_size
@@ -159,6 +160,10 @@ class RecordSlots:
             if name not in self._kept_constants:
                 self._storage.set_constant(name, value)
                 self._kept_constants.add(name)
+
+    def set_metadata(self, metadata: Mapping[str, str]) -> None:
+        """Add to the file's metadata, so that readers of the unfinished file know what later records mean."""
+        self._storage.set_metadata(metadata)
 
     def settle(self) -> tuple[int, Exception | None]:
         """Bring all records to the host and, when streaming, to the disk.

@@ -9,26 +9,14 @@ from contextlib import suppress
 from pathlib import Path
 
 from bhfast.errors import RecordingWarning
+from bhfast.trace.journal import is_at, journal_path
 
 CHUNK = 16 << 20  # bytes copied at once
-
-
-def journal_path(partial: Path) -> Path:
-    """Return the name of the journal of ``partial``."""
-    return partial.with_name(partial.name + ".journal")
 
 
 def copy_path(partial: Path) -> Path:
     """Return the name of the file to which the records of ``partial`` are copied to close its gaps."""
     return partial.with_name(partial.name + ".copy")
-
-
-def is_at(fd: int, path: Path) -> bool:
-    """Return whether ``path`` still names the open file ``fd``: it may have been renamed, deleted or replaced."""
-    try:
-        return os.path.samestat(os.fstat(fd), os.stat(path))
-    except (FileNotFoundError, NotADirectoryError):
-        return False
 
 
 def remove(fd: int, partial: Path) -> None:

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from bhfast.errors import StorageError, TraceError
-from bhfast.storage.files import CHUNK, copy_path, journal_path, read_at, remove, sync_folder, write_at
-from bhfast.storage.journal import AHEAD, CommittedTensor, Journal, State, read_journal
-from bhfast.trace.checksums import checksum_metadata, checksums, join_checksums, records_per_checksum
+from bhfast.storage.files import CHUNK, copy_path, read_at, remove, sync_folder, write_at
+from bhfast.storage.journal import AHEAD, Journal
+from bhfast.trace.checksums import checksum_metadata, checksums, records_per_checksum
 from bhfast.trace.format import ALIGNMENT, Entry, bytes_of, encode_header, place
+from bhfast.trace.journal import CommittedTensor, State, journal_path, read_journal
 
 WORTH_COPYING = 1 << 20  # bytes of gaps
 
@@ -153,20 +153,16 @@ def _write_rest(fd: int, state: State) -> None:
         for own, offset in state.in_file
     }
     end = max((entry.end for entry in entries.values()), default=0)
-    tail = {name: _joined(own, state.entries(own.tensor)) for name, own in state.tensors.items() if own.offset is None}
-    tail |= {**state.steps, **state.constants}
+    tail = state.outside
     places = place(tail, end + -end % ALIGNMENT)
     for name, entry in places.items():
         write_at(fd, bytes_of(tail[name]), header + entry.offset)
     entries |= places
-    sums = {own.tensor.name: np.concatenate(own.sums)[: state.entries(own.tensor)] for own, _ in state.in_file}
     each = records_per_checksum(records, len(entries))
     while True:
-        joined = {name: join_checksums(own, state.tensors[name].nbytes, each) for name, own in sums.items()} | {
-            name: checksums(x, each) for name, x in tail.items()
-        }
+        sums = checksum_metadata(state.checksums(tail, each), each)
         try:
-            text = encode_header(entries, {**state.metadata, **checksum_metadata(joined, each)}, header)
+            text = encode_header(entries, {**state.metadata, **sums}, header)
             break
         except TraceError:
             if each > records:
@@ -175,14 +171,6 @@ def _write_rest(fd: int, state: State) -> None:
     write_at(fd, memoryview(text), 0)
     os.ftruncate(fd, header + max((entry.end for entry in entries.values()), default=0))
     os.fsync(fd)
-
-
-def _joined(own: CommittedTensor, entries: int) -> Tensor:
-    """Return the entries of a tensor that the journal holds: ``[entries, *shape]``."""
-    shape, dtype = own.tensor.shape, own.tensor.dtype
-    if not own.nbytes or not entries:
-        return torch.empty((entries, *shape), dtype=dtype)
-    return torch.frombuffer(bytearray(b"".join(own.values)), dtype=dtype).view(-1, *shape)[:entries]
 
 
 def check_records(partial: Path, state: State) -> int:

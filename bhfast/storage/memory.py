@@ -7,9 +7,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from bhfast.storage.base import RecordedTensor, steps_of
 from bhfast.storage.output import OutputFile
 from bhfast.storage.whole import write_trace
+from bhfast.trace.recorded import RecordedTensor, steps_of
 from bhfast.transfer.copy_stream import Ticket
 from bhfast.transfer.host_memory import host_tensor
 
@@ -43,6 +43,9 @@ class MemoryStorage:
 
     def set_constant(self, name: str, value: Tensor) -> None:
         self.constants[name] = value
+
+    def set_metadata(self, metadata: Mapping[str, str]) -> None:
+        pass  # save() gets all of it
 
     def wait(self, record: int) -> None:
         pass

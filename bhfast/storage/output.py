@@ -16,9 +16,10 @@ from pathlib import Path
 from types import TracebackType
 
 from bhfast.errors import StorageError
-from bhfast.storage.files import copy_path, is_at, journal_path, remove
+from bhfast.storage.files import copy_path, remove
 from bhfast.storage.journal import may_hold_records
 from bhfast.trace.format import format_bytes
+from bhfast.trace.journal import is_at, journal_path
 
 
 class OutputFile:

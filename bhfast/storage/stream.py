@@ -18,13 +18,14 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from bhfast.errors import ConfigError, RecordingWarning, StorageError, TraceError
-from bhfast.storage.base import RecordedTensor
-from bhfast.storage.files import journal_path, sync, sync_folder, write_at
+from bhfast.storage.files import sync, sync_folder, write_at
 from bhfast.storage.finish import finish, safe
-from bhfast.storage.journal import VERSION, Journal, constant_event, encode, read_journal, tensor_event
+from bhfast.storage.journal import Journal, constant_event, encode, tensor_event
 from bhfast.storage.output import OutputFile
 from bhfast.trace.checksums import MAX_CHECKSUMS, checksums
 from bhfast.trace.format import bytes_of, format_bytes
+from bhfast.trace.journal import VERSION, journal_path, read_journal
+from bhfast.trace.recorded import RecordedTensor
 from bhfast.transfer.copy_stream import Ticket
 from bhfast.transfer.host_memory import host_tensor
 
@@ -220,6 +221,10 @@ class StreamStorage:
         self._use_header(name)
         with self._changed:
             self._events.append(constant_event(name, value.detach().cpu().contiguous()))
+
+    def set_metadata(self, metadata: Mapping[str, str]) -> None:
+        with self._changed:
+            self._events.append({"metadata": dict(metadata)})
 
     def wait(self, record: int) -> None:
         if record >= self.capacity:

@@ -44,6 +44,10 @@ class LazyTensor:
         """Return the first ``records`` records, unread."""
         raise NotImplementedError
 
+    def rows(self, low: int, high: int) -> LazyTensor:
+        """Return the rows from ``low`` to ``high`` of all records, unread; records of scalars have no rows."""
+        return self if self.dim() == 1 else _Rows(self, low, high)
+
     # -----------------------------------------------------------------------------------------------------------------
     # What it is
 
@@ -135,6 +139,18 @@ class LazyTensor:
 
     def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(f"a {self.kind} tensor has no {name}: index it first, tensor[...].{name}")
+
+
+class _Rows(LazyTensor):
+    """Some rows of another lazy tensor."""
+
+    def __init__(self, whole: LazyTensor, low: int, high: int) -> None:
+        super().__init__((len(whole), high - low, *whole.shape[2:]), whole.dtype)
+        self._whole = whole
+        self._low = low
+
+    def _read(self, steps: slice | Tensor, low: int, high: int) -> Tensor:
+        return self._whole._read(steps, self._low + low, self._low + high)
 
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)  # uint8 is a mask

@@ -57,11 +57,22 @@ def open_file(path: Path) -> Trace:
             f"{path} has format version {version!r:.20}, this bhfast reads {' and '.join(READABLE_VERSIONS)}: "
             "use a newer bhfast"
         )
+    add_keyframes(trace)
+    return trace
+
+
+def add_keyframes(trace: Trace) -> None:
+    """Let a file have the states of all steps, of parameters that it holds at key frames only.
+
+    Raises:
+        DamageError: its description does not fit its key frames.
+    """
     try:
         trace.add_keyframes(dict(keyframed_params(trace)))
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
-        raise DamageError(f"{path} is corrupted: what it says of its key frames does not fit them ({error})") from None
-    return trace
+        raise DamageError(
+            f"{trace.path} is corrupted: what it says of its key frames does not fit them ({error})"
+        ) from None
 
 
 def _entries(

@@ -102,6 +102,19 @@ class Trace(Mapping[str, Any]):
         return len(self.rebuilt) + len(self._tensors)
 
     @property
+    def is_live(self) -> bool:
+        """Whether the run has not ended, as far as the last :meth:`refresh` has seen."""
+        return False
+
+    def refresh(self) -> int:
+        """If the trace is that of a run that is still going on, show what is committed now; else change nothing.
+
+        Returns:
+            The number of records.
+        """
+        return len(self.steps)
+
+    @property
     def steps(self) -> Tensor:
         """The recorded steps: int64 ``[R]``."""
         return self["recorded_steps"][:]

@@ -166,7 +166,9 @@ class KeyframedParam:
         """Return the record of the next key frame, or the number of records."""
         return self._starts[frame + 1] if frame + 1 < len(self._starts) else len(self._grads)
 
-    def _rows(self, tensor: Tensor, low: int, high: int) -> Tensor:
+    def _rows(self, tensor: Any, low: int, high: int) -> Any:
+        if isinstance(tensor, LazyTensor):
+            return tensor.rows(low, high)
         return tensor[:, low:high] if tensor.dim() > 1 else tensor
 
     def _keyframe(self, frame: int, low: int, high: int) -> list[Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from bhfast.errors import DamageError, TraceError
 from bhfast.trace.checksums import without_checksums
 from bhfast.trace.format import KEYFRAME_STEPS, KEYFRAMES, bytes_of, parse_json
+from bhfast.trace.live import open_partial
 from bhfast.trace.opening import open_file
 from bhfast.trace.reader import Trace
 from bhfast.trace.tensors import ShardedTensor, first_records
@@ -41,11 +42,17 @@ class Index(NamedTuple):
 def open_trace(path: str | os.PathLike[str]) -> Trace:
     """Open a trace, any other safetensors file, or the ``.index.json`` of several, without reading the data.
 
+    The ``PATH.partial`` of a run that streams shows the records that are committed, while the run goes on or after it
+    was killed. :meth:`Trace.refresh` adds those committed since, and returns how many there are. Once the run has
+    ended, it becomes the finished trace, and ``trace.is_live`` is False. Reading never disturbs the run.
+
     Raises:
         TraceError: it does not exist, is not safetensors, or has a format version that this bhfast does not know.
         DamageError: it is truncated, or its header does not fit its data. (A kind of TraceError.)
     """
     path = Path(path)
+    if path.suffix == ".partial":
+        return open_partial(path)
     return open_index(path) if path.name.endswith(INDEX_SUFFIX) else open_file(path)
 
 
