@@ -241,10 +241,12 @@ def _apply(state: State, event: dict[str, Any]) -> None:
         state.metadata.update(event["metadata"])
     elif "keep" in event:
         state.records, state.has_last = event["keep"], False
+    elif "collapse" in event and event["collapse"] is None:
+        state.collapse = None
     elif "collapse" in event:
-        if event["collapse"] is not None:
-            state.finish_collapse()
-        state.collapse = event["collapse"] and (*event["collapse"], event["size"])
+        state.finish_collapse()
+        offset, length = map(int, event["collapse"])
+        state.collapse = (offset, length, int(event["size"]))
     elif "tail" in event:
         state.finish_collapse()
         state.is_whole = True
