@@ -244,7 +244,13 @@ def _run(
 
 @contextmanager
 def _frozen_heap() -> Iterator[None]:
-    """Hide what is loaded so far from the garbage collector, which would walk through all of torch during the loop."""
+    """Hide what is loaded so far from the garbage collector, which would walk through all of torch during the loop.
+
+    A heap that the caller has frozen is left alone, as there is no way to unfreeze a part of one.
+    """
+    if gc.get_freeze_count():
+        yield
+        return
     gc.freeze()
     try:
         yield
