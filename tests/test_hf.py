@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from children import fork, status_of
 from ranks import run_ranks
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -253,20 +253,16 @@ def test_a_callback_that_is_garbage_leaves_the_steps_so_far(tmp_path: Path) -> N
 
 def test_an_interpreter_that_exits_leaves_the_steps_so_far(tmp_path: Path) -> None:
     path = tmp_path / "t.safetensors"
-    code = f"""
-from pathlib import Path
-from test_hf import WTE, Windows, hf, make_trainer
-trainer = make_trainer(Path({str(tmp_path)!r}), hf.RecorderCallback(WTE, path={str(path)!r}), data=Windows(fails_at=9))
-trainer.train()
-"""
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 1
-    assert "the data's own" in run.stderr
+
+    def work() -> None:
+        trainer = make_trainer(tmp_path, hf.RecorderCallback(WTE, path=path), data=Windows(fails_at=9))
+        try:
+            trainer.train()
+        finally:
+            atexit._run_exitfuncs()  # as Python does at its end
+
+    assert status_of(fork(work, tmp_path / "errors")) == 1
+    assert "the data's own" in (tmp_path / "errors").read_text()
     assert len(open_trace(path).steps) > 1
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +42,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("recorded")
     (folder / "fsdp-precious").mkdir()
     (folder / "fsdp-precious" / "run-00002-of-00002.safetensors").write_text("precious")
-    command = [sys.executable, distributed_run.__file__, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert distributed_run.main(folder) == 0
     return folder
 
 
