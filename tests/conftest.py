@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import gc
 import inspect
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from functools import partial, wraps
 from pathlib import Path
@@ -134,6 +136,26 @@ def _recording_nothing(adam_: Callable[..., None], *args: object, **kwargs: obje
     """Call ``adam_``; by default without rings."""
     named = dict(zip(inspect.signature(adam_).parameters, args, strict=False))
     adam_(**{"rings": (), "ring_of": (), "step": None, "every": 1, **named, **kwargs})
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Return what makes a folder for all processes that run tests side by side: the first that asks for it fills it."""
+    own = tmp_path_factory.getbasetemp()
+    common = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+    def make(name: str, fill: Callable[[Path], object]) -> Path:
+        folder, unfinished = common / name, common / f"{name}.unfinished"
+        with open(common / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                shutil.rmtree(unfinished, ignore_errors=True)
+                unfinished.mkdir()
+                fill(unfinished)
+                unfinished.rename(folder)
+        return folder
+
+    return make
 
 
 @pytest.fixture

@@ -26,8 +26,8 @@ BOOK = "*** START OF THE BOOK ***\n\nSome text.\n\n*** END OF THE BOOK ***"
 CONDITIONS = ("closed", "no reader", "full", "no home")
 SWEPT = ("closed", "all closed")
 # Forks a child for each program under each condition: importing torch takes seconds, and so does torch._dynamo, which
-# its optimizers import. Each child ends as a program of its own does: by sys.exit, with all that Python does at its end,
-# except that it does not search the imported modules for garbage.
+# its optimizers import. Each child ends as a program of its own does: by sys.exit, with all that Python does at its
+# end, except that it does not search the imported modules for garbage.
 DRIVER = """if True:
     import gc, json, os, sys
     import torch._dynamo, bhfast.__main__ as console

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -42,10 +43,8 @@ def compare(path: Path, wanted: list[dict[str, Tensor]]) -> None:
 
 
 @pytest.fixture(scope="module")
-def distributed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("distributed")
-    record_distributed(DISTRIBUTED, folder)
-    return folder
+def distributed(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    return made_once("distributed", lambda folder: record_distributed(DISTRIBUTED, folder))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of torch, about fused and compiled optimizers
