@@ -55,7 +55,8 @@ class Program:
 
         def run() -> None:
             signal.alarm(self.SECONDS)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores
             os.setpgid(0, 0)
             os.environ.update(environment)
             for fd in (stdin, stdout, stderr):

@@ -435,7 +435,7 @@ def test_a_sweep_that_is_ended_goes_on(
     request: pytest.FixtureRequest,
 ) -> None:
     """A short run is done, a long one is under way; the same command again leaves what an undisturbed sweep does."""
-    if number != signal.SIGINT:  # which tells whether a worker that is not forked is out of a terminal's reach
+    if number != signal.SIGINT:  # there the worker is started as users have it
         request.getfixturevalue("forked")
     out, steps = tmp_path / "out", ["--steps", "20", str(LONG), "--jobs", "1"]
     sweeping = start(*flags, *steps)
@@ -443,9 +443,10 @@ def test_a_sweep_that_is_ended_goes_on(
     partial = cut.with_name(cut.name + ".partial")
     wait_for(partial.exists)
     (its_worker,) = children(sweeping.pid)
+    assert os.getpgid(its_worker) != sweeping.pid  # out of a terminal's reach
     os.kill(its_worker, signal.SIGSTOP)  # so that the run stays under way
     before = identity(done)
-    os.killpg(sweeping.pid, number)  # as a terminal does: the worker is not in this group
+    os.killpg(sweeping.pid, number)  # as a terminal does
     sweeping.wait()
     if number == signal.SIGKILL:  # otherwise the worker is killed as it is
         os.kill(its_worker, signal.SIGCONT)
