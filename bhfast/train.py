@@ -245,7 +245,13 @@ def _run(
 
 @contextmanager
 def _frozen_heap() -> Iterator[None]:
-    """Hide everything loaded so far from the garbage collector, which would otherwise scan all of torch in the loop."""
+    """Hide everything loaded so far from the garbage collector, which would otherwise scan all of torch in the loop.
+
+    A heap that the caller has frozen is left alone, as no part of it can be unfrozen.
+    """
+    if gc.get_freeze_count():
+        yield
+        return
     gc.freeze()
     try:
         yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -35,3 +36,64 @@ def fork(work: Callable[[], object], errors: Path | None = None) -> int:
 def status_of(pid: int) -> int:
     """Wait for a child; return its exit status, or minus the number of the signal that ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+class Program:
+    """A program that runs in a forked child, with pipes for its standard streams; used like a ``subprocess.Popen``.
+
+    The child has no time limit but ``SECONDS``: it is killed then, so a test may wait for it to end.
+
+    Args:
+        main: returns the exit status, or None for 0.
+        environment: variables that are set in the child.
+    """
+
+    SECONDS = 100
+
+    def __init__(self, main: Callable[[], int | None], **environment: str) -> None:
+        (child_in, stdin), (stdout, child_out), (stderr, child_err) = (os.pipe() for _ in range(3))
+
+        def run() -> None:
+            signal.alarm(self.SECONDS)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores
+            os.setpgid(0, 0)
+            os.environ.update(environment)
+            for fd in (stdin, stdout, stderr):
+                os.close(fd)
+            for number, fd in enumerate((child_in, child_out, child_err)):
+                os.dup2(fd, number)
+                os.close(fd)
+            sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", buffering=1, closefd=False)
+            sys.stderr = open(2, "w", buffering=1, closefd=False)
+            raise SystemExit(main())
+
+        self.pid = fork(run)
+        self.returncode: int | None = None
+        for fd in (child_in, child_out, child_err):
+            os.close(fd)
+        self.stdin = os.fdopen(stdin, "w")
+        self.stdout, self.stderr = os.fdopen(stdout), os.fdopen(stderr)
+
+    def poll(self) -> int | None:
+        return self.wait(os.WNOHANG)
+
+    def wait(self, options: int = 0) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, options)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def communicate(self) -> tuple[str, str]:
+        """Wait for the end; return what the child has printed to stdout and stderr, less than a pipe holds."""
+        with self.stdin, self.stdout, self.stderr:
+            said = self.stdout.read(), self.stderr.read()
+        self.wait()
+        return said

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
+import gc
 import inspect
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from functools import partial, wraps
 from pathlib import Path
@@ -21,6 +24,13 @@ from bhfast.config import TrainConfig
 from bhfast.ops import extension as module
 from bhfast.ops import kernels as torch_kernels
 from bhfast.train import TrainResult, train
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector what is imported: to walk through all of torch takes it a third of a second."""
+    gc.collect()
+    gc.freeze()
+
 
 REQUIRE_CUDA = os.environ.get("BHFAST_REQUIRE_CUDA") == "1"
 REQUIRE_EXTENSION = os.environ.get("BHFAST_REQUIRE_EXTENSION") == "1"
@@ -126,6 +136,26 @@ def _recording_nothing(adam_: Callable[..., None], *args: object, **kwargs: obje
     """Call ``adam_``; by default without rings."""
     named = dict(zip(inspect.signature(adam_).parameters, args, strict=False))
     adam_(**{"rings": (), "ring_of": (), "step": None, "every": 1, **named, **kwargs})
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Return what makes a folder for all processes that run tests side by side: the first that asks for it fills it."""
+    own = tmp_path_factory.getbasetemp()
+    common = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+    def make(name: str, fill: Callable[[Path], object]) -> Path:
+        folder, unfinished = common / name, common / f"{name}.unfinished"
+        with open(common / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                shutil.rmtree(unfinished, ignore_errors=True)
+                unfinished.mkdir()
+                fill(unfinished)
+                unfinished.rename(folder)
+        return folder
+
+    return make
 
 
 @pytest.fixture

@@ -1,15 +1,12 @@
 """What each process of a recording by several does: train a little, once for each case.
 
-    python distributed_run.py FOLDER
-
-records every case of ``CASES`` in a folder of its name. Beside it, in ``NAME.RANK``, each process says where the trace
-is, or which error entering the recorder raised.
+:func:`main` records every case of ``CASES`` in a folder of its name. Beside it, in ``NAME.RANK``, each process says
+where the trace is, or which error entering the recorder raised.
 """
 
 from __future__ import annotations
 
 import signal
-import sys
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -136,6 +133,7 @@ def work(folder: Path, names: list[str], rank: int, world: int) -> None:
 
 def main(folder: Path) -> int:
     """Fork the processes, so that torch is imported once; return 1 if one of them failed."""
+    import torch._dynamo  # which optimizers import
     import torch.distributed.fsdp  # noqa: F401 - before the fork
 
     statuses = []
@@ -144,7 +142,3 @@ def main(folder: Path) -> int:
         ranks = [fork(partial(work, folder, chosen, rank, world)) for rank in range(world)]
         statuses += [status_of(rank) for rank in ranks]
     return int(any(statuses))
-
-
-if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))

@@ -169,17 +169,40 @@ def wrapped(model: nn.Module, how: str) -> nn.Module:
     return model
 
 
-def _whole(value: Tensor) -> Tensor:
-    """Return a copy, of all of a DTensor."""
+class Shard(NamedTuple):
+    """This process's part of a tensor that is divided along an axis."""
+
+    part: Tensor
+    axis: int
+
+
+def _copy(value: Tensor) -> Tensor | Shard:
+    """Return a copy; of a DTensor that is sharded, of this process's part: gathering thousands takes half a minute."""
     value = value.detach()
-    return (value.full_tensor() if hasattr(value, "full_tensor") else value).clone()
+    if not hasattr(value, "to_local"):
+        return value.clone()
+    (placement,) = value.placements
+    if placement.is_shard():
+        return Shard(value.to_local().clone(), placement.dim)
+    return value.full_tensor().clone()
+
+
+def joined(ranks: Sequence[list[dict[str, Tensor | Shard]]]) -> list[dict[str, Tensor]]:
+    """Return the tensors of rank 0, those that are divided joined with the parts of the other ranks."""
+    return [
+        {
+            name: torch.cat([own[name].part for own in step], value.axis) if isinstance(value, Shard) else value
+            for name, value in step[0].items()
+        }
+        for step in zip(*ranks, strict=True)
+    ]
 
 
 def _named(model: nn.Module) -> dict[str, Tensor]:
     return {name.removeprefix("module."): p for name, p in model.named_parameters()}
 
 
-def record(optimizer: str, framework: str, path: Path, rank: int = 0) -> list[dict[str, Tensor]] | str:
+def record(optimizer: str, framework: str, path: Path, rank: int = 0) -> list[dict[str, Tensor | Shard]] | str:
     """Train some steps, recorded to ``path``.
 
     Returns:
@@ -226,11 +249,11 @@ def _step(
     accelerator: Any,
     generator: torch.Generator,
     recorder: Recorder,
-) -> dict[str, Tensor]:
+) -> dict[str, Tensor | Shard]:
     """Do one step, and return copies of what it had."""
     for own in optimizers:
         own.zero_grad()
-    grads: dict[str, Tensor] = {}
+    grads: dict[str, Tensor | Shard] = {}
     for micro_batch in range(how.micro_batches):
         is_last = micro_batch == how.micro_batches - 1
         tokens = torch.randint(0, 11, (8,), generator=generator)
@@ -239,7 +262,7 @@ def _step(
                 loss = model(tokens) * (torch.inf if scaler and step == OVERFLOW else 1)
             (accelerator.backward if accelerator else Tensor.backward)(scaler.scale(loss) if scaler else loss)
             if is_last:
-                grads = {name: _whole(p.grad) for name, p in _named(model).items()}
+                grads = {name: _copy(p.grad) for name, p in _named(model).items()}
             if accelerator and accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(model.parameters(), 0.1)
             if accelerator:
@@ -266,9 +289,9 @@ def _step(
     for own in (getattr(x, "optimizer", x) for x in optimizers):
         for name, p in _named(model).items():
             if any(p is q for group in own.param_groups for q in group["params"]):
-                values[name] = _whole(p)
+                values[name] = _copy(p)
                 state = {key: x for key, x in own.state.get(p, {}).items() if isinstance(x, Tensor) and key != "step"}
-                values |= {f"{name}.{key}": _whole(x) for key, x in state.items()}
+                values |= {f"{name}.{key}": _copy(x) for key, x in state.items()}
     return {**values, "loss": loss.detach().clone()}
 
 
@@ -291,6 +314,7 @@ def _work(cells: Sequence[tuple[str, str]], folder: Path, rank: int, world: int)
 
 def record_distributed(cells: Sequence[tuple[str, str]], folder: Path) -> None:
     """Run cells in two processes; cell i leaves ``i/t.safetensors`` and, of each rank, ``i/wanted-RANK``."""
+    import torch._dynamo  # which optimizers import
     import torch.distributed.fsdp
     import torch.distributed.tensor.parallel  # noqa: F401 - before the fork
 

@@ -25,12 +25,12 @@ def injector(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return library
 
 
-@pytest.mark.parametrize("most", [4, pytest.param(None, marks=pytest.mark.slow)], ids=["some", "all"])
+@pytest.mark.parametrize("most", [2, pytest.param(None, marks=pytest.mark.slow)], ids=["some", "all"])
 def test_no_fault_breaks_a_rule(most: int | None, injector: Path, tmp_path: Path) -> None:
     command = [sys.executable, HERE / "faults.py", injector, tmp_path / "runs"]
     command += [] if most is None else ["--most", str(most)]
     done = subprocess.run(command, env={**os.environ, "LD_PRELOAD": str(injector)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert min(found["tried"].values()) >= min(4, most or 4)
+    assert min(found["tried"].values()) >= (most or 4)
     assert found["broken"] == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import signal
 import sys
@@ -90,7 +91,9 @@ class Numbers(Dataset):
 
 
 @pytest.mark.parametrize("storage", ["memory", "stream"])
-def test_workers_of_a_data_loader(storage: str, tmp_path: Path) -> None:
+def test_workers_of_a_data_loader(storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # How many seconds torch waits for a worker whose loader is garbage, and which may miss the call to leave.
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)
     path = tmp_path / "t.safetensors"
 
     def after_step(step: int, recorder: Recorder) -> None:
@@ -101,6 +104,7 @@ def test_workers_of_a_data_loader(storage: str, tmp_path: Path) -> None:
                 list(DataLoader(Numbers(True), num_workers=1, multiprocessing_context="fork"))
 
     record(path, STEPS, announced=STEPS, storage=storage, after_step=after_step)
+    gc.collect()  # the loader that failed
     assert verify(path).replayed == STEPS
     assert_begins_like(path, reference(tmp_path, STEPS))
 

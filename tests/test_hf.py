@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from children import fork, status_of
+from deferred import Deferred
 from ranks import run_ranks
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -21,10 +21,10 @@ from bhfast.recording.recorder import Recorder
 from bhfast.trace import open_trace
 from bhfast.verify import verify
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed; it comes with bhfast[hf]")
-hf = pytest.importorskip("bhfast.hf", reason="accelerate is not installed; it comes with bhfast[hf]")
-from accelerate import Accelerator  # noqa: E402
-from accelerate.state import AcceleratorState  # noqa: E402
+MISSING = "is not installed; it comes with bhfast[hf]"
+transformers = Deferred("transformers", needs="transformers", reason=f"transformers {MISSING}")
+accelerate = Deferred("accelerate", needs="accelerate", reason=f"accelerate {MISSING}")
+hf = Deferred("bhfast.hf", needs="accelerate", reason=f"accelerate {MISSING}")
 
 STEPS = 12
 WTE, HEAD = "transformer.wte.weight", "lm_head.weight"
@@ -66,7 +66,7 @@ def make_trainer(
     *,
     model: nn.Module | None = None,
     data: Dataset | None = None,
-    kind: Any = transformers.Trainer,
+    kind: Any = None,
     **arguments: Any,
 ) -> Any:
     settings = {
@@ -83,7 +83,7 @@ def make_trainer(
         "disable_tqdm": True,
         "use_cpu": True,
     }
-    return kind(
+    return (kind or transformers.Trainer)(
         model=model or tiny_gpt2(),
         args=transformers.TrainingArguments(output_dir=str(folder), **{**settings, **arguments}),
         train_dataset=data or Windows(),
@@ -91,7 +91,7 @@ def make_trainer(
     )
 
 
-class Watch(transformers.TrainerCallback):
+class Watch:
     """Gradients between clipping and step, and parameters after it, seen without the recorder."""
 
     def __init__(self) -> None:
@@ -105,6 +105,10 @@ class Watch(transformers.TrainerCallback):
         self.params.append({name: param.detach().clone() for name, param in model.named_parameters()})
 
 
+def new_watch() -> Any:
+    return type("WatchCallback", (Watch, transformers.TrainerCallback), {})()
+
+
 def logged_losses(trainer: Any) -> list[float]:
     """What the Trainer itself says of each step's loss, if it logs at every step."""
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]
@@ -116,7 +120,7 @@ LOGGING = {"logging_strategy": "steps", "logging_steps": 1}
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_every_step_of_the_trainer_replays(accumulation: int, tmp_path: Path) -> None:
     path = tmp_path / "t.safetensors"
-    callback, watch = hf.RecorderCallback("*", path=path), Watch()
+    callback, watch = hf.RecorderCallback("*", path=path), new_watch()
     trainer = make_trainer(tmp_path, callback, gradient_accumulation_steps=accumulation, **LOGGING)
     trainer.add_callback(watch)
     trainer.train()
@@ -141,7 +145,7 @@ def test_every_step_of_the_trainer_replays(accumulation: int, tmp_path: Path) ->
 @pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch", "adafactor", "sgd"])
 def test_the_step_of_all_its_micro_batches(optim: str, tmp_path: Path) -> None:
     """Of different numbers of items, in mixed precision, with checkpointed activations, and a last step of fewer."""
-    callback, watch = hf.RecorderCallback("*", path=tmp_path / "t.safetensors"), Watch()
+    callback, watch = hf.RecorderCallback("*", path=tmp_path / "t.safetensors"), new_watch()
     trainer = make_trainer(
         tmp_path,
         callback,
@@ -270,20 +274,16 @@ def test_a_fork_does_not_finish_the_recording_of_its_parent(tmp_path: Path) -> N
 
 def test_an_interpreter_that_exits_leaves_the_steps_so_far(tmp_path: Path) -> None:
     path = tmp_path / "t.safetensors"
-    code = f"""
-from pathlib import Path
-from test_hf import WTE, Windows, hf, make_trainer
-trainer = make_trainer(Path({str(tmp_path)!r}), hf.RecorderCallback(WTE, path={str(path)!r}), data=Windows(fails_at=9))
-trainer.train()
-"""
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 1
-    assert "the data's own" in run.stderr
+
+    def work() -> None:
+        trainer = make_trainer(tmp_path, hf.RecorderCallback(WTE, path=path), data=Windows(fails_at=9))
+        try:
+            trainer.train()
+        finally:
+            atexit._run_exitfuncs()  # as Python does at its end
+
+    assert status_of(fork(work, tmp_path / "errors")) == 1
+    assert "the data's own" in (tmp_path / "errors").read_text()
     assert len(open_trace(path).steps) > 1
 
 
@@ -345,7 +345,9 @@ class Linear(nn.Module):
 
 
 def train_exactly(path: Path, **arguments: Any) -> Any:
-    AcceleratorState._reset_state(reset_partial_state=True)  # of tests before, or of the parent process
+    accelerate.state.AcceleratorState._reset_state(
+        reset_partial_state=True
+    )  # of tests before, or of the parent process
     exact = {
         "max_steps": 4,
         "optim": "sgd",
@@ -362,7 +364,7 @@ def train_exactly(path: Path, **arguments: Any) -> Any:
         **LOGGING,
     )
     trainer.train()
-    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     return trainer
 
 
@@ -389,8 +391,8 @@ def test_the_gradient_under_ddp_is_that_of_the_global_batch(max_grad_norm: float
 
 def test_accelerate_steps_only_when_it_has_accumulated(tmp_path: Path) -> None:
     """What is logged after a micro-batch belongs to the step to come."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = Accelerator(gradient_accumulation_steps=3, cpu=True)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = accelerate.Accelerator(gradient_accumulation_steps=3, cpu=True)
     model = nn.Linear(4, 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     data = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))

@@ -9,64 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from deferred import Deferred
 from ranks import run_ranks
 from torch import Tensor, nn
 
 from bhfast.trace import open_trace
 from bhfast.verify import verify
 
-L = pytest.importorskip("lightning", reason="lightning is not installed; it comes with bhfast[lightning]")
-from bhfast.lightning import RecorderCallback  # noqa: E402
-
+run = Deferred("lightning_run", needs="lightning", reason="lightning is not installed; it comes with bhfast[lightning]")
 WEIGHT = "net.weight"
-
-
-class Regression(L.LightningModule):
-    """A linear model; keeps the losses it has returned, and what became of its weight."""
-
-    def __init__(self, optimizer: Any = torch.optim.AdamW, lr: float = 1e-2, fails_at: int | None = None) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.net = nn.Linear(4, 3)
-        self.optimizer, self.lr, self.fails_at = optimizer, lr, fails_at
-        self.losses: list[Tensor] = []
-        self.gradients: list[Tensor] = []
-        self.weights: list[Tensor] = []
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor]:
-        if batch_idx == self.fails_at:
-            raise RuntimeError("the module's own")
-        loss = (self.net(batch[:, :4]) - batch[:, 4:]).square().sum(1).mean()
-        self.losses.append(loss.detach().clone())
-        return {"loss": loss}
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:  # before clipping
-        self.gradients.append(self.net.weight.grad.clone())
-
-    def on_train_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int) -> None:
-        self.weights.append(self.net.weight.detach().clone())
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self.optimizer(self.parameters(), lr=self.lr)
-
-
-def batches(size: int = 2, count: int = 24, rank: int = 0, world: int = 1) -> Any:
-    """Of small integers: few steps of a linear model by them are exact in float32, in any order of summation."""
-    data = torch.randint(-1, 2, (count, 7), generator=torch.Generator().manual_seed(1)).float()[rank::world]
-    return torch.utils.data.DataLoader(data, batch_size=size)
-
-
-def make_trainer(folder: Path, *callbacks: Any, **arguments: Any) -> Any:
-    settings = {
-        "max_steps": 6,
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "default_root_dir": folder,
-    }
-    return L.Trainer(callbacks=list(callbacks), **{**settings, **arguments})
 
 
 @pytest.fixture
@@ -78,10 +29,10 @@ def path(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_every_step_replays(accumulation: int, path: Path) -> None:
-    callback, module = RecorderCallback("*", path=path), Regression()
+    callback, module = run.RecorderCallback("*", path=path), run.Regression()
     module.bfloat16()
-    trainer = make_trainer(path.parent, callback, gradient_clip_val=0.5, accumulate_grad_batches=accumulation)
-    trainer.fit(module, torch.utils.data.DataLoader(batches(count=36).dataset.bfloat16(), batch_size=2))
+    trainer = run.make_trainer(path.parent, callback, gradient_clip_val=0.5, accumulate_grad_batches=accumulation)
+    trainer.fit(module, torch.utils.data.DataLoader(run.batches(count=36).dataset.bfloat16(), batch_size=2))
     trace = open_trace(path)
     assert trace.steps.tolist() == list(range(7))
     assert torch.equal(trace[f"{WEIGHT}.grad"][1:], torch.stack(module.gradients))
@@ -94,11 +45,11 @@ def test_every_step_replays(accumulation: int, path: Path) -> None:
 
 
 def test_mixed_precision_and_an_epoch_that_ends_within_a_step(path: Path) -> None:
-    callback, module = RecorderCallback("*", path=path, fields=["param", "grad"]), Regression()
-    trainer = make_trainer(
+    callback, module = run.RecorderCallback("*", path=path, fields=["param", "grad"]), run.Regression()
+    trainer = run.make_trainer(
         path.parent, callback, max_steps=-1, max_epochs=2, accumulate_grad_batches=3, precision="bf16-mixed"
     )
-    trainer.fit(module, batches(count=8))
+    trainer.fit(module, run.batches(count=8))
     trace = open_trace(path)
     assert trace.steps.tolist() == [0, 1, 2, 3, 4] == list(range(trainer.global_step + 1))
     assert torch.equal(trace[f"{WEIGHT}.grad"][1:], torch.stack(module.gradients))
@@ -109,12 +60,14 @@ def test_mixed_precision_and_an_epoch_that_ends_within_a_step(path: Path) -> Non
 
 def test_a_run_resumed_from_a_checkpoint(path: Path) -> None:
     whole = path.with_name("whole.safetensors")
-    make_trainer(path.parent, RecorderCallback("*", path=whole)).fit(Regression(), batches())
-    trainer = make_trainer(path.parent, max_steps=4)
-    trainer.fit(Regression(), batches())
+    run.make_trainer(path.parent, run.RecorderCallback("*", path=whole)).fit(run.Regression(), run.batches())
+    trainer = run.make_trainer(path.parent, max_steps=4)
+    trainer.fit(run.Regression(), run.batches())
     trainer.save_checkpoint(path.parent / "at-4")
-    make_trainer(path.parent, RecorderCallback("*", path=path)).fit(
-        Regression(), torch.utils.data.DataLoader(batches().dataset[8:], batch_size=2), ckpt_path=path.parent / "at-4"
+    run.make_trainer(path.parent, run.RecorderCallback("*", path=path)).fit(
+        run.Regression(),
+        torch.utils.data.DataLoader(run.batches().dataset[8:], batch_size=2),
+        ckpt_path=path.parent / "at-4",
     )
     rest, wanted = open_trace(path), open_trace(whole)
     assert rest.steps.tolist() == [4, 5, 6]
@@ -126,9 +79,9 @@ def test_a_run_resumed_from_a_checkpoint(path: Path) -> None:
 
 @pytest.mark.parametrize("storage", ["memory", "stream"])
 def test_an_exception_leaves_the_steps_so_far(storage: str, path: Path) -> None:
-    module = Regression(fails_at=4)
+    module = run.Regression(fails_at=4)
     with pytest.raises(RuntimeError, match="the module's own"):
-        make_trainer(path.parent, RecorderCallback("*", path=path, storage=storage)).fit(module, batches())
+        run.make_trainer(path.parent, run.RecorderCallback("*", path=path, storage=storage)).fit(module, run.batches())
     trace = open_trace(path)
     assert trace.steps.tolist() == [0, 1, 2, 3, 4]
     assert torch.equal(trace[WEIGHT][-1], module.net.weight)
@@ -137,48 +90,21 @@ def test_an_exception_leaves_the_steps_so_far(storage: str, path: Path) -> None:
 def test_what_a_training_step_logs_belongs_to_its_step(path: Path) -> None:
     """Also if it is the first of several batches, whose network has not been called yet."""
 
-    class Logging(Regression):
+    class Logging(run.Regression):
         def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor]:
             if batch_idx % 2 == 0:
                 callback.recorder.log(batch=batch_idx)
             return super().training_step(batch, batch_idx)
 
-    callback = RecorderCallback("*", path=path)
-    make_trainer(path.parent, callback, accumulate_grad_batches=2).fit(Logging(), batches())
+    callback = run.RecorderCallback("*", path=path)
+    run.make_trainer(path.parent, callback, accumulate_grad_batches=2).fit(Logging(), run.batches())
     assert open_trace(path)["batch"].tolist() == [0, 0, 2, 4, 6, 8, 10]
 
 
-class Adversaries(L.LightningModule):
-    """Two optimizers under manual optimization; the second one completes a step."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.automatic_optimization = False
-        self.generator, self.critic = nn.Linear(4, 3), nn.Linear(3, 1)
-        self.losses: list[Tensor] = []
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        critic, generator = self.optimizers()
-        made = self.generator(batch[:, :4])
-        critic.zero_grad()
-        self.manual_backward((self.critic(made.detach()) - self.critic(batch[:, 4:])).mean())
-        critic.step()
-        generator.zero_grad()
-        loss = -self.critic(made).mean()
-        self.manual_backward(loss)
-        generator.step()
-        self.losses.append(loss.detach())
-        return loss
-
-    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        return [torch.optim.SGD(self.critic.parameters(), lr=0.1), torch.optim.AdamW(self.generator.parameters())]
-
-
 def test_two_optimizers(path: Path) -> None:
-    module = Adversaries()
-    trainer = make_trainer(path.parent, RecorderCallback("*", path=path), max_steps=12)
-    trainer.fit(module, batches())
+    module = run.Adversaries()
+    trainer = run.make_trainer(path.parent, run.RecorderCallback("*", path=path), max_steps=12)
+    trainer.fit(module, run.batches())
     trace = open_trace(path)
     assert trainer.global_step == 12
     assert trace.steps.tolist() == list(range(7))
@@ -192,21 +118,21 @@ def test_two_optimizers(path: Path) -> None:
 
 
 def fit_exactly(path: Path, data: Any, **arguments: Any) -> None:
-    module = Regression(optimizer=torch.optim.SGD, lr=0.25)
+    module = run.Regression(optimizer=torch.optim.SGD, lr=0.25)
     nn.init.zeros_(module.net.weight)
     nn.init.zeros_(module.net.bias)
-    make_trainer(path.parent, RecorderCallback("*", path=path), max_steps=3, **arguments).fit(module, data)
+    run.make_trainer(path.parent, run.RecorderCallback("*", path=path), max_steps=3, **arguments).fit(module, data)
 
 
 def test_the_gradient_under_ddp_is_that_of_the_global_batch(path: Path) -> None:
     ddp = path.with_name("ddp.safetensors")
 
     def work() -> None:
-        data = batches(2, rank=int(os.environ["RANK"]), world=2)
+        data = run.batches(2, rank=int(os.environ["RANK"]), world=2)
         settings = {"accumulate_grad_batches": 2, "devices": 2, "strategy": "ddp", "use_distributed_sampler": False}
         fit_exactly(ddp, data, **settings)
 
-    fit_exactly(path, batches(8))
+    fit_exactly(path, run.batches(8))
     run_ranks(work, path.parent)
     alone, ranks = open_trace(path), open_trace(ddp)
     assert ranks.steps.tolist() == [0, 1, 2, 3]

@@ -107,14 +107,15 @@ def test_gradients_are_as_near_to_float64_as_the_torch_engines(shape, instructio
         assert error <= 1.5 * usual + 1e-3 * r.grad.norm().item() + 1e-9, f"{name}: {error:.3g}, torch {usual:.3g}"
 
 
-def test_a_thousand_steps_have_the_loss_of_the_torch_engine(text: str) -> None:
+@pytest.mark.parametrize("steps", [100, pytest.param(1000, marks=pytest.mark.slow)])
+def test_many_steps_have_the_loss_of_the_torch_engine(steps: int, text: str) -> None:
     """Not from a black hole: there the smallest rounding decides which token leaves first, and where to."""
     config = TrainConfig(
-        steps=1000, sigma=0.02, lr=3e-4, corpus=text, record_every=0, quiet=True, device="cpu", engine="native"
+        steps=steps, sigma=0.02, lr=3e-4, corpus=text, record_every=0, quiet=True, device="cpu", engine="native"
     )
     native, eager = (train(changed(config, engine=engine)).losses for engine in ("native", "torch"))
     assert native.mean().item() == pytest.approx(eager.mean().item(), abs=1e-3)  # seeds differ by 0.02
-    assert native[-200:].mean() < native[:200].mean() - 0.3
+    assert native[-steps // 5 :].mean() < native[: steps // 5].mean() - 0.3
 
 
 def test_accumulation_is_a_larger_batch(instruction_set: str) -> None:
@@ -241,8 +242,8 @@ def test_the_optimizer_knows_the_steps_it_did_not_perform() -> None:
 
 
 def test_other_threads_of_python_go_on(settings: TrainConfig) -> None:
-    engine = NativeEngine(make_run(steps=400, vocab_size=2000, batch=2), threads=1)
-    thread = threading.Thread(target=engine.run, args=(400,))
+    engine = NativeEngine(make_run(steps=60, vocab_size=2000, batch=2), threads=1)
+    thread = threading.Thread(target=engine.run, args=(60,))
     thread.start()
     turns = 0
     while thread.is_alive():

@@ -8,17 +8,15 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from children import fork, status_of
+from children import Program, fork, status_of
 from streaming_run import assert_begins_like, record, reference
 
-from bhfast import recover, verify
+from bhfast import recover, train, verify
 from bhfast.errors import StorageError, TraceError
 from bhfast.recording.recorder import Recorder
 from bhfast.recover import main
@@ -248,16 +246,16 @@ def test_the_next_run_is_told_how_to_keep_the_steps(killed: Path) -> None:
 
 def test_a_killed_run_of_train_is_recovered_and_verified(tmp_path: Path, text: str, capsys) -> None:
     out = tmp_path / "t.safetensors"
-    command = [sys.executable, "-m", "bhfast.train", "--steps", "20000", "--corpus", text, "--device", "cpu"]
-    command += ["--storage", "stream", "--out", str(out)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            if line.startswith("storage"):
-                break
-        partial = out.with_name("t.safetensors.partial")
-        while read_journal(partial).records < 50:
-            time.sleep(0.05)
-        process.kill()
+    arguments = ["--steps", "20000", "--corpus", text, "--device", "cpu", "--storage", "stream", "--out", str(out)]
+    process = Program(lambda: train.main(arguments))
+    for line in process.stdout:
+        if line.startswith("storage"):
+            break
+    while read_journal(out.with_name("t.safetensors.partial")).records < 50:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
     recovery = recover.recover(tmp_path / "t.safetensors.partial")
     assert recovery.path == out
     assert recovery.last_step >= 49

@@ -139,9 +139,9 @@ def test_many_records_are_thinned_towards_the_end() -> None:
 # The page
 
 
-@pytest.fixture
-def settings(text: str, tmp_path: Path) -> TrainConfig:
-    return TrainConfig(corpus=text, out=str(tmp_path / "t.safetensors"), device="cpu", quiet=True)
+@pytest.fixture(scope="module")
+def settings(text: str) -> TrainConfig:
+    return TrainConfig(corpus=text, device="cpu", quiet=True)
 
 
 @pytest.fixture
@@ -177,18 +177,19 @@ def test_page_of_a_short_run(steps: int, tmp_path: Path, settings: TrainConfig) 
     assert "<h1>bhfast: &lt;b&gt;.safetensors</h1>" in check_page(tmp_path)
 
 
-@pytest.fixture
-def sweep(tmp_path: Path, settings: TrainConfig) -> Path:
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory, settings: TrainConfig) -> Path:
     """The file of a sweep of which one run failed."""
+    folder = tmp_path_factory.mktemp("sweep")
     runs = []
     for lr, sigma, seed in itertools.product([1e-3, 1e-2], [0.0, 1e-4, 1e-2], [1, 2]):
         name = f"sigma{sigma:g}_seed{seed}_lr{lr:g}"
-        train(replace(settings, lr=lr, sigma=sigma, seed=seed, steps=20, out=str(tmp_path / f"{name}.safetensors")))
+        train(replace(settings, lr=lr, sigma=sigma, seed=seed, steps=20, out=str(folder / f"{name}.safetensors")))
         varied = {"sigma": sigma, "seed": seed, "lr": lr}
         runs.append({"name": name, "file": f"{name}.safetensors", "settings": varied, "state": "done", "error": None})
     runs[-1].update(state="failed", error="it was <late>")
     grid = {"sigma": [0.0, 1e-4, 1e-2], "seed": [1, 2], "lr": [1e-3, 1e-2]}
-    file = tmp_path / "sweep.json"
+    file = folder / "sweep.json"
     file.write_text(json.dumps({"format": "bhfast-sweep", "version": 1, "grid": grid, "runs": runs}))
     return file
 

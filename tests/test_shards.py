@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +39,15 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Tra
 
 
 @pytest.fixture(scope="module")
-def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def recorded(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     """The folder of all cases, each recorded by as many processes as it wants."""
-    folder = tmp_path_factory.mktemp("recorded")
+    return made_once("recorded", record_all)
+
+
+def record_all(folder: Path) -> None:
     (folder / "fsdp-precious").mkdir()
     (folder / "fsdp-precious" / "run-00002-of-00002.safetensors").write_text("precious")
-    command = [sys.executable, distributed_run.__file__, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return folder
+    assert distributed_run.main(folder) == 0
 
 
 def said(recorded: Path, name: str) -> list[str]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,10 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from children import Program
 
 from bhfast.config import TrainConfig
 from bhfast.errors import ConfigError
-from bhfast.sweep import main, pool, sweep
+from bhfast.sweep import main, pool, sweep, worker
 from bhfast.sweep.grid import expand_grid, parse_grid, rank_and_world, read_grid_file
 from bhfast.sweep.pool import divide_machine
 from bhfast.sweep.results import SweepResults
@@ -28,7 +27,7 @@ from bhfast.trace import open_trace
 from bhfast.train import train
 from bhfast.verify import verify
 
-LONG = 2000  # steps that take long enough to be disturbed
+LONG = 600  # steps that take long enough to be disturbed
 
 
 @pytest.fixture
@@ -69,24 +68,29 @@ class Here:
         pass
 
 
+def work_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bhfast.sweep.program.Worker", Here)
+    monkeypatch.setattr(pool, "Worker", Here)
+
+
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a sweep whose workers are not what is tested: torch is imported already."""
-    monkeypatch.setattr("bhfast.sweep.program.Worker", Here)
-    monkeypatch.setattr(pool, "Worker", Here)
+    work_here(monkeypatch)
 
 
 def names(**grid: object) -> list[str]:
     return [run.name for run in expand_grid(parse_grid(grid, "grid"), "out")]
 
 
-def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
-    # A shell starts background jobs with SIGINT ignored; a terminal does not.
-    return subprocess.Popen(
-        [sys.executable, "-m", "bhfast.sweep", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, **environment}, process_group=0,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a sweep that needs workers with processes of their own, but not ones that import torch first."""
+    monkeypatch.setattr(worker.subprocess, "Popen", lambda command, **options: Program(worker.main))
+
+
+def start(*arguments: str, **environment: str) -> Program:
+    return Program(lambda: main([*arguments]), **environment)
 
 
 def entries(folder: Path) -> dict[str, dict[str, object]]:
@@ -254,6 +258,7 @@ def test_traces_are_those_of_train(text: str, tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_run_that_fails_does_not_stop_the_rest(flags: list[str], tmp_path: Path, text: str, capsys) -> None:
     """One has a trace of other settings in its way, one lacks its corpus, one diverges."""
     out, gone = tmp_path / "out", str(tmp_path / "gone.txt")
@@ -313,15 +318,18 @@ def test_what_is_done_is_kept(flags: list[str], tmp_path: Path, capsys) -> None:
 # Many processes
 
 
-@pytest.mark.usefixtures("in_process")
-def test_two_ranks_leave_what_one_process_does(flags: list[str], tmp_path: Path) -> None:
+@pytest.mark.usefixtures("forked")
+def test_two_ranks_leave_what_one_process_does(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     grid = ["--sigma", "0", "1e-4", "1e-3", "--seed", "1", "2", "3", "--jobs", "1"]
     ranks = [start(*flags, *grid, RANK=str(rank), WORLD_SIZE="2") for rank in (0, 1)]
-    printed = [rank.communicate(timeout=120) for rank in ranks]
+    printed = [rank.communicate() for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], printed
     assert "5 runs of 9, " in printed[0][0]
     assert "4 runs done, 0 kept, 0 failed" in printed[1][0]
     one = tmp_path / "one"
+    work_here(monkeypatch)
     assert main([*flags, *grid, "--out-dir", str(one), "--quiet"]) == 0
     there = traces(tmp_path / "out")
     assert len(there) == 9
@@ -418,21 +426,32 @@ def test_a_slurm_task_does_its_share_alone(flags: list[str], tmp_path: Path, mon
 
 
 @needs_proc
-@pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=["KILL", "INT", "TERM"])
-def test_a_sweep_that_is_ended_goes_on(number: signal.Signals, flags: list[str], tmp_path: Path) -> None:
+def test_a_sweep_that_is_ended_goes_on(
+    number: signal.Signals,
+    flags: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
     """A short run is done, a long one is under way; the same command again leaves what an undisturbed sweep does."""
+    if number != signal.SIGINT:  # there the worker is started as users have it
+        request.getfixturevalue("forked")
     out, steps = tmp_path / "out", ["--steps", "20", str(LONG), "--jobs", "1"]
     sweeping = start(*flags, *steps)
     done, cut = (out / f"sigma0_seed42_steps{steps}.safetensors" for steps in (20, LONG))
     partial = cut.with_name(cut.name + ".partial")
     wait_for(partial.exists)
-    workers = children(sweeping.pid)
-    assert workers
+    (its_worker,) = children(sweeping.pid)
+    assert os.getpgid(its_worker) != sweeping.pid  # out of a terminal's reach
+    os.kill(its_worker, signal.SIGSTOP)  # so that the run stays under way
     before = identity(done)
-    os.killpg(sweeping.pid, number)  # as a terminal does: the workers are not in this group
-    printed, errors = sweeping.communicate(timeout=60)
-    wait_for(lambda: not any(map(is_alive, workers)), seconds=10)
+    os.killpg(sweeping.pid, number)  # as a terminal does
+    sweeping.wait()
+    if number == signal.SIGKILL:  # otherwise the worker is killed as it is
+        os.kill(its_worker, signal.SIGCONT)
+    printed, errors = sweeping.communicate()
+    wait_for(lambda: not is_alive(its_worker), seconds=10)
     assert list(traces(out)) == [done.name]
     assert [run["state"] for run in entries(out).values()] == ["done", "waiting"]
     if number == signal.SIGKILL:
@@ -444,6 +463,7 @@ def test_a_sweep_that_is_ended_goes_on(number: signal.Signals, flags: list[str],
         assert errors == ""
         assert not partial.exists()
 
+    work_here(monkeypatch)
     assert main([*flags, *steps, "--quiet"]) == 0
     assert identity(done) == before
     assert [run["state"] for run in entries(out).values()] == ["done", "done"]
@@ -452,20 +472,20 @@ def test_a_sweep_that_is_ended_goes_on(number: signal.Signals, flags: list[str],
 
 
 def test_a_worker_without_a_sweep_ends() -> None:
-    with Worker() as worker:
-        worker.tasks.close()
-        assert worker.process.wait(timeout=30) == 0
+    with Worker() as lonely:
+        lonely.tasks.close()
+        assert lonely.process.wait(timeout=30) == 0
 
 
 @needs_proc
+@pytest.mark.usefixtures("forked")
 def test_a_worker_that_dies_fails_its_run_alone(flags: list[str], tmp_path: Path, capsys) -> None:
     out = tmp_path / "out"
     sweeping = start(*flags, "--steps", "20", str(LONG), "30", "--jobs", "1")
     partial = out / f"sigma0_seed42_steps{LONG}.safetensors.partial"
     wait_for(partial.exists)
-    (worker,) = children(sweeping.pid)
-    os.kill(worker, signal.SIGKILL)
-    _, errors = sweeping.communicate(timeout=60)
+    os.kill(*children(sweeping.pid), signal.SIGKILL)
+    _, errors = sweeping.communicate()
     assert sweeping.returncode == 1
     assert errors == f"bhfast sweep: error: sigma0_seed42_steps{LONG}: the process ended by signal 9\n"
     assert [run["state"] for run in entries(out).values()] == ["done", "failed", "done"]
