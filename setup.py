@@ -29,7 +29,6 @@ SOURCES = [
     "csrc/instruction_sets/avx512bf16.cpp",
     "csrc/instruction_sets/dispatch.cpp",
     "csrc/instruction_sets/portable.cpp",
-    "csrc/native/binding.cpp",
     "csrc/native/engine.cpp",
     "csrc/native/optimizer_step.cpp",
 ]
