@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import nn
 from bhfast import lattice
 from bhfast.config import TrainConfig
 from bhfast.errors import ConfigError
+from bhfast.ops import arithmetic
 from bhfast.optim import FusedAdam
 from bhfast.recording.recorder import Recorder
 from bhfast.report.survey import survey_trace
@@ -206,3 +208,31 @@ def test_what_reads_a_full_trace_reads_a_compact_one(settings, tmp_path: Path) -
         late = lattice.life(trace["embeddings"][:, trace["token_counts"] == 0], trace.steps).last_late_step
         found.append((survey.summary(), survey.table(), verification_figures(trace), late.tolist()))
     assert found[0] == found[1]
+
+
+REBUILD = Path(__file__).parent.parent / "docs" / "rebuild.py"
+
+
+needs_docs = pytest.mark.skipif(not REBUILD.exists(), reason="this copy of the tree has no docs/")
+
+
+@needs_docs
+@pytest.mark.parametrize("changes", [{}, {"beta1": 0.4, "weight_decay": 0.1, "max_grad_norm": 0.1}], ids=str)
+def test_the_documents_rebuild_with_numpy_alone(changes, settings, tmp_path: Path) -> None:
+    rebuild = runpy.run_path(str(REBUILD))["rebuild"]
+    path = train(TrainConfig(**settings, **changes, keyframes=12, out=str(tmp_path / "t"))).path
+    trace = open_trace(path)
+    for step in (0, 1, 11, 12, 20, 21):
+        for found, key in zip(rebuild(path, "wte", step), ("embeddings", "momentum", "variance"), strict=True):
+            assert_same_bits(torch.from_numpy(found), trace[key][step].float())
+
+
+@needs_docs
+def test_its_multiply_add_rounds_once() -> None:
+    fma = runpy.run_path(str(REBUILD))["fma"]
+    generator = torch.Generator().manual_seed(0)
+    a, b, c = ((torch.randn(100_000, generator=generator) * 2.0**scale) for scale in (0, 3, -9))
+    c[::3] = -(a * b)[::3]
+    assert_same_bits(torch.from_numpy(fma(a.numpy(), b.numpy(), c.numpy())), arithmetic.fma(a, b, c))
+    a, b, c = torch.tensor([1 + 2.0**-12]), torch.tensor([1 + 2.0**-12]), torch.tensor([2.0**-80])
+    assert fma(a.numpy(), b.numpy(), c.numpy()) == arithmetic.fma(a, b, c) == 1 + 2.0**-11 + 2.0**-23
