@@ -9,6 +9,7 @@ a damaged gradient, or a parameter that was changed behind the recorder's back, 
 from __future__ import annotations
 
 import math
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -262,23 +263,29 @@ class KeyframedParam:
 
 
 class _Blocks:
-    """The blocks of states that were rebuilt last, all of one file."""
+    """The blocks of states that were rebuilt last, all of one file. Several threads may read."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._blocks: OrderedDict[Any, list[Tensor]] = OrderedDict()
         self._size = 0
 
     def get(self, key: Any) -> list[Tensor] | None:
-        if key in self._blocks:
-            self._blocks.move_to_end(key)
-        return self._blocks.get(key)
+        with self._lock:
+            if key in self._blocks:
+                self._blocks.move_to_end(key)
+            return self._blocks.get(key)
 
     def put(self, key: Any, states: list[Tensor]) -> None:
-        self._blocks[key] = states
-        self._size += sum(own.nbytes for own in states)
-        while self._size > CACHE_BYTES and len(self._blocks) > 1:
-            _, old = self._blocks.popitem(last=False)
-            self._size -= sum(own.nbytes for own in old)
+        with self._lock:
+            self._size += sum(own.nbytes for own in states) - sum(own.nbytes for own in self._blocks.get(key, ()))
+            self._blocks[key] = states
+            while self._size > CACHE_BYTES and len(self._blocks) > 1:
+                _, old = self._blocks.popitem(last=False)
+                self._size -= sum(own.nbytes for own in old)
+
+    def __reduce__(self) -> Any:
+        return _Blocks, ()  # a copy of a trace begins with none
 
 
 class RebuiltTensor(LazyTensor):
