@@ -56,10 +56,10 @@ class KeyframedParam:
         steps, frame_steps = trace.steps.as_subclass(Tensor), trace[KEYFRAME_STEPS].as_subclass(Tensor)
         self.records = frame_steps - steps[0] if len(steps) else frame_steps
         self._starts: list[int] = self.records.tolist()
-        shapes = {tuple(x.shape[1:]) for x in (self._grads, *self._frames)}
+        kinds = {(x.dtype, tuple(x.shape[1:])) for x in (self._grads, *self._frames)}
         lengths = {len(x) for x in (self.records, *self._frames)}
         is_rising = not self._starts or (self._starts[0] == 0 and bool((self.records.diff() > 0).all()))
-        if len(shapes) > 1 or len(lengths) > 1 or not is_rising or len(self._grads) != len(steps):
+        if len(kinds) > 1 or len(lengths) > 1 or not is_rising or len(self._grads) != len(steps):
             raise DamageError(f"{trace.path} is corrupted: the key frames of {name} do not fit its gradients")
         self._size = max(1, math.prod(self._grads.shape[1:]))
         self._proven: dict[int, Tensor] = {}  # for each key frame, up to which rows lead to the next one: bool [rows]
@@ -105,6 +105,22 @@ class KeyframedParam:
 
     # -----------------------------------------------------------------------------------------------------------------
     # Reading
+
+    def read_checked(self, field: int, records: Sequence[int], low: int, high: int) -> Tensor:
+        """Do the same as :meth:`read`.
+
+        Raises:
+            TraceError: the records cannot be rebuilt.
+            DamageError: the description of the optimizer does not fit the tensors.
+        """
+        try:
+            return self.read(field, records, low, high)
+        except TraceError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise DamageError(
+                f"{self._trace.path} is corrupted: its description of the optimizer does not fit {self._name} ({error})"
+            ) from None
 
     def read(self, field: int, records: Sequence[int], low: int, high: int) -> Tensor:
         """Return rows ``low`` to ``high`` of some records: ``[n, high - low, ...]``; of scalars ``[n]``.
@@ -306,7 +322,7 @@ class RebuiltTensor(LazyTensor):
 
     def _read(self, steps: slice | Tensor, low: int, high: int) -> Tensor:
         records, inverse = _records(steps, len(self))
-        found = self._param.read(self._field, records, low, max(low, high))
+        found = self._param.read_checked(self._field, records, low, max(low, high))
         return (found if inverse is None else found[inverse]).as_subclass(TraceTensor)
 
     def first(self, records: int) -> RebuiltTensor:
