@@ -37,8 +37,8 @@ class RecorderCallback(RecordingCallback, Callback):
     Args:
         params: names, globs and regular expressions over the module's parameters; or parameters by name.
         path: the trace file.
-        **options: for the recorder: ``rows``, ``fields``, ``every``, ``storage``, ``keys``, ``metadata``,
-            ``overwrite``, ``strict``; ``unclipped=False`` records gradients as the optimizer gets them; ``steps``,
+        **options: for the recorder: ``rows``, ``fields``, ``every``, ``keyframes``, ``storage``, ``keys``,
+            ``metadata``, ``overwrite``, ``strict``; ``unclipped=False`` records gradients as the optimizer gets them; ``steps``,
             which Lightning does not know under manual optimization.
 
     Attributes:
