@@ -42,8 +42,8 @@ class RecorderCallback(RecordingCallback, TrainerCallback):
     Args:
         params: names, globs and regular expressions over the parameters of the Trainer's model; or parameters by name.
         path: the trace file.
-        **options: for the recorder: ``rows``, ``fields``, ``every``, ``storage``, ``keys``, ``metadata``,
-            ``overwrite``, ``strict``; ``unclipped=False`` records gradients as the optimizer gets them.
+        **options: for the recorder: ``rows``, ``fields``, ``every``, ``keyframes``, ``storage``, ``keys``,
+            ``metadata``, ``overwrite``, ``strict``; ``unclipped=False`` records gradients as the optimizer gets them.
 
     Attributes:
         recorder: the recorder of the current training, or of the last one; None before the first.

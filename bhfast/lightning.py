@@ -37,9 +37,9 @@ class RecorderCallback(RecordingCallback, Callback):
     Args:
         params: names, globs and regular expressions over the module's parameters; or parameters by name.
         path: the trace file.
-        **options: for the recorder: ``rows``, ``fields``, ``every``, ``storage``, ``keys``, ``metadata``,
-            ``overwrite``, ``strict``; ``unclipped=False`` records gradients as the optimizer gets them; ``steps``,
-            which Lightning does not know under manual optimization.
+        **options: for the recorder: ``rows``, ``fields``, ``every``, ``keyframes``, ``storage``, ``keys``,
+            ``metadata``, ``overwrite``, ``strict``; ``unclipped=False`` records gradients as the optimizer gets them;
+            ``steps``, which Lightning does not know under manual optimization.
 
     Attributes:
         recorder: the recorder of the current fit, or of the last one; None before the first.

@@ -12,8 +12,9 @@ Prints one line for each file. The exit status is that of the worst file, in thi
 It replays traces of the reference run, and those of :class:`bhfast.Recorder` if the optimizer's arithmetic is known to
 the bit. Given the index of several files, it verifies all of them, and that they agree with the index.
 
-Every step is replayed from the state recorded before it, so all steps of a chunk are computed at once. A replay does
-not see everything: rounding may hide a damaged bit of a gradient, and it does not use logits, losses, names and
+Every step is replayed from the state recorded before it, so all steps of a chunk are computed at once. A compact trace
+is replayed from each key frame to the next; if they differ, checksums tell which record in between is damaged. A replay
+does not see everything: rounding may hide a damaged bit of a gradient, and it does not use logits, losses, names and
 metadata. So the CRC-32 of each record and of the header are checked, too.
 """
 

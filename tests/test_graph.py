@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from copy_streams import SlowCopyStream
+from keyframe_runs import assert_same
 from traces import assert_same_data
 
 from bhfast import doctor
@@ -75,6 +76,15 @@ def test_its_records_are_those_of_the_torch_engine(changes, emulated, tmp_path: 
         assert torch.equal(p, q)
     assert len(emulated) == 2  # one for each run
     assert all(stream.closed for stream in emulated)
+
+
+@pytest.mark.parametrize("keyframes", [4, 7])
+def test_its_compact_records_are_rebuilt(keyframes: int, emulated, tmp_path: Path, text: str) -> None:
+    config = settings(tmp_path, text, device="cpu", max_grad_norm=0.1)
+    full = train(replace(config, engine="torch", out=str(tmp_path / "full.safetensors")))
+    compact = train(replace(config, engine="graph", keyframes=keyframes))
+    assert_same(full.path, compact.path)
+    assert verify(compact.path).status == 0
 
 
 def test_it_counts_the_optimizers_steps(emulated, tmp_path: Path, text: str, monkeypatch) -> None:

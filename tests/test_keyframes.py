@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import random
+import runpy
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +21,14 @@ from torch import nn
 from bhfast import lattice
 from bhfast.config import TrainConfig
 from bhfast.errors import ConfigError
+from bhfast.ops import arithmetic, kernels
 from bhfast.optim import FusedAdam
 from bhfast.recording.recorder import Recorder
 from bhfast.report.survey import survey_trace
 from bhfast.summary import verification_figures
 from bhfast.trace import open_trace, rebuilt
 from bhfast.trace.format import KEYFRAMES
-from bhfast.trace.updates import STATE
+from bhfast.trace.updates import STATE, differing
 from bhfast.train import train
 from bhfast.verify import verify
 
@@ -140,6 +144,29 @@ def test_a_rebuilt_tensor_is_copied_as_it_is_read(full: Path, compact: Path) -> 
     assert "matrix.keyframes BF16  [4, 5, 7]" in repr(trace)
 
 
+def test_a_copy_of_a_trace_reads_the_same(full: Path, compact: Path) -> None:
+    trace, wanted = open_trace(compact), open_trace(full)
+    assert_same_bits(trace["matrix"][5], wanted["matrix"][5])
+    for copied in (copy.copy(trace), copy.deepcopy(trace), pickle.loads(pickle.dumps(trace))):
+        assert_same_bits(copied["matrix"][5], wanted["matrix"][5])
+
+
+def test_threads_read_side_by_side(full: Path, compact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rebuilt, "CACHE_BYTES", 3000)
+    monkeypatch.setattr(rebuilt, "BLOCK_BYTES", 1500)
+    trace = open_trace(compact)
+    wanted = {name: open_trace(full)[name][:] for name in ("matrix", "cube", "vector", "tiny")}
+
+    def read(seed: int) -> None:
+        chance = random.Random(seed)
+        for _ in range(100):
+            name, record = chance.choice(list(wanted)), chance.randrange(STEPS + 1)
+            assert_same_bits(trace[name][record : record + 1], wanted[name][record : record + 1])
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(read, range(6)))
+
+
 def test_a_rebuilt_tensor_refuses_to_be_computed_with(compact: Path) -> None:
     tensor = open_trace(compact)["matrix"]
     for compute in (lambda: tensor + 1, lambda: 1 * tensor, lambda: tensor != tensor, lambda: bool(tensor)):
@@ -149,6 +176,15 @@ def test_a_rebuilt_tensor_refuses_to_be_computed_with(compact: Path) -> None:
         torch.sum(tensor)
     with pytest.raises(AttributeError, match="a rebuilt tensor has no mean: index it first"):
         tensor.mean()
+
+
+@pytest.mark.parametrize("name", ["learning_rates", "clip_coefs", "skipped"])
+def test_what_states_are_rebuilt_with_cannot_be_logged(name: str, tmp_path: Path) -> None:
+    params = {"w": nn.Parameter(torch.ones(3))}
+    said = rf"log\({name}=...\) must have a name of its own: states are rebuilt with {name}"
+    with Recorder(FusedAdam(params.values()), params, steps=5, path=tmp_path / "t", keyframes=3) as recorder:
+        with pytest.raises(ConfigError, match=said):
+            recorder.log({name: 1.0})
 
 
 def test_a_tied_parameter_is_found_under_each_of_its_names(tmp_path: Path) -> None:
@@ -206,3 +242,57 @@ def test_what_reads_a_full_trace_reads_a_compact_one(settings, tmp_path: Path) -
         late = lattice.life(trace["embeddings"][:, trace["token_counts"] == 0], trace.steps).last_late_step
         found.append((survey.summary(), survey.table(), verification_figures(trace), late.tolist()))
     assert found[0] == found[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The arithmetic
+
+
+@pytest.mark.parametrize("rounding", arithmetic.ROUNDINGS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("size", [0, 1, 3, 1000, 40_000])
+def test_both_kernels_of_many_steps_agree(size: int, dtype: torch.dtype, rounding: str, extension, generator) -> None:
+    steps, first = 5, 2
+    grads = torch.randn(steps, 2, size, generator=generator).to(dtype)[:, 1]  # rows of a parameter
+    grads[:, size // 2 :] *= 1e-9
+    grads[1:2, :1], grads[3:4, 1:3] = torch.inf, torch.nan
+    settings = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+    coefficients = arithmetic.adam_coefficients(range(3, 3 + steps), [0.1, 0.2, 0.0, 0.1, 0.3], **settings)
+    clip_coefs = torch.tensor([1.0, 0.3, 0.5, torch.nan, 1.0]).bfloat16().float()
+    updated = torch.tensor([True, True, False, size < 1000, True])
+    found = []
+    for kernel in (kernels.adam_steps_, kernels.adam_steps_.__wrapped__):
+        state = [torch.linspace(-1, 1, size).to(dtype), torch.zeros(size, dtype=dtype), torch.ones(size, dtype=dtype)]
+        records = [torch.empty(steps - first, size, dtype=dtype) for _ in range(2)]
+        kernel(*state, grads, coefficients, clip_coefs, updated, rounding, records[0], None, records[1], first)
+        found.append([*state, *records])
+    for one, other in zip(*found, strict=True):
+        assert not differing(one, other).any()
+
+
+REBUILD = Path(__file__).parent.parent / "docs" / "rebuild.py"
+
+
+needs_docs = pytest.mark.skipif(not REBUILD.exists(), reason="this copy of the tree has no docs/")
+
+
+@needs_docs
+@pytest.mark.parametrize("changes", [{}, {"beta1": 0.4, "weight_decay": 0.1, "max_grad_norm": 0.1}], ids=str)
+def test_the_documents_rebuild_with_numpy_alone(changes, settings, tmp_path: Path) -> None:
+    rebuild = runpy.run_path(str(REBUILD))["rebuild"]
+    path = train(TrainConfig(**settings, **changes, keyframes=12, out=str(tmp_path / "t"))).path
+    trace = open_trace(path)
+    for step in (0, 1, 11, 12, 20, 21):
+        for found, key in zip(rebuild(path, "wte", step), ("embeddings", "momentum", "variance"), strict=True):
+            assert_same_bits(torch.from_numpy(found), trace[key][step].float())
+
+
+@needs_docs
+def test_its_multiply_add_rounds_once() -> None:
+    fma = runpy.run_path(str(REBUILD))["fma"]
+    generator = torch.Generator().manual_seed(0)
+    a, b, c = ((torch.randn(100_000, generator=generator) * 2.0**scale) for scale in (0, 3, -9))
+    c[::3] = -(a * b)[::3]
+    assert_same_bits(torch.from_numpy(fma(a.numpy(), b.numpy(), c.numpy())), arithmetic.fma(a, b, c))
+    a, b, c = torch.tensor([1 + 2.0**-12]), torch.tensor([1 + 2.0**-12]), torch.tensor([2.0**-80])
+    assert fma(a.numpy(), b.numpy(), c.numpy()) == arithmetic.fma(a, b, c) == 1 + 2.0**-11 + 2.0**-23

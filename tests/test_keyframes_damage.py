@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import re
 import signal
 import time
 import warnings
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from children import fork, status_of
+from hypothesis import given
+from hypothesis import strategies as st
 from keyframe_runs import KEYFRAME, RUNS, STEPS, Params, Run, assert_same, assert_same_bits
+from strategies import HEADER_CHANGES, JUNK, change_header, fuzzed
 from streaming_run import assert_begins_like, record
-from traces import flip
+from traces import flip, joined, split
 
 from bhfast.errors import RecordingWarning, TraceError
 from bhfast.recover import recover
@@ -104,6 +109,49 @@ def test_a_damaged_key_frame_is_an_error_on_both_sides(clipped: Path) -> None:
         with pytest.raises(TraceError, match="do not lead from one key frame of cube to the next"):
             trace["cube"][index]
     assert_same_bits(trace["cube"][2 * KEYFRAME :], wanted[2 * KEYFRAME :])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A header that says something else
+
+
+def set_leaf(value: Any, places: list[int], junk: Any) -> Any:
+    """Return a JSON value with one part of it replaced."""
+    if not places or not isinstance(value, dict | list) or not value:
+        return junk
+    key = sorted(value)[places[0] % len(value)] if isinstance(value, dict) else places[0] % len(value)
+    value[key] = set_leaf(value[key], places[1:], junk)
+    return value
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return RUNS["two optimizers"].record(tmp_path_factory.mktemp("whole") / "t", keyframes=KEYFRAME)
+
+
+@fuzzed(40)
+@given(HEADER_CHANGES, st.lists(st.integers(0, 9), min_size=1, max_size=5), JUNK, st.booleans())
+def test_a_damaged_header_is_a_trace_error(
+    whole: Path, changes: Any, places: list[int], junk: Any, is_optimizer: bool
+) -> None:
+    header, data = split(whole.read_bytes())
+    if is_optimizer:
+        described = set_leaf(json.loads(header["__metadata__"]["optimizer"]), places, junk)
+        header["__metadata__"]["optimizer"] = json.dumps(described)
+    else:
+        for change in changes:
+            change_header(header, *change)
+    path = whole.with_name("damaged")
+    path.unlink(missing_ok=True)
+    path.write_bytes(joined(header, data))
+    with suppress(TraceError):
+        trace = open_trace(path)
+        for tensor in trace.rebuilt.values():
+            for index in (slice(None), 5, [1, -1]):
+                with suppress(TraceError, IndexError):
+                    tensor[index]
+    with suppress(TraceError):
+        verify(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,11 @@ CHANGES = {
     "weight decay": (fused_adam, set_group(weight_decay=0.5), "the optimizer's settings were changed before step 11"),
     "fused": (adamw, set_group(fused=True), "the optimizer's settings were changed before step 11"),
     "rounding": (fused_adam, lambda p, o: setattr(o[0], "rounding", "opmath"), "settings were changed before step 11"),
+    "no clipping": (
+        partial(fused_adam, max_grad_norm=1.0),
+        lambda p, o: setattr(o[0], "max_grad_norm", None),
+        "settings were changed before step 11",
+    ),
     "parameter": (fused_adam, write, "parameters or their state were changed between steps, before step 11"),
     "moments": (adamw, load, "parameters or their state were changed between steps, before step 11"),
     "extra step": (adamw, lambda p, o: o[0].state[p["matrix"]]["exp_avg"].zero_(), "were changed between steps"),

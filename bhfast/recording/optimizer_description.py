@@ -213,7 +213,7 @@ def _settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 
 def _flags(optimizer: torch.optim.Optimizer) -> list[tuple[Any, ...]]:
     own = [tuple(group.get(flag) for flag in FLAGS) for group in optimizer.param_groups]
-    return [(getattr(optimizer, "rounding", None),), *own]
+    return [(getattr(optimizer, "rounding", None), getattr(optimizer, "max_grad_norm", None) is None), *own]
 
 
 def _plain(value: Any) -> Any:

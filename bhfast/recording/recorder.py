@@ -29,6 +29,8 @@ from bhfast.storage.base import STORAGES, Stats
 from bhfast.storage.output import OutputFile
 from bhfast.trace.format import FORMAT, FORMAT_VERSION
 
+NEEDED = {"learning_rates", "clip_coefs", "skipped"}  # to rebuild states between key frames
+
 
 class Recorder:
     """Records parameters, their gradients and their optimizer state at every step of an optimizer.
@@ -326,6 +328,8 @@ class Recorder:
         if self._partition.is_empty or self._cycle.is_off:
             return
         flat = flattened({**(values or {}), **named})
+        if self.slots.keyframes and (own := sorted(flat.keys() & NEEDED)):
+            raise ConfigError(f"log({own[0]}=...) must have a name of its own: states are rebuilt with {own[0]}")
         self.slots.require_loggable(flat)
         found = as_tensors(flat, {**self.slots.tensors, **self._cycle.pending})
         if self._cycle.is_under_way:

@@ -57,10 +57,10 @@ class KeyframedParam:
         steps, frame_steps = trace.steps.as_subclass(Tensor), trace[KEYFRAME_STEPS].as_subclass(Tensor)
         self.records = frame_steps - steps[0] if len(steps) else frame_steps
         self._starts: list[int] = self.records.tolist()
-        shapes = {tuple(x.shape[1:]) for x in (self._grads, *self._frames)}
+        kinds = {(x.dtype, tuple(x.shape[1:])) for x in (self._grads, *self._frames)}
         lengths = {len(x) for x in (self.records, *self._frames)}
         is_rising = not self._starts or (self._starts[0] == 0 and bool((self.records.diff() > 0).all()))
-        if len(shapes) > 1 or len(lengths) > 1 or not is_rising or len(self._grads) != len(steps):
+        if len(kinds) > 1 or len(lengths) > 1 or not is_rising or len(self._grads) != len(steps):
             raise DamageError(f"{trace.path} is corrupted: the key frames of {name} do not fit its gradients")
         self._row_count = self._grads.shape[1] if self._grads.dim() > 1 else 1
         self._row_bytes = self._grads.itemsize * math.prod(self._grads.shape[2:])
@@ -108,6 +108,22 @@ class KeyframedParam:
     # -----------------------------------------------------------------------------------------------------------------
     # Reading
 
+    def read_checked(self, field: int, records: Sequence[int], low: int, high: int) -> Tensor:
+        """Do the same as :meth:`read`.
+
+        Raises:
+            TraceError: the records cannot be rebuilt.
+            DamageError: the description of the optimizer does not fit the tensors.
+        """
+        try:
+            return self.read(field, records, low, high)
+        except TraceError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise DamageError(
+                f"{self._trace.path} is corrupted: its description of the optimizer does not fit {self._name} ({error})"
+            ) from None
+
     def read(self, field: int, records: Sequence[int], low: int, high: int) -> Tensor:
         """Return rows ``low`` to ``high`` of some records: ``[n, high - low, ...]``; of scalars ``[n]``.
 
@@ -141,8 +157,11 @@ class KeyframedParam:
         return found
 
     def read_one(self, field: int, record: int) -> Tensor:
-        """Return one record: ``[...]``."""
-        start, states = self._block(record, 0, self._row_count)
+        """Return one record, ``[...]``; soon if its block was read a moment ago. Raises as :meth:`read_checked`."""
+        start = self._block_start(record, 0, self._row_count)
+        states = self._cache.get((self._name, start, 0, self._row_count))
+        if states is None or record - start >= len(states[field]):
+            return self.read_checked(field, [record], 0, self._row_count)[0]
         return states[field][record - start].clone()
 
     def _parts(self, runs: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
@@ -250,11 +269,14 @@ class KeyframedParam:
             found[done : done + len(part)] = part
             done += len(part)
 
+    def _block_start(self, record: int, low: int, high: int) -> int:
+        """Return the first record of the block that has ``record``."""
+        return record - (record - self._starts[self._frame_of(record)]) % self._block_length(low, high)
+
     def _block(self, record: int, low: int, high: int) -> tuple[int, list[Tensor]]:
         """Return the first record of the block that has ``record``, and its states: ``[n, rows, ...]`` each."""
         frame, length = self._frame_of(record), self._block_length(low, high)
-        first = self._starts[frame]
-        start = record - (record - first) % length
+        first, start = self._starts[frame], self._block_start(record, low, high)
         end = min(start + length, self._end_of(frame))
         known = first + 1 + int(self._is_known[first + 1 : end].int().cumprod(0).sum())
         if record >= known:
@@ -307,6 +329,9 @@ class _Cache:
     def put_cursor(self, key: Any, record: int, state: list[Tensor]) -> None:
         self._cursor = (key, record, state)
 
+    def __reduce__(self) -> Any:
+        return _Cache, ()  # a copy of a trace begins with none
+
 
 class RebuiltTensor(LazyTensor):
     """A tensor of every step that the file holds at key frames only. Indexing it rebuilds what the index touches.
@@ -331,7 +356,7 @@ class RebuiltTensor(LazyTensor):
 
     def _read(self, steps: slice | Tensor, low: int, high: int) -> Tensor:
         records, inverse = _records(steps, len(self))
-        found = self._param.read(self._field, records, low, max(low, high))
+        found = self._param.read_checked(self._field, records, low, max(low, high))
         return (found if inverse is None else found[inverse]).as_subclass(TraceTensor)
 
     def first(self, records: int) -> RebuiltTensor:
