@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -22,12 +22,14 @@ from bhfast.recording.hooks import OptimizerFollower
 from bhfast.recording.logged import as_tensors, flattened
 from bhfast.recording.optimizer_description import joined_descriptions, require_rebuildable
 from bhfast.recording.selection import Params, require_supported, select
+from bhfast.recording.series import Seam, require_no_parts
 from bhfast.recording.shards import RankPartition
 from bhfast.recording.slots import RecordSlots
 from bhfast.signals import deferred_signals, terminable
 from bhfast.storage.base import STORAGES, Stats
 from bhfast.storage.output import OutputFile
 from bhfast.trace.format import FORMAT, FORMAT_VERSION
+from bhfast.trace.recorded import RecordedTensor
 
 
 class Recorder:
@@ -89,7 +91,12 @@ class Recorder:
         metadata: strings for the file's ``__metadata__``.
         overwrite: whether to replace an existing file, and a ``.partial`` left by an earlier run. A run that is cut
             short never replaces a file: it is saved beside it, as ``STEM.cut-at-STEP.safetensors``.
-        start_step: the step of record 0, for a run that resumes: record k holds step ``start_step + k * every``.
+        append: go on with the trace at ``path``, if there is one, in a new file beside it: ``STEM.part-00002.safetensors``
+            and so on. :func:`bhfast.open_trace` reads all parts as one trace, and no earlier part is ever changed.
+            Parameters and optimizer state must be bit for bit those that the trace has at ``start_step``, and what is
+            recorded must be the same. What the trace has after that step is left out of the series.
+        start_step: the step of record 0, for a run that resumes: record k holds step ``start_step + k * every``. None:
+            0, or, with ``append``, the last step of the trace.
         strict: at a step beyond ``steps``, raise BhfastError instead of warning.
 
     Attributes:
@@ -129,12 +136,15 @@ class Recorder:
         keys: Mapping[str, str] | None = None,
         metadata: Mapping[str, str] | None = None,
         overwrite: bool = False,
-        start_step: int = 0,
+        append: bool = False,
+        start_step: int | None = None,
         strict: bool = False,
     ) -> None:
         given = optimizer if isinstance(optimizer, Sequence) else [optimizer]
         optimizers = [unwrapped(own) for own in given]
         _check_arguments(optimizers, steps, every, keyframes, fields, storage, unclipped, start_step)
+        if append and overwrite:
+            raise ConfigError("append and overwrite exclude each other: pass one of them")
         require_supported(optimizers, model)
         self.metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, **(metadata or {})}
         self.metadata |= {"keyframes": str(keyframes)} if keyframes else {}
@@ -144,12 +154,14 @@ class Recorder:
         self.constants = self.slots.constants
         self._model = model
         self._start_step = start_step
+        self._append = append
         self._wanted_storage = storage
         self._overwrite = overwrite
         self._is_open = False
         self._started_at = time.monotonic()
         self._closed_at: float | None = None
         self._stack = ExitStack()
+        self._known: Mapping[str, RecordedTensor] = {}  # what an earlier trace logged
         self._cycle = StepCycle(self.slots, strict=strict)
         selected, self._tied = select(params, model=model, optimizers=optimizers, rows=rows or {})
         self._partition = RankPartition(selected, self.path)
@@ -198,6 +210,7 @@ class Recorder:
             self.path = self._partition.index or self.path
             return
         with ExitStack() as stack:
+            seam = self._find_seam(fields.values())
             self._output = stack.enter_context(OutputFile(self._partition.path, overwrite=self._overwrite))
             if self.slots.keyframes:
                 require_rebuildable(joined_description(self._followers), fields.values())
@@ -205,7 +218,11 @@ class Recorder:
             tensors = {name: field.tensor for name, field in fields.items()}
             stack.enter_context(
                 self.slots.opened(
-                    self._output, self._wanted_storage, tensors, start_step=self._start_step, metadata=self.metadata
+                    self._output,
+                    self._wanted_storage,
+                    tensors,
+                    start_step=self._start_step or 0,
+                    metadata=self.metadata,
                 )
             )
             for name, field in fields.items():
@@ -217,6 +234,8 @@ class Recorder:
             for follower in self._followers:
                 follower.record_start()
                 follower.description.on_unknown = self._describe
+            if seam is not None:
+                seam.require_same_state(self.slots, fields.values())
             self.slots.complete = 1
             for follower in self._followers:
                 stack.enter_context(follower.following(self._model))
@@ -226,6 +245,20 @@ class Recorder:
             self._started_at = time.monotonic()
             self._stack = stack.pop_all()
             self._is_open = True
+
+    def _find_seam(self, fields: Iterable[RecordedField]) -> Seam | None:
+        """Return where the recording goes on with an earlier trace, if it does."""
+        if self._append and self._partition.is_sharded:
+            raise ConfigError("append=True takes parameters that are not sharded; record to a new path= instead")
+        if self._append and self.path.exists():
+            seam = Seam(self.path, self._start_step)
+            seam.require_same(fields, self._row_indices, self.every, self.slots.keyframes)
+            self._partition.path, self._start_step = seam.path, seam.step
+            self.metadata |= seam.metadata
+            self._known = seam.logged
+            return seam
+        require_no_parts(self.path)
+        return None
 
     def _record_fused(self) -> None:
         for follower in self._followers:
@@ -282,7 +315,7 @@ class Recorder:
         path = self._partition.path
         is_cut = self.slots.records is not None and saved < self.slots.records
         if is_cut and path.exists() and not self._partition.is_sharded:
-            path = path.with_name(f"{path.stem}.cut-at-{self._start_step + self.saved_steps}{path.suffix}")
+            path = path.with_name(f"{path.stem}.cut-at-{(self._start_step or 0) + self.saved_steps}{path.suffix}")
         metadata = {
             **self.metadata,
             **description_metadata(self._followers, self._tied),
@@ -319,7 +352,7 @@ class Recorder:
             return
         flat = flattened({**(values or {}), **named})
         self.slots.require_loggable(flat)
-        found = as_tensors(flat, {**self.slots.tensors, **self._cycle.pending})
+        found = as_tensors(flat, {**self._known, **self.slots.tensors, **self._cycle.pending})
         if self._cycle.is_under_way:
             self._cycle.pending |= {name: value.clone() for name, value in found.items()}
         else:
@@ -394,13 +427,13 @@ def _check_arguments(
     fields: Sequence[str] | None,
     storage: str,
     unclipped: bool,
-    start_step: int,
+    start_step: int | None,
 ) -> None:
     if not optimizers or len({id(own) for own in optimizers}) < len(optimizers):
         raise ConfigError("optimizer must be an optimizer or a sequence of different ones")
     if (steps is not None and steps < 1) or every < 1:
         raise ConfigError(f"steps and every must be at least 1, got {steps=}, {every=}")
-    if start_step < 0:
+    if start_step is not None and start_step < 0:
         raise ConfigError(f"start_step must be at least 0, got {start_step}")
     if keyframes is not None and keyframes < 2:
         raise ConfigError(f"keyframes must be at least 2, got {keyframes}")

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 from torch import Tensor
 
-from bhfast.trace.format import bytes_of
+from bhfast.trace.format import HEADER_CHECKSUM, bytes_of
 
 MAX_CHECKSUMS = 1 << 17  # in one header: 0.7 MB of text
 
@@ -92,3 +92,8 @@ def checksum_metadata(sums: Mapping[str, np.ndarray], records: int) -> dict[str,
     """Return the metadata that hold checksums, each of ``records`` records."""
     own = {"crc32": json.dumps({name: base64.b64encode(x.tobytes()).decode() for name, x in sums.items()})}
     return own if records == 1 else {**own, "crc32_records": str(records)}
+
+
+def without_checksums(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return metadata without the checksums of records and of the header."""
+    return {key: text for key, text in metadata.items() if not key.startswith(("crc32", HEADER_CHECKSUM))}
