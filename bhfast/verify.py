@@ -69,7 +69,9 @@ class Verification:
 
 
 def verify(path: str | os.PathLike[str]) -> Verification:
-    """Check a trace with all its parts, or the index of several files. Takes about 100 MB of memory besides the mapped file.
+    """Check a trace with all its parts, or the index of several files.
+
+    Takes about 100 MB of memory besides the mapped file.
 
     Raises:
         TraceError: the file cannot be read, or is not a trace that can be checked.

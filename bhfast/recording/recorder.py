@@ -91,10 +91,10 @@ class Recorder:
         metadata: strings for the file's ``__metadata__``.
         overwrite: whether to replace an existing file, and a ``.partial`` left by an earlier run. A run that is cut
             short never replaces a file: it is saved beside it, as ``STEM.cut-at-STEP.safetensors``.
-        append: go on with the trace at ``path``, if there is one, in a new file beside it: ``STEM.part-00002.safetensors``
-            and so on. :func:`bhfast.open_trace` reads all parts as one trace, and no earlier part is ever changed.
-            Parameters and optimizer state must be bit for bit those that the trace has at ``start_step``, and what is
-            recorded must be the same. What the trace has after that step is left out of the series.
+        append: if there is a trace at ``path``, go on with it in a file beside it, ``STEM.part-00002.safetensors`` and
+            so on. :func:`bhfast.open_trace` reads all parts as one trace. What is recorded must be the same as before,
+            and parameters and optimizer state must be bit for bit those that the trace has at ``start_step``; what it
+            has after that step is left out when it is read. No earlier file is changed.
         start_step: the step of record 0, for a run that resumes: record k holds step ``start_step + k * every``. None:
             0, or, with ``append``, the last step of the trace.
         strict: at a step beyond ``steps``, raise BhfastError instead of warning.
@@ -216,14 +216,9 @@ class Recorder:
                 require_rebuildable(joined_description(self._followers), fields.values())
             self.metadata |= {**description_metadata(self._followers, self._tied), **self._partition.metadata()}
             tensors = {name: field.tensor for name, field in fields.items()}
+            start = self._start_step or 0
             stack.enter_context(
-                self.slots.opened(
-                    self._output,
-                    self._wanted_storage,
-                    tensors,
-                    start_step=self._start_step or 0,
-                    metadata=self.metadata,
-                )
+                self.slots.opened(self._output, self._wanted_storage, tensors, start_step=start, metadata=self.metadata)
             )
             for name, field in fields.items():
                 self.slots.add(tensors[name], local(field.of.param).device)

@@ -36,11 +36,11 @@ class Seam:
     def __init__(self, path: Path, start_step: int | None) -> None:
         parts = open_parts(path)
         self._trace = joined(path, parts)
+        if not self._trace.optimizer or not len(self._trace.get("recorded_steps", ())):
+            raise ConfigError(f"append=True needs a trace of Recorder at {path}, and this file is not one")
         self.path = part_path(path, len(parts) + 1)
         self.metadata = series_metadata(path, parts[-1])
         steps = self._trace.steps.as_subclass(Tensor)
-        if "recorded_steps" not in self._trace or not self._trace.optimizer or not len(steps):
-            raise ConfigError(f"append=True needs a trace of Recorder, which {path} is not")
         self.step = int(steps[-1]) if start_step is None else start_step
         self._record = int(torch.searchsorted(steps, self.step))
         if self._record == len(steps) or int(steps[self._record]) != self.step:

@@ -1,9 +1,9 @@
 """A trace in several parts: each time a run is resumed, its recording goes on in a new file.
 
 The parts of ``run.safetensors`` are that file itself, ``run.part-00002.safetensors``, ``run.part-00003.safetensors``
-and so on. Each is a complete trace. Record 0 of a part is the state from which it goes on, its seam, which is a record of
-the parts before it; what those recorded after that step was done again, and is left out. The metadata of a part say
-which file it continues, by the CRC-32 of that file's header.
+and so on. Each is a complete trace. Record 0 of a part, its seam, is the state from which it goes on; the parts before
+it have a record of the same step. What they recorded after that step is left out: it was done again. The metadata of a
+part say which file it continues, by the CRC-32 of that file's header.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from bhfast.trace.reader import Trace
 from bhfast.trace.tensors import TraceTensor
 
 SERIES = "series"  # key of the metadata
+HAS_GRAD = ".has_grad"  # ends the name of a tensor that is there only if a gradient was missing
 
 
 class Part(NamedTuple):
@@ -91,8 +92,8 @@ def open_parts(path: Path) -> list[Trace]:
             raise TraceError(f"{part_path(path, len(parts) + 1)} is missing: {trace.path} goes on where it ends")
         if told.get("continues") != parts[-1].metadata.get(HEADER_CHECKSUM):
             raise TraceError(
-                f"{trace.path} does not continue {parts[-1].path}, which was replaced since; move one of them to another "
-                "folder"
+                f"{trace.path} does not continue {parts[-1].path}, which was replaced since: move one of them to "
+                "another folder"
             )
         parts.append(trace)
     return parts
@@ -189,12 +190,17 @@ def _joined(parts: Sequence[Part], name: str, *, is_field: bool) -> Any:
         raise ValueError(f"{name} has different shapes or dtypes")
     ((dtype, shape),) = shapes
     tensor = SeriesTensor(pieces, shape, dtype, _fill(name, dtype, is_field=is_field))
-    return tensor[:] if tensor.dim() == 1 else tensor
+    if tensor.dim() > 1:
+        return tensor
+    whole = tensor[:]
+    if name.endswith(HAS_GRAD) and name not in parts[0].trace:
+        whole[:1] = False
+    return whole
 
 
 def _fill(name: str, dtype: torch.dtype, *, is_field: bool) -> float:
     """Return what a tensor holds in the records of parts that do not have it."""
-    if name.endswith(".has_grad"):
+    if name.endswith(HAS_GRAD):
         return True
     return math.nan if (dtype.is_floating_point or dtype.is_complex) and not is_field else 0
 
