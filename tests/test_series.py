@@ -102,6 +102,7 @@ def test_three_parts_are_one_trace(storage: str, whole: Trace, tmp_path: Path) -
     result = verify(path)
     assert (result.replayed, result.reason, result.difference) == (30, None, None)
     assert open_trace(tmp_path / "t.part-00002.safetensors").steps.tolist() == [12, 13, 14, 15]
+    assert trace.optimizer == {}
     assert verify(tmp_path / "t.part-00002.safetensors").replayed == 3
     assert sorted(x.name for x in tmp_path.iterdir()) == sorted(paths)
 
@@ -301,6 +302,18 @@ def test_other_parameters(ended: tuple[Run, Path]) -> None:
     single = nn.Parameter(torch.zeros(6, 16))
     with pytest.raises(ConfigError, match=r"the dtype of w was torch.bfloat16, and is torch.float32 now"):
         Recorder(ADAM([single, run.params["b"]]), {"w": single, "b": run.params["b"]}, path=path, append=True).start()
+
+
+def test_other_groups(ended: tuple[Run, Path]) -> None:
+    run, path = ended
+    state = run.optimizer.state
+    run.optimizer = ADAM([{"params": [run.params["w"]]}, {"params": [run.params["b"]]}])
+    run.optimizer.state = state
+    with pytest.raises(ConfigError, match="as before: the number of parameter groups was 1, and is 2 now"):
+        run.train(path, 3)
+    several = [ADAM([run.params["w"]]), ADAM([run.params["b"]])]
+    with pytest.raises(ConfigError, match="as before: the number of optimizers was 1, and is 2 now"):
+        Recorder(several, run.params, path=path, append=True).start()
 
 
 def test_append_and_overwrite(ended: tuple[Run, Path]) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -18,11 +16,12 @@ from torch import Tensor, nn
 from bhfast.errors import ConfigError, StorageError
 from bhfast.recording.cycle import StepCycle
 from bhfast.recording.fields import FieldPlan, RecordedField, local, unwrapped
+from bhfast.recording.followers import description_metadata, joined_description
 from bhfast.recording.hooks import OptimizerFollower
 from bhfast.recording.logged import as_tensors, flattened
-from bhfast.recording.optimizer_description import joined_descriptions, require_rebuildable
+from bhfast.recording.optimizer_description import require_rebuildable
 from bhfast.recording.selection import Params, require_supported, select
-from bhfast.recording.series import Seam, require_no_parts
+from bhfast.recording.series import find_seam, require_no_parts
 from bhfast.recording.shards import RankPartition
 from bhfast.recording.slots import RecordSlots
 from bhfast.signals import deferred_signals, terminable
@@ -210,7 +209,13 @@ class Recorder:
             self.path = self._partition.index or self.path
             return
         with ExitStack() as stack:
-            seam = self._find_seam(fields.values())
+            seam = find_seam(self._partition, self._start_step) if self._append else None
+            if seam is not None:
+                seam.require_same(self._followers, self._row_indices, self.slots)
+                self._start_step, self._known = seam.step, seam.logged
+                self.metadata |= seam.metadata
+            else:
+                require_no_parts(self._partition.path)
             self._output = stack.enter_context(OutputFile(self._partition.path, overwrite=self._overwrite))
             if self.slots.keyframes:
                 require_rebuildable(joined_description(self._followers), fields.values())
@@ -240,20 +245,6 @@ class Recorder:
             self._started_at = time.monotonic()
             self._stack = stack.pop_all()
             self._is_open = True
-
-    def _find_seam(self, fields: Iterable[RecordedField]) -> Seam | None:
-        """Return where the recording goes on with an earlier trace, if it does."""
-        if self._append and self._partition.is_sharded:
-            raise ConfigError("append=True takes parameters that are not sharded; record to a new path= instead")
-        if self._append and self.path.exists():
-            seam = Seam(self.path, self._start_step)
-            seam.require_same(fields, self._row_indices, self.every, self.slots.keyframes)
-            self._partition.path, self._start_step = seam.path, seam.step
-            self.metadata |= seam.metadata
-            self._known = seam.logged
-            return seam
-        require_no_parts(self.path)
-        return None
 
     def _record_fused(self) -> None:
         for follower in self._followers:
@@ -376,42 +367,6 @@ class Recorder:
             waits=self.slots.waits,
             seconds=(self._closed_at or time.monotonic()) - self._started_at,
         )
-
-
-def description_metadata(followers: Sequence[OptimizerFollower], tied: Mapping[str, str]) -> dict[str, str]:
-    """Return the metadata that describe the optimizers, and the further names of tied parameters.
-
-    Args:
-        followers: of the optimizers.
-        tied: for each further name of a parameter, the name it is recorded under.
-    """
-    keys = _keys(followers)
-    rows = {of.name for follower in followers for of in follower.params if of.all_rows is not None}
-    names = {
-        key.replace(name, other, 1): key
-        for other, name in tied.items()
-        for key in [*keys.get(name, {}).values(), *([f"{name}.rows"] if name in rows else [])]
-        if key.startswith(name)
-    }
-    own = {"optimizer": json.dumps(joined_description(followers))}
-    return {**own, "tied": json.dumps(names)} if names else own
-
-
-def joined_description(followers: Sequence[OptimizerFollower]) -> dict[str, Any]:
-    """Return what the trace says of the optimizers."""
-    keys = _keys(followers)
-    return joined_descriptions(
-        [own.description.describe({of.name: of.param for of in own.params}, keys) for own in followers]
-    )
-
-
-def _keys(followers: Sequence[OptimizerFollower]) -> dict[str, dict[str, str]]:
-    """Return, for each parameter, under which name a reader finds each field."""
-    keys: dict[str, dict[str, str]] = defaultdict(dict)
-    for follower in followers:
-        for field in follower.fields.values():
-            keys[field.of.name][field.field] = field.key
-    return keys
 
 
 def _check_arguments(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,6 +10,9 @@ from torch import Tensor
 
 from bhfast.errors import ConfigError, StorageError
 from bhfast.recording.fields import RecordedField
+from bhfast.recording.followers import keys_of
+from bhfast.recording.hooks import OptimizerFollower
+from bhfast.recording.shards import RankPartition
 from bhfast.recording.slots import RecordSlots
 from bhfast.trace.recorded import RecordedTensor
 from bhfast.trace.series import continues, joined, open_parts, part_path, series_metadata, state_that_differs
@@ -36,7 +39,8 @@ class Seam:
     def __init__(self, path: Path, start_step: int | None) -> None:
         parts = open_parts(path)
         self._trace = joined(path, parts)
-        if not self._trace.optimizer or not len(self._trace.get("recorded_steps", ())):
+        self._optimizer = parts[-1].optimizer
+        if not self._optimizer or not len(self._trace.get("recorded_steps", ())):
             raise ConfigError(f"append=True needs a trace of Recorder at {path}, and this file is not one")
         self.path = part_path(path, len(parts) + 1)
         self.metadata = series_metadata(path, parts[-1])
@@ -48,7 +52,7 @@ class Seam:
                 f"{path} cannot be continued from step {self.step}: it has the steps {int(steps[0])} to "
                 f"{int(steps[-1])}{self._every_text}; start from one of these"
             )
-        fields = {key for param in self._trace.optimizer["params"].values() for key in param["keys"].values()}
+        fields = {key for param in self._optimizer["params"].values() for key in param["keys"].values()}
         self.logged = {
             name: RecordedTensor(name, tuple(x.shape[1:]), x.dtype)
             for name, x in self._trace.items()
@@ -65,24 +69,26 @@ class Seam:
         return f", every {self._every}" if self._every and self._every > 1 else ""
 
     def require_same(
-        self, fields: Iterable[RecordedField], rows: Mapping[str, Tensor], every: int, keyframes: int | None
+        self, followers: Sequence[OptimizerFollower], rows: Mapping[str, Tensor], slots: RecordSlots
     ) -> None:
         """Raise ConfigError unless the recording has the parameters, rows, fields and intervals of the trace."""
-        trace = self._trace
-        self._require("every", self._every or every, every)
-        self._require("keyframes", int(trace.metadata.get("keyframes", 0)) or None, keyframes)
-        keys = {name: dict(param["keys"]) for name, param in trace.optimizer["params"].items()}
-        own: dict[str, dict[str, str]] = {}
-        for field in fields:
-            own.setdefault(field.of.name, {})[field.field] = field.key
+        trace, described = self._trace, self._optimizer
+        self._require("every", self._every or slots.every, slots.every)
+        self._require("keyframes", int(trace.metadata.get("keyframes", 0)) or None, slots.keyframes)
+        keys = {name: dict(param["keys"]) for name, param in described["params"].items()}
+        own = keys_of(followers)
         self._require("parameters", sorted(keys), sorted(own))
         for name, recorded in keys.items():
-            self._require(f"fields of {name}", recorded, own[name])
+            self._require(f"fields of {name}", recorded, dict(own[name]))
             self._require(f"rows of {name}", _listed(trace.get(f"{name}.rows")), _listed(rows.get(name)))
-        for field in fields:
+        for field in (field for follower in followers for field in follower.fields.values()):
             recorded_tensor = trace[field.key]
             self._require(f"the shape of {field.key}", list(recorded_tensor.shape[1:]), list(field.tensor.shape))
             self._require(f"the dtype of {field.key}", recorded_tensor.dtype, field.tensor.dtype)
+        groups = [group for follower in followers for group in follower.optimizer.param_groups]
+        count = 1 + max(param.get("optimizer", 0) for param in described["params"].values())
+        self._require("the number of optimizers", count, len(followers))
+        self._require("the number of parameter groups", len(described["groups"]), len(groups))
 
     def _require(self, what: str, recorded: object, wanted: object) -> None:
         if recorded != wanted:
@@ -99,6 +105,25 @@ class Seam:
                 "differs from it; load the model and the optimizer's state of that step, or pass start_step= if they "
                 "are of another one"
             )
+
+
+def find_seam(partition: RankPartition, start_step: int | None) -> Seam | None:
+    """Return where a recording goes on with the trace at its path, and let it write the next part; None: no trace.
+
+    Args:
+        partition: what this process records.
+        start_step: see :class:`Seam`.
+
+    Raises:
+        ConfigError: parameters are sharded; or see :class:`Seam`.
+    """
+    if partition.is_sharded:
+        raise ConfigError("append=True takes parameters that are not sharded; record to a new path= instead")
+    if not partition.path.exists():
+        return None
+    seam = Seam(partition.path, start_step)
+    partition.path = seam.path
+    return seam
 
 
 def _listed(rows: Tensor | None) -> list[int] | None:

@@ -136,6 +136,8 @@ def open_series(path: Path) -> Trace:
 def joined(path: Path, traces: Sequence[Trace]) -> Trace:
     """Return the parts of a series as one trace; of one part, the part itself.
 
+    Its metadata are those of the last part, without the description of the optimizer, which holds for one part only.
+
     Raises:
         DamageError: they do not fit together.
     """
@@ -148,8 +150,9 @@ def joined(path: Path, traces: Sequence[Trace]) -> Trace:
         tensors = {name: _joined(parts, name, is_field=name in fields) for name in names}
     except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise DamageError(f"{path}: its parts do not fit together ({error})") from None
-    metadata = without_checksums(traces[-1].metadata)
-    return Trace(path, tensors, {key: text for key, text in metadata.items() if key != SERIES})
+    own = (SERIES, "optimizer")
+    metadata = {key: text for key, text in without_checksums(traces[-1].metadata).items() if key not in own}
+    return Trace(path, tensors, metadata)
 
 
 def state_that_differs(trace: Trace, record: int, values: Mapping[str, Tensor]) -> str | None:
