@@ -120,6 +120,8 @@ def test_indices_of_all_kinds(whole: Trace, tmp_path: Path) -> None:
         assert torch.equal(tensor[index], own[index]), index
     with pytest.raises(IndexError, match="out of bounds"):
         tensor[31]
+    with pytest.raises(ValueError, match="step must be greater than zero"):
+        tensor[::-1]
     with pytest.raises(TypeError, match="a joined tensor has no __mul__: index it first"):
         tensor * 2
     assert torch.equal(tensor.first(14)[:], own[:14])
