@@ -23,7 +23,8 @@ class RecorderCallback(RecordingCallback, TrainerCallback):
             trainer.train()
 
     Record k is step k of the Trainer's ``global_step``. If the training resumes from a checkpoint, the first record is
-    the state in the checkpoint.
+    the state in the checkpoint. With ``append=True`` the recording goes on with the trace at ``path``, if there is one:
+    from the step of the checkpoint, which need not be its last one.
 
     Gradients are recorded as ``backward()`` leaves them: summed over all micro-batches, averaged over all processes,
     and before the Trainer clips them. The clipping factor is in ``clip_coefs``.
@@ -43,7 +44,8 @@ class RecorderCallback(RecordingCallback, TrainerCallback):
         params: names, globs and regular expressions over the parameters of the Trainer's model; or parameters by name.
         path: the trace file.
         **options: for the recorder: ``rows``, ``fields``, ``every``, ``keyframes``, ``storage``, ``keys``,
-            ``metadata``, ``overwrite``, ``strict``; ``unclipped=False`` records gradients as the optimizer gets them.
+            ``metadata``, ``overwrite``, ``append``, ``strict``; ``unclipped=False`` records gradients as the optimizer
+            gets them.
 
     Attributes:
         recorder: the recorder of the current training, or of the last one; None before the first.

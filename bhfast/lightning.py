@@ -20,9 +20,10 @@ class RecorderCallback(RecordingCallback, Callback):
         trainer.fit(module, batches)
 
     Record k is step k of the Trainer's ``global_step``. If the training resumes from a checkpoint, the first record is
-    the state in the checkpoint. Several optimizers (manual optimization) make one record together, which the step of
-    the last one completes. Lightning counts each of their steps, so ``global_step`` is k times the number of optimizers
-    at record k.
+    the state in the checkpoint. With ``append=True`` the recording goes on with the trace at ``path``, if there is one,
+    from the step of the checkpoint. Several optimizers (manual optimization) make one record together, which the step
+    of the last one completes. Lightning counts each of their steps, so ``global_step`` is k times the number of
+    optimizers at record k.
 
     Gradients are recorded as ``backward()`` leaves them: summed over all micro-batches, averaged over all processes,
     and before Lightning clips them. The clipping factor is in ``clip_coefs``.
@@ -38,7 +39,8 @@ class RecorderCallback(RecordingCallback, Callback):
         params: names, globs and regular expressions over the module's parameters; or parameters by name.
         path: the trace file.
         **options: for the recorder: ``rows``, ``fields``, ``every``, ``keyframes``, ``storage``, ``keys``,
-            ``metadata``, ``overwrite``, ``strict``; ``unclipped=False`` records gradients as the optimizer gets them;
+            ``metadata``, ``overwrite``, ``append``, ``strict``; ``unclipped=False`` records gradients as the optimizer
+            gets them;
             ``steps``, which Lightning does not know under manual optimization.
 
     Attributes:

@@ -22,8 +22,8 @@ from bhfast.storage.files import remove, sync_folder
 from bhfast.storage.finish import check_records, finish
 from bhfast.storage.journal import Journal
 from bhfast.storage.output import lock, unlock
-from bhfast.trace import open_trace
 from bhfast.trace.journal import journal_path, read_journal
+from bhfast.trace.opening import open_file
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def _recover_from_journal(partial: Path) -> Recovery:
 
 def _finish_removal(fd: int, partial: Path) -> Recovery:
     """Remove what is left of a run that made its trace, and was killed while it removed the rest."""
-    trace = open_trace(partial.with_suffix(""))
+    trace = open_file(partial.with_suffix(""))
     remove(fd, partial)
     return Recovery(trace.path, len(trace.steps), int(trace.steps[-1]), 0)
 
@@ -95,7 +95,7 @@ def _finish_removal(fd: int, partial: Path) -> Recovery:
 def _recover_whole(partial: Path) -> Recovery:
     """Rename a trace that was complete, and whose journal, if it had one, was already removed."""
     try:
-        trace = open_trace(partial)
+        trace = open_file(partial)
         is_whole = "crc32" in trace.metadata and not any(trace.damage())
     except TraceError:
         is_whole = False

@@ -23,7 +23,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from bhfast.errors import BhfastError, DamageError, TraceError
 from bhfast.replay import Difference, replay, why_not
 from bhfast.trace import Trace, open_trace
 from bhfast.trace.format import KEYFRAME_STEPS, KEYFRAMES
+from bhfast.trace.series import open_parts, seam_difference
 from bhfast.trace.sharded import INDEX_SUFFIX, Index, disagreements, read_index
 
 SEVERITY = (0, 2, 1)  # exit statuses, the worst last
@@ -70,7 +71,9 @@ class Verification:
 
 
 def verify(path: str | os.PathLike[str]) -> Verification:
-    """Check a trace, or the index of several files. Takes about 100 MB of memory besides the mapped file.
+    """Check a trace with all its parts, or the index of several files.
+
+    Takes about 100 MB of memory besides the mapped file.
 
     Raises:
         TraceError: the file cannot be read, or is not a trace that can be checked.
@@ -79,6 +82,8 @@ def verify(path: str | os.PathLike[str]) -> Verification:
     path = Path(path)
     if path.name.endswith(INDEX_SUFFIX):
         return _verify_index(read_index(path))
+    if path.suffix != ".partial":
+        return _verify_parts(path, open_parts(path))
     trace = open_trace(path)
     if trace.is_live:
         raise TraceError(
@@ -86,6 +91,17 @@ def verify(path: str | os.PathLike[str]) -> Verification:
             f"python -m bhfast.recover {path}"
         )
     return _verify_file(trace, trace)
+
+
+def _verify_parts(path: Path, parts: Sequence[Trace]) -> Verification:
+    """Check the parts of a series, and that each starts with a state of those before it."""
+    if len(parts) == 1:
+        return _verify_file(parts[0], parts[0])
+    found = {part.path.name: _verify_file(part, part) for part in parts}
+    for number in range(2, len(parts) + 1):
+        if all(x.status != 1 for x in found.values()) and (text := seam_difference(path, parts[:number])):
+            return Verification(0, None, Difference(None, -1, None, None, text))
+    return _worst(found, sum(x.replayed for x in found.values()))
 
 
 def _verify_file(trace: Trace, logged: Mapping[str, Tensor]) -> Verification:
@@ -128,10 +144,19 @@ def _verify_index(index: Index) -> Verification:
     for text in disagreements(index):
         return Verification(0, None, Difference(None, -1, None, None, text))
     found = {file: _verify_file(trace, index.trace) for file, trace in index.files.items()}
+    return _worst(found, min(x.replayed for x in found.values()))
+
+
+def _worst(found: Mapping[str, Verification], replayed: int) -> Verification:
+    """Return the result of the worst of several files, by name.
+
+    Args:
+        replayed: number of steps replayed in all.
+    """
     file, worst = max(found.items(), key=lambda item: SEVERITY.index(item[1].status))
     difference = worst.difference and replace(worst.difference, text=f"{file}: {worst.difference.text}")
     return Verification(
-        min(x.replayed for x in found.values()),
+        0 if worst.reason else replayed,
         worst.reason,
         difference,
         all(x.has_header_checksum for x in found.values()),

@@ -14,8 +14,9 @@ from deferred import Deferred
 from ranks import run_ranks
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from traces import raw
 
-from bhfast.errors import RecordingWarning, StorageError
+from bhfast.errors import ConfigError, RecordingWarning, StorageError
 from bhfast.ops import checks
 from bhfast.recording.recorder import Recorder
 from bhfast.trace import open_trace
@@ -315,6 +316,31 @@ def test_a_run_resumed_from_a_checkpoint(tmp_path: Path) -> None:
     assert torch.equal(rest[f"{WTE}.exp_avg"], whole[f"{WTE}.exp_avg"][8:])
     result = verify(paths[1])
     assert (result.replayed, result.reason, result.difference) == (STEPS - 8, None, None)
+
+
+def test_a_recording_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
+    """The training fails at step 10, and resumes from the checkpoint at 8; then from that at 4."""
+    path = tmp_path / "t.safetensors"
+    whole = make_trainer(
+        tmp_path, hf.RecorderCallback(WTE, path=tmp_path / "whole"), save_strategy="steps", save_steps=4
+    )
+    whole.train()
+    with hf.RecorderCallback(WTE, path=path, append=True) as callback, pytest.raises(RuntimeError, match="own"):
+        make_trainer(tmp_path, callback, data=Windows(fails_at=10)).train()
+    assert open_trace(path).steps[-1] < STEPS
+    wrong = make_trainer(tmp_path, hf.RecorderCallback(WTE, path=path, append=True), model=tiny_gpt2(), seed=1)
+    wrong.model.get_parameter(WTE).data.zero_()
+    with pytest.raises(ConfigError, match=rf"has at step 0, but {WTE} differs from it; load the model"):
+        wrong.train()
+    for step in (8, 4):
+        trainer = make_trainer(tmp_path, hf.RecorderCallback(WTE, path=path, append=True))
+        trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        trace = open_trace(path)
+        assert trace.steps.tolist() == [*range(STEPS + 1)]
+        for name in (WTE, f"{WTE}.exp_avg", f"{WTE}.grad", "clip_coefs"):
+            assert raw(trace[name][1:]) == raw(open_trace(tmp_path / "whole")[name][1:]), name
+        assert trace["losses"][1:].tolist() == open_trace(tmp_path / "whole")["losses"][1:].tolist()
+    assert verify(path).status == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

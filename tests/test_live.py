@@ -183,7 +183,7 @@ def test_another_process_polls_in_little_memory(tmp_path: Path) -> None:
         assert peak_memory() - memory < 20e6
 
     child = fork(poll, tmp_path / "errors")
-    record(path, 3000, commit_seconds=0.0)
+    record(path, 2000, commit_seconds=0.0)
     assert status_of(child) == 0, (tmp_path / "errors").read_text()
     whole, found = open_trace(path), torch.load(values)
     assert len({at for at, _ in found}) > 20
@@ -450,6 +450,11 @@ def test_a_torn_last_line(left: Path) -> None:
     assert trace.refresh() == len(open_trace(left).steps) > 100
 
 
+def test_the_name_that_a_run_will_give_its_trace(left: Path) -> None:
+    with pytest.raises(TraceError, match=r"No such file or directory; its run has not ended, open .*partial$"):
+        open_trace(left.with_suffix(""))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Programs
 
@@ -472,9 +477,9 @@ def test_report_of_a_run_that_goes_on(text: str, tmp_path: Path, monkeypatch, ca
 
     monkeypatch.setattr(StreamStorage, "submit", submit)
     monkeypatch.setattr(StreamStorage, "is_due", lambda *_: True)
-    train(TrainConfig(steps=100, corpus=text, out=str(tmp_path / "t"), storage="stream", engine="torch", quiet=True))
+    train(TrainConfig(steps=80, corpus=text, out=str(tmp_path / "t"), storage="stream", engine="torch", quiet=True))
     assert re.search(r"step 0: centroid norm [0-9.]+.*\nloss: ", capsys.readouterr().out, re.S)
     (found,) = seen
     whole = survey_trace(open_trace(tmp_path / "t"))
-    assert 20 < len(found.steps) < 101
+    assert 20 < len(found.steps) < 81
     assert torch.equal(found.norms["grads"], whole.norms["grads"][: len(found.steps)])

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,16 +16,19 @@ from torch import Tensor, nn
 from bhfast.errors import ConfigError, StorageError
 from bhfast.recording.cycle import StepCycle
 from bhfast.recording.fields import FieldPlan, RecordedField, local, unwrapped
+from bhfast.recording.followers import description_metadata, joined_description
 from bhfast.recording.hooks import OptimizerFollower
 from bhfast.recording.logged import as_tensors, flattened
-from bhfast.recording.optimizer_description import joined_descriptions, require_rebuildable
+from bhfast.recording.optimizer_description import require_rebuildable
 from bhfast.recording.selection import Params, require_supported, select
+from bhfast.recording.series import find_seam, require_no_parts
 from bhfast.recording.shards import RankPartition
 from bhfast.recording.slots import RecordSlots
 from bhfast.signals import deferred_signals, terminable
 from bhfast.storage.base import STORAGES, Stats
 from bhfast.storage.output import OutputFile
 from bhfast.trace.format import FORMAT, FORMAT_VERSION
+from bhfast.trace.recorded import RecordedTensor
 
 NEEDED = {"learning_rates", "clip_coefs", "skipped"}  # to rebuild states between key frames
 
@@ -91,7 +92,12 @@ class Recorder:
         metadata: strings for the file's ``__metadata__``.
         overwrite: whether to replace an existing file, and a ``.partial`` left by an earlier run. A run that is cut
             short never replaces a file: it is saved beside it, as ``STEM.cut-at-STEP.safetensors``.
-        start_step: the step of record 0, for a run that resumes: record k holds step ``start_step + k * every``.
+        append: if there is a trace at ``path``, go on with it in a file beside it, ``STEM.part-00002.safetensors`` and
+            so on. :func:`bhfast.open_trace` reads all parts as one trace. What is recorded must be the same as before,
+            and parameters and optimizer state must be bit for bit those that the trace has at ``start_step``; what it
+            has after that step is left out when it is read. No earlier file is changed.
+        start_step: the step of record 0, for a run that resumes: record k holds step ``start_step + k * every``. None:
+            0, or, with ``append``, the last step of the trace.
         strict: at a step beyond ``steps``, raise BhfastError instead of warning.
 
     Attributes:
@@ -131,12 +137,15 @@ class Recorder:
         keys: Mapping[str, str] | None = None,
         metadata: Mapping[str, str] | None = None,
         overwrite: bool = False,
-        start_step: int = 0,
+        append: bool = False,
+        start_step: int | None = None,
         strict: bool = False,
     ) -> None:
         given = optimizer if isinstance(optimizer, Sequence) else [optimizer]
         optimizers = [unwrapped(own) for own in given]
         _check_arguments(optimizers, steps, every, keyframes, fields, storage, unclipped, start_step)
+        if append and overwrite:
+            raise ConfigError("append and overwrite exclude each other: pass one of them")
         require_supported(optimizers, model)
         self.metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, **(metadata or {})}
         self.metadata |= {"keyframes": str(keyframes)} if keyframes else {}
@@ -146,12 +155,14 @@ class Recorder:
         self.constants = self.slots.constants
         self._model = model
         self._start_step = start_step
+        self._append = append
         self._wanted_storage = storage
         self._overwrite = overwrite
         self._is_open = False
         self._started_at = time.monotonic()
         self._closed_at: float | None = None
         self._stack = ExitStack()
+        self._known: Mapping[str, RecordedTensor] = {}  # what an earlier trace logged
         self._cycle = StepCycle(self.slots, strict=strict)
         selected, self._tied = select(params, model=model, optimizers=optimizers, rows=rows or {})
         self._partition = RankPartition(selected, self.path)
@@ -200,15 +211,21 @@ class Recorder:
             self.path = self._partition.index or self.path
             return
         with ExitStack() as stack:
+            seam = find_seam(self._partition, self._start_step) if self._append else None
+            if seam is not None:
+                seam.require_same(self._followers, self._row_indices, self.slots)
+                self._start_step, self._known = seam.step, seam.logged
+                self.metadata |= seam.metadata
+            else:
+                require_no_parts(self._partition.path)
             self._output = stack.enter_context(OutputFile(self._partition.path, overwrite=self._overwrite))
             if self.slots.keyframes:
                 require_rebuildable(joined_description(self._followers), fields.values())
             self.metadata |= {**description_metadata(self._followers, self._tied), **self._partition.metadata()}
             tensors = {name: field.tensor for name, field in fields.items()}
+            start = self._start_step or 0
             stack.enter_context(
-                self.slots.opened(
-                    self._output, self._wanted_storage, tensors, start_step=self._start_step, metadata=self.metadata
-                )
+                self.slots.opened(self._output, self._wanted_storage, tensors, start_step=start, metadata=self.metadata)
             )
             for name, field in fields.items():
                 self.slots.add(tensors[name], local(field.of.param).device)
@@ -219,6 +236,8 @@ class Recorder:
             for follower in self._followers:
                 follower.record_start()
                 follower.description.on_unknown = self._describe
+            if seam is not None:
+                seam.require_same_state(self.slots, fields.values())
             self.slots.complete = 1
             for follower in self._followers:
                 stack.enter_context(follower.following(self._model))
@@ -292,7 +311,7 @@ class Recorder:
         path = self._partition.path
         is_cut = self.slots.records is not None and saved < self.slots.records
         if is_cut and path.exists() and not self._partition.is_sharded:
-            path = path.with_name(f"{path.stem}.cut-at-{self._start_step + self.saved_steps}{path.suffix}")
+            path = path.with_name(f"{path.stem}.cut-at-{(self._start_step or 0) + self.saved_steps}{path.suffix}")
         metadata = {
             **self.metadata,
             **description_metadata(self._followers, self._tied),
@@ -331,7 +350,7 @@ class Recorder:
         if self.slots.keyframes and (own := sorted(flat.keys() & NEEDED)):
             raise ConfigError(f"log({own[0]}=...) must have a name of its own: states are rebuilt with {own[0]}")
         self.slots.require_loggable(flat)
-        found = as_tensors(flat, {**self.slots.tensors, **self._cycle.pending})
+        found = as_tensors(flat, {**self._known, **self.slots.tensors, **self._cycle.pending})
         if self._cycle.is_under_way:
             self._cycle.pending |= {name: value.clone() for name, value in found.items()}
         else:
@@ -362,42 +381,6 @@ class Recorder:
         )
 
 
-def description_metadata(followers: Sequence[OptimizerFollower], tied: Mapping[str, str]) -> dict[str, str]:
-    """Return the metadata that describe the optimizers, and the further names of tied parameters.
-
-    Args:
-        followers: of the optimizers.
-        tied: for each further name of a parameter, the name it is recorded under.
-    """
-    keys = _keys(followers)
-    rows = {of.name for follower in followers for of in follower.params if of.all_rows is not None}
-    names = {
-        key.replace(name, other, 1): key
-        for other, name in tied.items()
-        for key in [*keys.get(name, {}).values(), *([f"{name}.rows"] if name in rows else [])]
-        if key.startswith(name)
-    }
-    own = {"optimizer": json.dumps(joined_description(followers))}
-    return {**own, "tied": json.dumps(names)} if names else own
-
-
-def joined_description(followers: Sequence[OptimizerFollower]) -> dict[str, Any]:
-    """Return what the trace says of the optimizers."""
-    keys = _keys(followers)
-    return joined_descriptions(
-        [own.description.describe({of.name: of.param for of in own.params}, keys) for own in followers]
-    )
-
-
-def _keys(followers: Sequence[OptimizerFollower]) -> dict[str, dict[str, str]]:
-    """Return, for each parameter, under which name a reader finds each field."""
-    keys: dict[str, dict[str, str]] = defaultdict(dict)
-    for follower in followers:
-        for field in follower.fields.values():
-            keys[field.of.name][field.field] = field.key
-    return keys
-
-
 def _check_arguments(
     optimizers: Sequence[torch.optim.Optimizer],
     steps: int | None,
@@ -406,13 +389,13 @@ def _check_arguments(
     fields: Sequence[str] | None,
     storage: str,
     unclipped: bool,
-    start_step: int,
+    start_step: int | None,
 ) -> None:
     if not optimizers or len({id(own) for own in optimizers}) < len(optimizers):
         raise ConfigError("optimizer must be an optimizer or a sequence of different ones")
     if (steps is not None and steps < 1) or every < 1:
         raise ConfigError(f"steps and every must be at least 1, got {steps=}, {every=}")
-    if start_step < 0:
+    if start_step is not None and start_step < 0:
         raise ConfigError(f"start_step must be at least 0, got {start_step}")
     if keyframes is not None and keyframes < 2:
         raise ConfigError(f"keyframes must be at least 2, got {keyframes}")

@@ -37,7 +37,9 @@ def open_file(path: Path) -> Trace:
             flags = mmap.MAP_PRIVATE | MAP_NORESERVE
             data = mmap.mmap(file.fileno(), size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
     except OSError as error:
-        raise TraceError(f"cannot open the trace {path}: {error.strerror}") from None
+        partial = path.with_name(path.name + ".partial")
+        hint = f"; its run has not ended, open {partial}" if not path.exists() and partial.exists() else ""
+        raise TraceError(f"cannot open the trace {path}: {error.strerror}{hint}") from None
     header, start = decode_header(path, data, size)
     metadata = header.get("__metadata__")
     metadata = {} if metadata is None else metadata

@@ -17,6 +17,7 @@ from bhfast.trace.format import KEYFRAME_STEPS, KEYFRAMES, bytes_of, parse_json
 from bhfast.trace.live import open_partial
 from bhfast.trace.opening import open_file
 from bhfast.trace.reader import Trace
+from bhfast.trace.series import open_series
 from bhfast.trace.tensors import ShardedTensor, first_records
 
 INDEX_FORMAT = "bhfast-trace-index"
@@ -42,6 +43,9 @@ class Index(NamedTuple):
 def open_trace(path: str | os.PathLike[str]) -> Trace:
     """Open a trace, any other safetensors file, or the ``.index.json`` of several, without reading the data.
 
+    A trace that was continued (``Recorder(append=True)``) is opened with all its parts, by the name of the first one.
+    Its tensors are read part by part when they are indexed. The name of a later part opens that part alone.
+
     The ``PATH.partial`` of a run that streams shows the records that are committed, while the run goes on or after it
     was killed. :meth:`Trace.refresh` adds those committed since, and returns how many there are. Once the run has
     ended, it becomes the finished trace, and ``trace.is_live`` is False. Reading never disturbs the run.
@@ -53,7 +57,7 @@ def open_trace(path: str | os.PathLike[str]) -> Trace:
     path = Path(path)
     if path.suffix == ".partial":
         return open_partial(path)
-    return open_index(path) if path.name.endswith(INDEX_SUFFIX) else open_file(path)
+    return open_index(path) if path.name.endswith(INDEX_SUFFIX) else open_series(path)
 
 
 def open_index(path: Path) -> Trace:
