@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -23,7 +24,7 @@ from traces import raw
 from traces import record as record_small
 
 from bhfast.config import TrainConfig
-from bhfast.errors import TraceError
+from bhfast.errors import StorageError, TraceError
 from bhfast.recording.recorder import Recorder
 from bhfast.recording.slots import RecordSlots
 from bhfast.recover import recover
@@ -35,6 +36,7 @@ from bhfast.storage.journal import Journal
 from bhfast.storage.stream import StreamStorage
 from bhfast.trace import Trace, open_trace
 from bhfast.trace.journal import journal_path
+from bhfast.trace.live import CommittedFile
 from bhfast.train import train
 from bhfast.verify import verify
 
@@ -347,6 +349,40 @@ def test_at_every_step_of_finishing(left: Path, monkeypatch) -> None:
     check("at the end")
     assert {"before append", "after collapse", "after rest", "after replace"} <= set(looks)
     assert trace.refresh() == len(whole["recorded_steps"])
+
+
+@pytest.mark.parametrize("is_interrupted", [False, True])
+@pytest.mark.parametrize("collapses", [True, False], ids=["collapse", "copy"])
+def test_a_run_that_ends_during_a_read(is_interrupted: bool, collapses: bool, left: Path, monkeypatch) -> None:
+    """The place of a record is known, then all records move, and only then is that place read."""
+    trace, ended = open_trace(left), []
+    wanted = trace["second.grad"][40:60].clone()
+    real = CommittedFile._fill
+
+    def fill(self: CommittedFile, target: memoryview, offset: int) -> bool:
+        if not ended:
+            ended.append(offset)
+            with suppress(StorageError), monkeypatch.context() as patch:
+                if not collapses:
+                    patch.setattr(finish, "_collapse_range", lambda *_: False)
+                if is_interrupted:
+                    patch.setattr(os, "ftruncate", broken)
+                recover(left)
+            assert left.exists() == is_interrupted
+        return real(self, target, offset)
+
+    def broken(fd: int, size: int) -> None:
+        if size > 0 and os.readlink(f"/proc/self/fd/{fd}") == str(left):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        truncate(fd, size)
+
+    truncate = os.ftruncate
+    monkeypatch.setattr(CommittedFile, "_fill", fill)
+    if is_interrupted and not collapses:
+        monkeypatch.setattr(finish, "_has_room", lambda *_: False)
+    assert torch.equal(trace["second.grad"][40:60], wanted)
+    assert torch.equal(trace["second.grad"][40:60], wanted)
+    assert ended
 
 
 def test_a_new_run_over_a_killed_one(left: Path) -> None:

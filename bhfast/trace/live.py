@@ -134,20 +134,20 @@ class CommittedFile:
         pieces = [(records[0], len(view))] if is_one_piece else [(record, each) for record in records]
         while True:
             self.look()
-            offset, done = own.offset, 0
+            offset, done, is_whole = own.offset, 0, True
             assert offset is not None
             for record, size in pieces:
                 at = self.state.start["header"] + offset + record * own.nbytes + low * row
-                if not self._fill(view[done : done + size], at):
-                    return False
+                is_whole = is_whole and self._fill(view[done : done + size], at)
                 done += size
             self.look()
             if not self.is_in_place:
                 return False
             if own.offset == offset:
-                return True
+                return is_whole
 
     def _fill(self, target: memoryview, offset: int) -> bool:
+        """Read bytes of the file; return False if it ends before."""
         while target:
             count = os.preadv(self._fd, [target], offset)
             if not count:
