@@ -51,7 +51,7 @@ def compact(
     if keyframes < 2:
         raise ConfigError(f"keyframes must be at least 2, got {keyframes}")
     trace = open_trace(full)
-    reason = "it is compact already" if trace.keyframes else None
+    reason = "it is compact already" if trace.keyframes else "its run goes on" if trace.is_live else None
     if "optimizer" not in trace.metadata or "recorded_steps" not in trace or "shard" in trace.metadata:
         reason = "it is not one file of a recording"
     if reason := reason or why_not(trace, trace):

@@ -122,8 +122,7 @@ def adam_(
         params, grads, exp_avgs, exp_avg_sqs: of one length, with matching shapes; one dtype (bfloat16 or float32), one
             device.
         coefficients: float32 ``[7]``, a row of :func:`adam_coefficients`; on the CPU or on the parameters' device.
-        clip_coef: float32 scalar that multiplies each gradient before it is used; on the CPU or on the parameters'
-            device. None: no clipping.
+        clip_coef: float32 scalar by which gradients are multiplied first, on either of these; None: no clipping.
         rounding: ``"per-op"`` or ``"opmath"``.
         rings: where to record; may be empty. Each ``[slots, *shape]``, contiguous, all with the same number of slots.
         ring_of: what each ring records: 4 times the parameter's index, plus the field's index in ``FIELDS``.

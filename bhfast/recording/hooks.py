@@ -33,6 +33,37 @@ def outside_graphs(function: F) -> F:
     return function
 
 
+class NestedCalls:
+    """Tells whether a step was called by another step of the same optimizer, as in ``super().step()``.
+
+    torch calls the hooks of both. A counter would not do: a step that raises an exception never ends. So this looks for
+    the frame of the outer step on the stack.
+    """
+
+    def __init__(self) -> None:
+        self._outer: FrameType | None = None
+        self._depth = 0  # of steps inside it
+
+    def begin(self, frame: FrameType) -> bool:
+        """Note that a step begins, called with ``frame``; return whether it is a nested one."""
+        caller: FrameType | None = frame
+        while self._outer is not None and caller is not None:
+            if caller is self._outer:
+                self._depth += 1
+                return True
+            caller = caller.f_back
+        self._outer, self._depth = frame, 0
+        return False
+
+    def end(self) -> bool:
+        """Note that a step ends; return whether it is a nested one."""
+        if self._depth:
+            self._depth -= 1
+            return True
+        self._outer = None
+        return False
+
+
 class OptimizerFollower:
     """Follows one optimizer, and writes what it does to the slots of the current record.
 
@@ -76,14 +107,14 @@ class OptimizerFollower:
         self._steps_in_record = self._steps_seen = 0
         self._state_sizes: dict[str, int] = {}  # by parameter, how many entries its state had
         self._compiled = [False]
-        self._step_frame: FrameType | None = None  # of the current call of step()
-        self._nested = 0  # steps inside it
+        self._calls = NestedCalls()
         self._scaler: GradScaler | None = None
         self._scale: Tensor | None = None  # of a fused optimizer's gradients, in the current step
         self._records_itself = isinstance(plan.optimizer, RecordsItself)
         self._keyframed = [field for field in plan.at_start if field.is_keyframed]
         self._fused = [field for field in plan.at_start if self._is_fused(field)]
         self._not_fused = [field for field in plan.at_start if field not in (*self._keyframed, *self._fused)]
+        self._grads = [field for field in plan.at_start if field.field == "grad"]
         self._versions: list[tuple[int, int]] = []  # of what is recorded at key frames, after the last step
         self._by_hand: list[RecordedField] = []  # what the optimizer does not record itself in this step
         self.end_fused: Callable[[], None] = lambda: None
@@ -133,7 +164,7 @@ class OptimizerFollower:
     def _before_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if self._is_nested(sys._getframe(1)) or self._cycle.is_off or not self._begin():
+        if self._calls.begin(sys._getframe(1)) or self._cycle.is_off or not self._begin():
             return None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args[0] is the optimizer
         if closure is None:
@@ -155,21 +186,6 @@ class OptimizerFollower:
 
         return (args[0], recording_closure), {k: v for k, v in kwargs.items() if k != "closure"}
 
-    def _is_nested(self, frame: FrameType) -> bool:
-        """Return whether this step was called by another step of the same optimizer, as in ``super().step()``.
-
-        torch calls the hooks of both. A counter would not do: a step that raises an exception never ends. So this looks
-        for the frame of the outer step on the stack.
-        """
-        caller: FrameType | None = frame
-        while self._step_frame is not None and caller is not None:
-            if caller is self._step_frame:
-                self._nested += 1
-                return True
-            caller = caller.f_back
-        self._step_frame, self._nested = frame, 0
-        return False
-
     def _begin(self) -> bool:
         if not self._cycle.begin():
             return False
@@ -178,7 +194,7 @@ class OptimizerFollower:
         self.logged = {}
         self.description.look(self._slots.step)
         if self._steps_in_record > 1:
-            self._mark_unknown(f"it did several steps in record {self._slots.record}")
+            self.description.mark_unknown(f"it did several steps in record {self._slots.record}", self._slots.step)
         self._look_for_changes(self._slots.step)
         return True
 
@@ -197,9 +213,6 @@ class OptimizerFollower:
         """Whether steps are performed by the optimizer's ``step()``, not by an engine."""
         return not self._slots.step or self._steps_seen > 0
 
-    def _mark_unknown(self, reason: str) -> None:
-        self.description.mark_unknown(reason, self._slots.step)
-
     def _current_versions(self) -> list[tuple[int, int]]:
         """Return what changes if somebody writes to a tensor that is recorded at key frames, or replaces it."""
         values = (self._value_of(field) for field in self._keyframed)
@@ -216,14 +229,10 @@ class OptimizerFollower:
 
     @outside_graphs
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._nested:
-            self._nested -= 1
-            return
-        self._step_frame = None
-        if self._cycle.is_off or not self._steps_in_record:
+        if self._calls.end() or self._cycle.is_off or not self._steps_in_record:
             return
         if self._compiled[0]:
-            self._mark_unknown("its step was compiled")
+            self.description.mark_unknown("its step was compiled", self._slots.step)
         if self._slots.record is not None:
             if self._scale is not None:
                 self._record_gradients()
@@ -275,8 +284,8 @@ class OptimizerFollower:
             self._note_state()
         if not self.has_stepped and self._slots.record is not None:
             self._by_hand = [*self._fused, *self._not_fused]
-            self._mark_unknown(f"it did no step in record {self._slots.record}")
-            for field in self._fields("grad"):
+            self.description.mark_unknown(f"it did no step in record {self._slots.record}", self._slots.step)
+            for field in self._grads:
                 self._gradients.write_none(field, f"{type(self.optimizer).__name__} did no step")
             self._record_state()
         self._gradients.clear()
@@ -292,7 +301,7 @@ class OptimizerFollower:
 
     def _keep_raw_gradients(self) -> None:
         step = self._slots.step + (not self._cycle.is_begun)  # a closure, or another optimizer, may have begun it
-        self._gradients.keep(self._fields("grad"), step)
+        self._gradients.keep(self._grads, step)
 
     def _record_gradients(self) -> None:
         fields = [field for field in self._by_hand if field.field == "grad"]
@@ -355,6 +364,3 @@ class OptimizerFollower:
                     self.fields[field.name] = field
                     self._not_fused.append(field)
                     self._by_hand.append(field)
-
-    def _fields(self, kind: str) -> list[RecordedField]:
-        return [field for field in self.fields.values() if field.field == kind]

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from bhfast.errors import ConfigError, StorageError
 from bhfast.recording.cycle import StepCycle
-from bhfast.recording.fields import FieldPlan, RecordedField, local, unwrapped
-from bhfast.recording.followers import description_metadata, joined_description
-from bhfast.recording.hooks import OptimizerFollower
+from bhfast.recording.fields import FieldPlan, local, unwrapped
+from bhfast.recording.followers import Followers
 from bhfast.recording.logged import as_tensors, flattened
 from bhfast.recording.optimizer_description import require_rebuildable
 from bhfast.recording.selection import Params, require_supported, select
@@ -109,8 +108,7 @@ class Recorder:
     Besides the fields and what you log, the file gets ``learning_rates`` (float64 ``[R]``, or ``[R, groups]`` if there
     are several parameter groups). If the optimizer clips inside its step, it also gets ``clip_coefs`` and
     ``grad_norms`` (float32 ``[R]``). Your own values under these names take precedence. With several optimizers,
-    ``clip_coefs``, ``grad_norms`` and ``skipped`` are ``[R, optimizers]``. The metadata has what :mod:`bhfast.verify`
-    needs for a replay.
+    ``clip_coefs``, ``grad_norms`` and ``skipped`` are ``[R, optimizers]``. The metadata has the rest for a replay.
 
     Raises:
         ConfigError: an argument is out of range, or two tensors would get the same name.
@@ -147,8 +145,8 @@ class Recorder:
         if append and overwrite:
             raise ConfigError("append and overwrite exclude each other: pass one of them")
         require_supported(optimizers, model)
-        self.metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, **(metadata or {})}
-        self.metadata |= {"keyframes": str(keyframes)} if keyframes else {}
+        own = {"keyframes": str(keyframes)} if keyframes else {}
+        self.metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, **(metadata or {}), **own}
         self.path = Path(path)
         self.saved_steps = 0
         self.slots = self._slots_class(steps=steps, every=every, keyframes=keyframes)
@@ -164,18 +162,11 @@ class Recorder:
         self._stack = ExitStack()
         self._known: Mapping[str, RecordedTensor] = {}  # what an earlier trace logged
         self._cycle = StepCycle(self.slots, strict=strict)
-        selected, self._tied = select(params, model=model, optimizers=optimizers, rows=rows or {})
+        selected, tied = select(params, model=model, optimizers=optimizers, rows=rows or {})
         self._partition = RankPartition(selected, self.path)
         self._partition.require_gradients_of(unclipped, model)
         plans = [FieldPlan(own, self._partition.params, fields, keys or {}, keyframes) for own in optimizers]
-        names = [name for plan in plans for field in plan.at_start for name in {field.name, field.key}]
-        if twice := {name for name in names if names.count(name) > 1}:
-            raise ConfigError(f"keys must give every tensor a name of its own, got {', '.join(sorted(twice))} twice")
-        self._followers = [
-            OptimizerFollower(plan, self._cycle, unclipped=unclipped, on_new_field=self._take_new_field)
-            for plan in plans
-        ]
-        self._cycle.followers += self._followers
+        self._followers = Followers(plans, self._cycle, self._partition, tied, unclipped=unclipped)
         self._row_indices = {of.name: of.all_rows for of in self._partition.params if of.all_rows is not None}
 
     @property
@@ -204,7 +195,7 @@ class Recorder:
             raise
 
     def _open(self) -> None:
-        fields = {name: field for follower in self._followers for name, field in follower.fields.items()}
+        fields = self._followers.fields
         self._partition.meet(fields)
         self.slots.is_logging = self._partition.rank == 0
         if self._partition.is_empty:
@@ -220,8 +211,8 @@ class Recorder:
                 require_no_parts(self._partition.path)
             self._output = stack.enter_context(OutputFile(self._partition.path, overwrite=self._overwrite))
             if self.slots.keyframes:
-                require_rebuildable(joined_description(self._followers), fields.values())
-            self.metadata |= {**description_metadata(self._followers, self._tied), **self._partition.metadata()}
+                require_rebuildable(self._followers.description(), fields.values())
+            self.metadata |= {**self._followers.metadata(), **self._partition.metadata()}
             tensors = {name: field.tensor for name, field in fields.items()}
             start = self._start_step or 0
             stack.enter_context(
@@ -233,53 +224,15 @@ class Recorder:
             for name, rows in self._row_indices.items():
                 self.slots.reserve_name(f"{name}.rows")
                 self.constants[f"{name}.rows"] = rows.cpu()
-            for follower in self._followers:
-                follower.record_start()
-                follower.description.on_unknown = self._describe
+            self._followers.record_start()
             if seam is not None:
                 seam.require_same_state(self.slots, fields.values())
             self.slots.complete = 1
-            for follower in self._followers:
-                stack.enter_context(follower.following(self._model))
-            self.slots.on_recount = self._record_fused
-            self.slots.on_keyframe = self._record_keyframe
-            self.slots.on_last = self._record_last_keyframe
+            stack.enter_context(self._followers.following(self._model))
             stack.enter_context(terminable())
             self._started_at = time.monotonic()
             self._stack = stack.pop_all()
             self._is_open = True
-
-    def _record_fused(self) -> None:
-        for follower in self._followers:
-            follower.record_fused()
-
-    def _describe(self) -> None:
-        self.slots.set_metadata(description_metadata(self._followers, self._tied))
-
-    def _record_keyframe(self) -> None:
-        for follower in self._followers:
-            follower.record_keyframe()
-
-    def _record_last_keyframe(self) -> bool:
-        """Write the last key frame; return False if that is too late, as something has changed since the last step."""
-        if any(follower.was_changed() for follower in self._followers):
-            return False
-        self._record_keyframe()
-        return True
-
-    def _take_new_field(self, field: RecordedField) -> bool:
-        """Make room for a field that has appeared in an optimizer's state; return False if it cannot be recorded."""
-        reason = None
-        if field.name in self.slots.tensors:
-            reason = "its name is taken"
-        elif self._partition.is_sharded and field.tensor.shape != field.of.record_shape(field.of.param):
-            reason = "it is not sharded like its parameter"
-        if reason is not None:
-            self._cycle.warn(field.name, f"{field.name} is not recorded: {reason}")
-            return False
-        self.slots.add(field.tensor, local(field.of.param).device)
-        self._partition.add(field)
-        return True
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -314,7 +267,7 @@ class Recorder:
             path = path.with_name(f"{path.stem}.cut-at-{(self._start_step or 0) + self.saved_steps}{path.suffix}")
         metadata = {
             **self.metadata,
-            **description_metadata(self._followers, self._tied),
+            **self._followers.metadata(),
             **self._partition.metadata(self.slots.tensors),
         }
         names = self.slots.save(metadata, path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -10,8 +10,7 @@ from torch import Tensor
 
 from bhfast.errors import ConfigError, StorageError
 from bhfast.recording.fields import RecordedField
-from bhfast.recording.followers import keys_of
-from bhfast.recording.hooks import OptimizerFollower
+from bhfast.recording.followers import Followers
 from bhfast.recording.shards import RankPartition
 from bhfast.recording.slots import RecordSlots
 from bhfast.trace.recorded import RecordedTensor
@@ -68,26 +67,24 @@ class Seam:
     def _every_text(self) -> str:
         return f", every {self._every}" if self._every and self._every > 1 else ""
 
-    def require_same(
-        self, followers: Sequence[OptimizerFollower], rows: Mapping[str, Tensor], slots: RecordSlots
-    ) -> None:
+    def require_same(self, followers: Followers, rows: Mapping[str, Tensor], slots: RecordSlots) -> None:
         """Raise ConfigError unless the recording has the parameters, rows, fields and intervals of the trace."""
         trace, described = self._trace, self._optimizer
         self._require("every", self._every or slots.every, slots.every)
         self._require("keyframes", int(trace.metadata.get("keyframes", 0)) or None, slots.keyframes)
         keys = {name: dict(param["keys"]) for name, param in described["params"].items()}
-        own = keys_of(followers)
+        own = followers.keys()
         self._require("parameters", sorted(keys), sorted(own))
         for name, recorded in keys.items():
             self._require(f"fields of {name}", recorded, dict(own[name]))
             self._require(f"rows of {name}", _listed(trace.get(f"{name}.rows")), _listed(rows.get(name)))
-        for field in (field for follower in followers for field in follower.fields.values()):
+        for field in followers.fields.values():
             recorded_tensor = trace[field.key]
             self._require(f"the shape of {field.key}", list(recorded_tensor.shape[1:]), list(field.tensor.shape))
             self._require(f"the dtype of {field.key}", recorded_tensor.dtype, field.tensor.dtype)
-        groups = [group for follower in followers for group in follower.optimizer.param_groups]
+        groups = [group for follower in followers.each for group in follower.optimizer.param_groups]
         count = 1 + max(param.get("optimizer", 0) for param in described["params"].values())
-        self._require("the number of optimizers", count, len(followers))
+        self._require("the number of optimizers", count, len(followers.each))
         self._require("the number of parameter groups", len(described["groups"]), len(groups))
 
     def _require(self, what: str, recorded: object, wanted: object) -> None:

@@ -30,10 +30,9 @@ def open_storage(
     """Return the storage for a recording, and a line of text that says which it is and why.
 
     Args:
-        output: the file to write.
+        output, records, every, start_step, metadata, buffer_bytes, commit_seconds: see :class:`StreamStorage`.
         wanted: ``memory``, ``stream``, or ``auto``, which takes memory if the recording fits into half of what is free.
-        records, every, start_step, metadata, buffer_bytes, commit_seconds: see :class:`StreamStorage`.
-        sizes: bytes per record of the tensors known at the start, by name; on average, where only some have an entry.
+        sizes: bytes per record, on average, of the tensors known at the start, by name.
         group: how many records are sent from a device together.
 
     Raises:

@@ -75,6 +75,30 @@ class _BufferedTensor(NamedTuple):
             low += count
 
 
+def _start_journal(output: OutputFile, start: Mapping[str, Any]) -> Journal:
+    try:
+        journal = Journal(journal_path(output.partial))
+        try:
+            journal.append({"start": start})
+        except OSError:
+            journal.close()
+            raise
+    except OSError as error:
+        raise StorageError(
+            f"cannot write the journal of the trace {output.path}: {error.strerror}; choose another place with --out"
+        ) from None
+    sync_folder(output.partial.parent)
+    return journal
+
+
+def _most_records(output: OutputFile, size: int) -> int:
+    """Return how many records fit on the disk, and into half of the file size that the system allows."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    free = min(output.free(), MAX_REGIONS)
+    free = free if limit == resource.RLIM_INFINITY else min(free, limit // 2)
+    return min(free // size, MOST_RECORDS)
+
+
 class StreamStorage:
     """Writes records in the background, in order, and commits them. See :class:`bhfast.storage.base.Storage`.
 
@@ -117,7 +141,7 @@ class StreamStorage:
         self.slots = sys.maxsize  # of the tensor that has the fewest
         size = max(1, sum(names.values()))
         self._is_open_ended = records is None
-        self.capacity = records if records is not None else self._most_records(size)
+        self.capacity = records if records is not None else _most_records(output, size)
         if self.capacity < LEAST_RECORDS and self._is_open_ended:
             raise StorageError(
                 f"the disk of {output.path.parent} is too small for the trace: there is room for {self.capacity} "
@@ -147,32 +171,9 @@ class StreamStorage:
             "header": self._header,
             "metadata": self._metadata,
         }
-        self._journal = self._start_journal(start)
+        self._journal = _start_journal(output, start)
         self._thread = threading.Thread(target=self._work, name="bhfast-writer", daemon=True)
         self._thread.start()
-
-    def _start_journal(self, start: Mapping[str, Any]) -> Journal:
-        try:
-            journal = Journal(journal_path(self.output.partial))
-            try:
-                journal.append({"start": start})
-            except OSError:
-                journal.close()
-                raise
-        except OSError as error:
-            raise StorageError(
-                f"cannot write the journal of the trace {self.output.path}: {error.strerror}; "
-                "choose another place with --out"
-            ) from None
-        sync_folder(self.output.partial.parent)
-        return journal
-
-    def _most_records(self, size: int) -> int:
-        """Return how many records fit on the disk, and into half of the file size that the system allows."""
-        limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
-        free = min(self.output.free(), MAX_REGIONS)
-        free = free if limit == resource.RLIM_INFINITY else min(free, limit // 2)
-        return min(free // size, MOST_RECORDS)
 
     # -----------------------------------------------------------------------------------------------------------------
     # The recorder's side
