@@ -23,7 +23,6 @@ namespace {
 
 using at::Tensor;
 using at::TensorList;
-using cpu::AdamSteps;
 
 // Whether the CUDA kernels handle the tensor, whether the host can read a scalar, and the stream to launch on.
 #if defined(BHFAST_CUDA_ON_CPU)
@@ -290,6 +289,7 @@ void record_op(TensorList values, TensorList rings, const Tensor& step, int64_t 
     cpu::record(list, s);
 }
 
+#ifndef BHFAST_CUDA_ON_CPU
 void adam_steps_op(const Tensor& param, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& grads,
                    const Tensor& coefficients, const Tensor& clip_coefs, const Tensor& updated,
                    std::string_view rounding, const std::optional<Tensor>& params,
@@ -311,7 +311,7 @@ void adam_steps_op(const Tensor& param, const Tensor& exp_avg, const Tensor& exp
 
   ContiguousMemory memory;
   const bool has_plain_steps = grads.select(0, 0).is_contiguous();
-  AdamSteps s{};
+  cpu::AdamSteps s{};
   s.param = memory.update(param);
   s.exp_avg = memory.update(exp_avg);
   s.exp_avg_sq = memory.update(exp_avg_sq);
@@ -333,6 +333,7 @@ void adam_steps_op(const Tensor& param, const Tensor& exp_avg, const Tensor& exp
   cpu::adam_steps(s, dtype, rounding == "per-op" ? Rounding::per_op : Rounding::opmath);
   memory.copy_back();
 }
+#endif
 
 }  // namespace
 

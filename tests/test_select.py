@@ -244,7 +244,7 @@ def test_zero_redundancy_optimizers_are_refused(tmp_path: Path) -> None:
     try:
         optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=0.1)
         with pytest.raises(
-            ConfigError, match="ZeroRedundancyOptimizer keeps on each rank the state of some parameters"
+            ConfigError, match="ZeroRedundancyOptimizer keeps the state of only some parameters on each rank"
         ):
             Recorder(optimizer, "*", model=model, steps=1, path=tmp_path / "t")
     finally:
