@@ -1,6 +1,6 @@
 # make run        set up and run the main job
 # make test       set up and pass the tests
-# make soak       the long tests: random kills, and much fuzzing
+# make soak       the long tests: random kills, much fuzzing, and all that the sanitizers can see
 # make bench      set up and measure
 # make check      format, lint, types
 # make cuda       compile and link the CUDA kernels; needs nvcc, but no GPU
@@ -39,6 +39,7 @@ test: setup
 soak: setup
 	$(PY) -m pytest -m slow $(ARGS)
 	BHFAST_FUZZ_TIMES=50 $(PY) -m pytest -n 2 --dist worksteal tests/test_fuzz.py tests/test_fuzz_programs.py tests/test_journal.py $(ARGS)
+	$(MAKE) sanitize
 
 bench: setup
 	$(PY) -m pytest benchmarks --benchmark-only $(ARGS)
@@ -78,7 +79,7 @@ endef
 
 sanitize: sanitize-address sanitize-threads
 
-# Without what is in pure torch, and what takes long and reads and writes as others do.
+# Without what is in pure torch, and what takes long and reads and writes as others do. LESS='or NAME' leaves out more.
 sanitize-address: setup
 	$(call sanitize,sanitize,address$(COMMA)undefined -fno-sanitize-recover=all,__asan_report,libasan.so libstdc++.so, \
 	    tests/test_ops.py tests/test_optim.py tests/test_recorder.py tests/test_graph.py tests/test_native.py \
