@@ -59,7 +59,7 @@ def large_stream(form: str, steps: int, folder: Path) -> dict[str, float]:
     optimizer = bhfast.FusedAdam(model.parameters(), lr=1e-3, weight_decay=0.0)
     tokens = torch.randint(0, VOCAB, (64, 1, CONTEXT + 1))
     path, times = folder / f"large-{form}.safetensors", []
-    own = {"keyframes": FORMS[form] or None, "steps": steps, "path": path, "storage": "stream"}
+    own = {"keyframes": FORMS[form] or None, "steps": steps, "path": path, "storage": "stream", "overwrite": True}
     begun = time.perf_counter()
     with bhfast.Recorder(optimizer, {"wte": model.wte.weight}, **own):
         for step in range(steps):
