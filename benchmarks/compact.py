@@ -24,54 +24,36 @@ from pathlib import Path
 import torch
 
 import bhfast
-from bhfast.model import GPTConfig, build_model, window_loss
 from bhfast.ops import extension
 
 KEYFRAMES = 256
 FORMS = {"full": 0, "compact": KEYFRAMES}
 TENSORS = ("embeddings", "momentum", "variance")
-VOCAB, DIM, CONTEXT = 10_000, 64, 128
+VOCAB, LARGE = 128, 10_000  # tokens
 CHUNK = 256  # records read at once
-WARM_UP = 10  # steps
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Recording
 
 
-def reference_run(form: str, storage: str, steps: int, folder: Path) -> dict[str, float]:
-    """Return steps per second of the reference run, and bytes per step."""
-    out = folder / f"{storage}-{form}.safetensors"
+def run(form: str, storage: str, steps: int, vocab: int, folder: Path) -> dict[str, float]:
+    """Return steps per second of a run, without and with its start and end, and bytes per step."""
+    out = folder / f"{storage}-{vocab}-{form}.safetensors"
     config = bhfast.TrainConfig(
-        steps=steps, keyframes=FORMS[form], storage=storage, out=str(out), device="cpu", quiet=True
+        steps=steps,
+        vocab_size=vocab,
+        keyframes=FORMS[form],
+        storage=storage,
+        out=str(out),
+        device="cpu",
+        overwrite=True,
+        quiet=True,
     )
     begun = time.perf_counter()
     result = bhfast.train(config)
     seconds = time.perf_counter() - begun
     return {"per second": result.steps_per_second, "in all": steps / seconds, "bytes": out.stat().st_size / steps}
-
-
-def large_stream(form: str, steps: int, folder: Path) -> dict[str, float]:
-    """Return the same of a network with 10,000 tokens, of which all rows are streamed."""
-    torch.manual_seed(0)
-    config = GPTConfig(vocab_size=VOCAB, hidden_dim=DIM, layers=2, heads=2, context=CONTEXT)
-    model, _ = build_model(config, sigma=0.0, init_scale=0.02, seed=42, device=torch.device("cpu"))
-    optimizer = bhfast.FusedAdam(model.parameters(), lr=1e-3, weight_decay=0.0)
-    tokens = torch.randint(0, VOCAB, (64, 1, CONTEXT + 1))
-    path, times = folder / f"large-{form}.safetensors", []
-    own = {"keyframes": FORMS[form] or None, "steps": steps, "path": path, "storage": "stream", "overwrite": True}
-    begun = time.perf_counter()
-    with bhfast.Recorder(optimizer, {"wte": model.wte.weight}, **own):
-        for step in range(steps):
-            start = time.perf_counter()
-            batch = tokens[step % len(tokens)]
-            optimizer.zero_grad()
-            window_loss(model(batch[:, :-1]), batch, 1).backward()
-            optimizer.step()
-            times.append(time.perf_counter() - start)
-    seconds = time.perf_counter() - begun
-    per_second = 1 / statistics.fmean(times[WARM_UP:])
-    return {"per second": per_second, "in all": steps / seconds, "bytes": path.stat().st_size / steps}
 
 
 def sweep(form: str, steps: int, folder: Path) -> dict[str, float]:
@@ -117,7 +99,7 @@ READERS: dict[str, Callable[[bhfast.Trace], None]] = {
 
 
 def seconds_to_read(form: str, reader: str, folder: Path) -> dict[str, float]:
-    trace = bhfast.open_trace(folder / f"memory-{form}.safetensors")
+    trace = bhfast.open_trace(folder / f"memory-{VOCAB}-{form}.safetensors")
     trace["grads"].clone()
     begun = time.perf_counter()
     READERS[reader](trace)
@@ -165,16 +147,16 @@ def main() -> None:
     args = parser.parse_args()
     if args.only:
         work, form, *rest = json.loads(args.only)
-        own = {"reference_run": reference_run, "large_stream": large_stream, "sweep": sweep, "read": seconds_to_read}
+        own = {"run": run, "read": seconds_to_read}
         converted = [int(x) if x.isdigit() else x for x in rest[:-1]]
         print(json.dumps(own[work](form, *converted, Path(rest[-1]))))
         return
     results: dict[str, object] = {}
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         runs = {
-            "reference run, in memory": lambda form: apart("reference_run", form, "memory", args.steps, folder),
-            "reference run, streamed": lambda form: apart("reference_run", form, "stream", args.steps, folder),
-            "10,000 x 64, all rows, streamed": lambda form: apart("large_stream", form, args.large_steps, folder),
+            "reference run, in memory": lambda form: apart("run", form, "memory", args.steps, VOCAB, folder),
+            "reference run, streamed": lambda form: apart("run", form, "stream", args.steps, VOCAB, folder),
+            "10,000 x 64, streamed": lambda form: apart("run", form, "stream", args.large_steps, LARGE, folder),
             "sweep of 4 seeds": lambda form: sweep(form, args.steps // 4, Path(tempfile.mkdtemp(dir=folder))),
             **{name: lambda form, name=name: apart("read", form, name, folder) for name in READERS},
         }
