@@ -1,5 +1,14 @@
 """Errors that a user can fix. The programs print them without a traceback."""
 
+MALFORMED = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+    RuntimeError,
+)  # what wrong data raises
+
 
 class BhfastError(Exception):
     """Base of all errors. The message says what is wrong, in which argument, what was expected, and what to do."""

@@ -30,7 +30,7 @@ from pathlib import Path
 from torch import Tensor
 
 from bhfast.cli import run_program
-from bhfast.errors import BhfastError, DamageError, TraceError
+from bhfast.errors import MALFORMED, BhfastError, DamageError, TraceError
 from bhfast.replay import Difference, replay, why_not
 from bhfast.trace import Trace, open_trace
 from bhfast.trace.format import KEYFRAME_STEPS, KEYFRAMES
@@ -120,7 +120,7 @@ def _verify_file(trace: Trace, logged: Mapping[str, Tensor]) -> Verification:
         steps = min(len(trace.steps), len(logged["recorded_steps"])) - 1
     except TraceError:
         raise
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+    except MALFORMED as error:
         raise DamageError(
             f"{trace.path} is corrupted: its description of the optimizer does not fit its tensors ({error})"
         ) from None

@@ -11,6 +11,24 @@ import torch
 from torch import Tensor
 
 
+def wanted_records(steps: slice | Tensor, length: int) -> Sequence[int]:
+    """Return the records that an index along axis 0 wants, in its order.
+
+    Args:
+        steps: a slice, or a tensor as an index: it may count from the end, or be a mask.
+        length: how many records there are.
+
+    Raises:
+        IndexError, ValueError: as torch does.
+    """
+    if not isinstance(steps, slice):
+        return torch.arange(length)[steps].tolist()
+    records = range(length)[steps]
+    if records.step < 0:
+        raise ValueError("step must be greater than zero")
+    return records
+
+
 class LazyTensor:
     """Stands for a tensor ``[R, ...]``. Indexing it like a tensor returns tensors.
 

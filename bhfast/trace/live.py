@@ -23,7 +23,7 @@ from bhfast.errors import TraceError
 from bhfast.trace.checksums import checksum_metadata
 from bhfast.trace.format import bytes_of
 from bhfast.trace.journal import is_at, journal_path, parse
-from bhfast.trace.lazy import LazyTensor
+from bhfast.trace.lazy import LazyTensor, wanted_records
 from bhfast.trace.opening import add_keyframes, open_file
 from bhfast.trace.reader import Trace
 from bhfast.trace.tensors import TraceTensor
@@ -211,13 +211,7 @@ class LiveTensor(LazyTensor):
         self._name = name
 
     def _read(self, steps: slice | Tensor, low: int, high: int) -> Tensor:
-        records: Sequence[int]
-        if isinstance(steps, slice):
-            records = range(len(self))[steps]
-            if steps.step is not None and steps.step < 0:
-                raise ValueError("step must be greater than zero")
-        else:
-            records = torch.arange(len(self))[steps].tolist()
+        records = wanted_records(steps, len(self))
         shape = [len(records), high - low, *self.shape[2:]] if self.dim() > 1 else [len(records)]
         found = torch.empty(shape, dtype=self.dtype)
         if found.numel() and not self._file.read(self._name, records, low, high, found):
@@ -233,10 +227,6 @@ class LiveTensor(LazyTensor):
                 f"{self._file.partial} was cut to fewer records when it was recovered, as the next one is damaged: "
                 "refresh() the trace"
             )
-
-    @property
-    def itemsize(self) -> int:
-        return self.dtype.itemsize
 
     def as_subclass(self, cls: type[Tensor]) -> LiveTensor:
         """Return itself, so that it can take the place of a tensor of a mapped file where only indexing is wanted."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bhfast.errors import DamageError, TraceError
+from bhfast.errors import MALFORMED, DamageError, TraceError
 from bhfast.trace.format import FORMAT, PADDING, READABLE_VERSIONS, decode_entry, decode_header
 from bhfast.trace.reader import Trace
 from bhfast.trace.rebuilt import keyframed_params
@@ -71,7 +71,7 @@ def add_keyframes(trace: Trace) -> None:
     """
     try:
         trace.add_keyframes(dict(keyframed_params(trace)))
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+    except MALFORMED as error:
         raise DamageError(
             f"{trace.path} is corrupted: what it says of its key frames does not fit them ({error})"
         ) from None

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bhfast.errors import DamageError, TraceError
+from bhfast.errors import MALFORMED, DamageError, TraceError
 from bhfast.ops import torch_adam
 from bhfast.trace.format import KEYFRAME_STEPS, KEYFRAMES
-from bhfast.trace.lazy import LazyTensor
+from bhfast.trace.lazy import LazyTensor, wanted_records
 from bhfast.trace.reader import Trace
 from bhfast.trace.tensors import TraceTensor
 from bhfast.trace.updates import STATE, Updates, differing, why_none_known
@@ -119,7 +119,7 @@ class KeyframedParam:
             return self.read(field, records, low, high)
         except TraceError:
             raise
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        except MALFORMED as error:
             raise DamageError(
                 f"{self._trace.path} is corrupted: its description of the optimizer does not fit {self._name} ({error})"
             ) from None
@@ -355,24 +355,15 @@ class RebuiltTensor(LazyTensor):
         return super().__getitem__(index)
 
     def _read(self, steps: slice | Tensor, low: int, high: int) -> Tensor:
-        records, inverse = _records(steps, len(self))
+        records, inverse = wanted_records(steps, len(self)), None
+        if not isinstance(records, range):
+            increasing, inverse = torch.tensor(records, dtype=torch.int64).unique(return_inverse=True)
+            records = increasing.tolist()
         found = self._param.read_checked(self._field, records, low, max(low, high))
         return (found if inverse is None else found[inverse]).as_subclass(TraceTensor)
 
     def first(self, records: int) -> RebuiltTensor:
         return RebuiltTensor(self._param, self._field, (records, *self.shape[1:]), self.dtype)
-
-
-def _records(steps: slice | Tensor, length: int) -> tuple[Sequence[int], Tensor | None]:
-    """Return records in increasing order, each once, and which of them an index along axis 0 wants at each place."""
-    if isinstance(steps, slice):
-        records = range(*steps.indices(length))
-        if records.step < 0:
-            raise ValueError("step must be greater than zero")
-        return records, None
-    wanted = torch.arange(length)[steps]  # counts from the end, takes a mask, raises IndexError
-    unique, inverse = wanted.unique(return_inverse=True)
-    return unique.tolist(), inverse
 
 
 def _runs(records: Sequence[int]) -> list[tuple[int, int]]:

@@ -249,7 +249,7 @@ class SeriesTensor(LazyTensor):
         self._fill = fill
 
     def _read(self, steps: slice | Tensor, low: int, high: int) -> Tensor:
-        wanted = _wanted(steps, len(self))
+        wanted = torch.arange(len(self))[steps]
         rows = [high - low, *self.shape[2:]] if self.dim() > 1 else []
         found = torch.empty((len(wanted), *rows), dtype=self.dtype)
         base = 0
@@ -267,16 +267,6 @@ class SeriesTensor(LazyTensor):
             pieces.append(Piece(tensor, own[:records]))
             records -= len(pieces[-1].records)
         return SeriesTensor(pieces, self.shape[1:], self.dtype, self._fill)
-
-
-def _wanted(steps: slice | Tensor, length: int) -> Tensor:
-    """Return the records of an index along axis 0: int64 ``[n]``."""
-    if not isinstance(steps, slice):
-        return torch.arange(length)[steps]
-    start, stop, step = steps.indices(length)
-    if step < 0:
-        raise ValueError("step must be greater than zero")
-    return torch.arange(start, max(start, stop), step)
 
 
 def _part(tensor: Any, records: Tensor, low: int, high: int) -> Tensor:
