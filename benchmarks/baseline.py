@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
-from bhfast.corpus import load_corpus
+from bhfast.tokens import load_corpus
 
 
 @dataclass(frozen=True)

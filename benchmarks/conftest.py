@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import bhfast
-from bhfast.corpus import Corpus, load_corpus
+from bhfast.tokens import Corpus, load_corpus
 
 SUMMARY: list[str] = []  # lines
 

@@ -28,6 +28,7 @@ from torch import Tensor
 
 import bhfast
 from bhfast.model import GPTConfig, build_model, window_loss
+from bhfast.start import Start
 
 VOCAB, LIVE, DIM, CONTEXT = 10_000, 6_301, 64, 128
 WARM_UP = 20  # steps
@@ -117,7 +118,7 @@ def run(contestant: str, steps: int, folder: Path) -> dict[str, float]:
     """Train; return the time per step, the total time, peak memory, and bytes on the disk."""
     torch.manual_seed(0)
     config = GPTConfig(vocab_size=VOCAB, hidden_dim=DIM, layers=2, heads=2, context=CONTEXT)
-    model, _ = build_model(config, sigma=0.0, init_scale=0.02, seed=42, device=torch.device("cpu"))
+    model, _ = build_model(config, Start(sigma=0.0), seed=42, device=torch.device("cpu"))
     optimizer = bhfast.FusedAdam(model.parameters(), lr=1e-3, weight_decay=0.0)
     wte = model.wte.weight
     dead = torch.arange(LIVE, VOCAB)

@@ -13,6 +13,7 @@ from torch import Tensor
 from bhfast import FusedAdam
 from bhfast.model import GPTConfig, build_model
 from bhfast.recording.recorder import FIELDS
+from bhfast.start import Start
 
 # name: shapes of the parameters, of which the first is recorded; slots of a record; steps in a row; rounds
 CASES = {
@@ -31,7 +32,7 @@ def parameters(shapes: list[tuple[int, ...]] | None, device: str) -> list[Tensor
     """Return new parameters in bfloat16, with gradients."""
     generator = torch.Generator().manual_seed(0)
     if shapes is None:
-        model, _ = build_model(GPTConfig(), sigma=0.0, init_scale=0.02, seed=42, device=device)
+        model, _ = build_model(GPTConfig(), Start(sigma=0.0), seed=42, device=device)
         params = list(model.parameters())
     else:
         params = [torch.nn.Parameter(torch.randn(shape, generator=generator).bfloat16().to(device)) for shape in shapes]

@@ -19,9 +19,9 @@ import torch
 from conftest import SUMMARY, need_cuda, race
 
 from bhfast.config import TrainConfig
-from bhfast.corpus import Corpus
 from bhfast.engines.base import Engine, TrainingRun
 from bhfast.engines.choose import make_engine
+from bhfast.tokens import Corpus
 from bhfast.train import train
 
 STEPS = {"trainer": 200, "torch": 300, "native": 3000, "graph": 3000}  # a second or two each

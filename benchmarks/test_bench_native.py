@@ -14,11 +14,11 @@ import torch
 from conftest import SUMMARY, median, race
 
 from bhfast.config import TrainConfig
-from bhfast.corpus import Corpus
 from bhfast.engines.native import NativeEngine
 from bhfast.model import GPTConfig
 from bhfast.ops import extension
 from bhfast.ops.extension import _extension
+from bhfast.tokens import Corpus
 from bhfast.train import train
 
 STEPS = 3000

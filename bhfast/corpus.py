@@ -1,107 +1,30 @@
-"""Corpora: text as ASCII bytes, and the windows that a run reads from it.
+"""Makes corpora to train on.
 
 python -m bhfast.corpus gatsby --out data/gatsby_clean.txt               downloads The Great Gatsby and cleans it
 python -m bhfast.corpus gatsby --raw 64317-0.txt --out gatsby_clean.txt  cleans a file you have
+python -m bhfast.corpus train-tokenizer TEXT --vocab 10000 --on PART     makes a tokenizer, and the tokens of PART
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import os
+import io
 import re
 import sys
 import urllib.error
 import urllib.request
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from bhfast.cli import run_program
 from bhfast.errors import ConfigError, CorpusError
+from bhfast.tokens import GATSBY_PATH, encode, load_tokenizer, require_tokenizers
 
 GATSBY_URL = "https://www.gutenberg.org/files/64317/64317-0.txt"
+TOKENIZER_PATH = Path("data/tokenizer.json")
 GATSBY_SHA256 = "c774efbbdbbd41711bdab8bf79f37f3451606da188b13d1a472f1f7e0a2ce931"
-GATSBY_PATH = Path("data/gatsby_clean.txt")
-BUILTIN_NAME = "night_log.txt"
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """A text to train on.
-
-    Attributes:
-        name: human-readable: where the text came from.
-        data: uint8 ``[bytes]``.
-        sha256: of the bytes, in hexadecimal.
-    """
-
-    name: str
-    data: Tensor
-    sha256: str
-
-
-def load_corpus(path: str | os.PathLike[str] | None, *, vocab_size: int, window: int) -> Corpus:
-    """Load the corpus ``path``. If that is None, load ``data/gatsby_clean.txt`` if it exists, else the built-in corpus.
-
-    Args:
-        path: a text file, or None.
-        vocab_size: every byte must be below this.
-        window: the corpus must have at least this many bytes.
-
-    Raises:
-        CorpusError: the file is missing, empty, shorter than a window, or has a byte outside the vocabulary.
-    """
-    if path is not None:
-        name, path = str(path), Path(path)
-    elif GATSBY_PATH.is_file():
-        name, path = f"{GATSBY_PATH} (The Great Gatsby)", GATSBY_PATH
-    else:
-        name, path = f"{BUILTIN_NAME} (built in)", builtin_path()
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise CorpusError(f"cannot read the corpus {path}: {error.strerror}; name a text file with --corpus") from None
-    if len(raw) < window:
-        raise CorpusError(
-            f"the corpus {path} is too short: it has {len(raw)} bytes, one window takes {window}; "
-            "use a longer text, or a smaller --context"
-        )
-    data = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
-    if (top := int(data.max())) >= vocab_size:
-        at = int((data >= vocab_size).nonzero()[0])
-        raise CorpusError(
-            f"the corpus {path} has byte {int(data[at])} at position {at}, but vocab_size is {vocab_size}; "
-            f"clean the text, or set --vocab-size to {top + 1} or more"
-        )
-    return Corpus(name, data, hashlib.sha256(raw).hexdigest())
-
-
-def builtin_path() -> Path:
-    """Return the path of the built-in corpus: in the installed package, or next to it in a checkout."""
-    package = Path(__file__).parent
-    installed = package / "data" / BUILTIN_NAME
-    return installed if installed.is_file() else package.parent / "data" / BUILTIN_NAME
-
-
-def window_offsets(corpus_size: int, window: int, count: int, seed: int) -> Tensor:
-    """Return where each of ``count`` windows starts: all starts in random order, reshuffled when they are used up.
-
-    Args:
-        corpus_size: bytes in the corpus.
-        window: bytes in a window.
-        count: how many windows.
-        seed: the order depends only on this and the sizes.
-
-    Returns:
-        int64 ``[count]``.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    starts = corpus_size - window + 1
-    epochs = [torch.randperm(starts, generator=generator) for _ in range(-(-count // starts))]
-    return torch.cat(epochs)[:count]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -143,18 +66,84 @@ def download(url: str) -> str:
         ) from None
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+
+
+def train_tokenizer(text: Path, vocab_size: int, out: Path) -> None:
+    """Train a byte-level BPE tokenizer, as GPT-2's is, and write it as a ``tokenizer.json``.
+
+    Its first 256 tokens are the bytes, so that it can encode any text.
+
+    Args:
+        text: UTF-8.
+        vocab_size: number of tokens, at least 256.
+        out: the file to write.
+
+    Raises:
+        ConfigError: the tokenizers library is not installed, or the size is too small.
+        CorpusError: the text cannot be read, or has too few different words for so many tokens.
+    """
+    tokenizers = require_tokenizers()
+    if vocab_size < 256:
+        raise ConfigError(f"--vocab must be at least 256, one token for each byte, got {vocab_size}")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_read(text).splitlines(keepends=True), trainer)
+    if (size := tokenizer.get_vocab_size()) < vocab_size:
+        raise CorpusError(f"{text} is too short for {vocab_size} tokens: it gives {size}; use a longer text")
+    _write(out, tokenizer.to_str(pretty=True).encode())
+
+
+def _train_tokenizer(args: argparse.Namespace) -> int:
+    train_tokenizer(args.text, args.vocab, args.out)
+    print(f"{args.out}: {args.vocab:,} tokens")
+    if args.on is not None:
+        tokens = np.array(encode(load_tokenizer(args.out, args.vocab), args.on))
+        dead = args.vocab - len(np.unique(tokens))
+        path = args.on.with_suffix(".npy")
+        buffer = io.BytesIO()
+        np.save(buffer, tokens.astype(np.uint16 if args.vocab <= 1 << 16 else np.uint32))
+        _write(path, buffer.getvalue())
+        print(f"{path}: {len(tokens):,} tokens; {dead:,} of the {args.vocab:,} never occur")
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The program
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the program; return its exit status."""
     parser = argparse.ArgumentParser(prog="bhfast corpus", description="Make a corpus to train on.")
-    books = parser.add_subparsers(dest="book", required=True, metavar="BOOK")
-    gatsby = books.add_parser("gatsby", help="The Great Gatsby, Project Gutenberg eBook 64317")
+    kinds = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+    gatsby = kinds.add_parser("gatsby", help="The Great Gatsby, Project Gutenberg eBook 64317")
     gatsby.add_argument("--raw", type=Path, metavar="FILE", help="the raw 64317-0.txt (default: download it)")
     gatsby.add_argument("--out", type=Path, metavar="FILE", default=GATSBY_PATH, help="default: %(default)s")
-    return run_program(parser, _make_gatsby, argv)
+    gatsby.set_defaults(make=_make_gatsby)
+    tokenizer = kinds.add_parser("train-tokenizer", help="a byte-level BPE tokenizer, trained on a text")
+    tokenizer.add_argument("text", type=Path, metavar="TEXT", help="UTF-8 text to train it on")
+    tokenizer.add_argument("--vocab", type=int, default=10_000, help="number of tokens (default: %(default)s)")
+    tokenizer.add_argument(
+        "--on",
+        type=Path,
+        metavar="PART",
+        help="a text that a model will see: write its tokens to PART with the suffix .npy, and count those that never "
+        "occur; if TEXT is larger than PART, these are the dead ones",
+    )
+    tokenizer.add_argument("--out", type=Path, metavar="FILE", default=TOKENIZER_PATH, help="default: %(default)s")
+    tokenizer.set_defaults(make=_train_tokenizer)
+    return run_program(parser, lambda args: args.make(args), argv)
 
 
 def _make_gatsby(args: argparse.Namespace) -> int:
-    raw = download(GATSBY_URL) if args.raw is None else _read(args.raw)
+    raw = download(GATSBY_URL) if args.raw is None else _read(args.raw, "; name the raw file with --raw")
     clean = clean_gutenberg(raw).encode("ascii")
     _write(args.out, clean)
     digest = hashlib.sha256(clean).hexdigest()
@@ -164,11 +153,11 @@ def _make_gatsby(args: argparse.Namespace) -> int:
     return 0
 
 
-def _read(path: Path) -> str:
+def _read(path: Path, hint: str = "") -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise CorpusError(f"cannot read {path}: {error.strerror}; name the raw file with --raw") from None
+        raise CorpusError(f"cannot read {path}: {error.strerror}{hint}") from None
     except UnicodeDecodeError as error:
         raise CorpusError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
 

@@ -2,34 +2,53 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
 
 from bhfast.config import TrainConfig
-from bhfast.corpus import Corpus, load_corpus
 from bhfast.engines.choose import select_engine
 from bhfast.errors import StorageError, TraceError
 from bhfast.machine import select_device
 from bhfast.ops import extension
+from bhfast.tokens import Corpus, load_corpus
 from bhfast.trace import Trace, open_trace
 
 UNRECORDED = {"keyframes", "out", "overwrite", "quiet", "storage"}  # settings that do not change the experiment
-RESOLVED = ("corpus_sha256", "device", "engine")  # compared in place of the settings they result from
+RESOLVED = ("corpus_sha256", "device", "engine", "files_sha256")  # compared in place of the settings they result from
+RESOLVING = ("corpus", "tokenizer")  # those settings
+FILES = ("rows", "start", "thermal_rows", "frozen_rows")  # settings that may name a file
 
 
 def experiment_metadata(config: TrainConfig, corpus: Corpus, device: torch.device, engine: str) -> dict[str, str]:
     """Return the metadata that identify the experiment: its settings, and the corpus, device and engine they led to."""
     settings = {name: value for name, value in asdict(config).items() if name not in UNRECORDED}
+    files = {name: digest for name in FILES if (digest := _sha256(settings[name]))}
     return {
         "config": json.dumps(settings),
         "corpus_sha256": corpus.sha256,
         "device": device.type,
         "engine": engine,
+        **({"files_sha256": json.dumps(files)} if files else {}),
     }
+
+
+def _sha256(setting: str | None) -> str | None:
+    """Return the SHA-256 of the file that a setting names, in hexadecimal; None if it names none."""
+    path = Path(setting or "")
+    path = path if path.is_file() else Path((setting or "").rpartition(":")[0])
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def corpus_of(config: TrainConfig) -> Corpus:
+    """Load the corpus of a run; see :func:`bhfast.tokens.load_corpus`."""
+    return load_corpus(
+        config.corpus, vocab_size=config.vocab_size, window=config.context + 1, tokenizer=config.tokenizer
+    )
 
 
 def machine_metadata(engine: str) -> dict[str, str]:
@@ -60,10 +79,12 @@ def _changed_settings(trace: Trace, metadata: dict[str, str]) -> list[str]:
     Raises:
         KeyError, ValueError: the trace was not written by :func:`bhfast.train.train`.
     """
+    defaults = {entry.name: entry.default for entry in fields(TrainConfig)}
     old, new = (
-        json.loads(x["config"]) | {"corpus": None} | {key: x[key] for key in RESOLVED}
+        defaults | json.loads(x["config"]) | dict.fromkeys(RESOLVING) | {key: x.get(key) for key in RESOLVED}
         for x in (trace.metadata, metadata)
     )
+    old |= {name: new[name] for name in UNRECORDED}
     return [f"{name} {old.get(name)!r}, now {value!r}" for name, value in new.items() if old.get(name) != value]
 
 
@@ -77,8 +98,8 @@ def is_run_of(path: str | os.PathLike[str], config: TrainConfig) -> bool:
         BhfastError: the corpus, the device or the engine is not available.
     """
     device, _ = select_device(config.device)
-    engine, _ = select_engine(config.engine, device, config.model_config())
-    corpus = load_corpus(config.corpus, vocab_size=config.vocab_size, window=config.context + 1)
+    engine, _ = select_engine(config.engine, device, config.demands())
+    corpus = corpus_of(config)
     try:
         trace = open_trace(path)
         changed = _changed_settings(trace, experiment_metadata(config, corpus, device, engine))

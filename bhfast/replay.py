@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bhfast.ops import checks, torch_adam
 from bhfast.trace import Trace
-from bhfast.trace.format import KEYFRAMES
+from bhfast.trace.format import AFTER_STEP, CHANGED, KEYFRAMES
 from bhfast.trace.updates import MOMENTS, STATE, Updates, bits, differing, why_unknown
 
 CHUNK = 1 << 19  # elements replayed at once
@@ -75,15 +75,16 @@ def _why_not_param(trace: Trace, updates: Updates) -> str | None:
             )
     gone = updates.flags.get(f"{name}.has_grad", torch.ones(0)) == 0
     for record in gone.nonzero().flatten().tolist() if name not in trace.keyframes else ():
-        if 0 < record < len(trace.steps) and any(_changes(trace[keys[field]], record) for field in STATE):
+        if 0 < record < len(trace.steps) and any(_changes(trace, keys[field], record) for field in STATE):
             return f"{name} changed in step {int(trace.steps[record])}, in which it had no gradient"
     if not updates.has_one_factor.all():
         return "between backward and step, gradients were changed by something other than one common factor"
     return None
 
 
-def _changes(tensor: Tensor, record: int) -> bool:
-    return not torch.equal(bits(tensor[record]), bits(tensor[record - 1]))
+def _changes(trace: Trace, key: str, record: int) -> bool:
+    after = _after_step(trace, key, slice(record, record + 1))[0]
+    return not torch.equal(bits(after), bits(trace[key].as_subclass(Tensor)[record - 1]))
 
 
 def replay(trace: Trace, logged: Mapping[str, Tensor]) -> Difference | None:
@@ -109,12 +110,21 @@ def _replay_param(trace: Trace, updates: Updates) -> Difference | None:
         states = [x[now.start - 1 : now.stop - 1] for x in tensors]
         values = updates.next_states(states, grads[now], now)
         found = [
-            _first_difference(trace, keys[field], start, own[now], value)
-            for field, own, value in zip(STATE, tensors, values, strict=True)
+            _first_difference(trace, keys[field], start, _after_step(trace, keys[field], now), value)
+            for field, value in zip(STATE, values, strict=True)
         ]
         if differences := [difference for difference in found if difference]:
             return min(reversed(differences), key=lambda difference: difference.record)  # of moments first
     return None
+
+
+def _after_step(trace: Trace, key: str, now: slice) -> Tensor:
+    """Return what steps left in a tensor, before the loop changed it: ``[n, *shape]``."""
+    recorded = trace[key].as_subclass(Tensor)[now]
+    if key + CHANGED not in trace:
+        return recorded
+    changed = trace[key + CHANGED].as_subclass(Tensor)[now]
+    return torch.where(changed.view(-1, *[1] * (recorded.dim() - 1)), trace[key + AFTER_STEP][now], recorded)
 
 
 def _replay_keyframes(trace: Trace, updates: Updates) -> Difference | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import math
 import signal
 import sys
@@ -28,10 +29,11 @@ from tqdm import tqdm
 
 from bhfast.cli import run_program
 from bhfast.config import TrainConfig, setting_type
-from bhfast.corpus import Corpus, load_corpus, window_offsets
-from bhfast.engines.base import Engine, TrainingRun
+from bhfast.engines.base import HIDDEN, Engine, TrainingRun
 from bhfast.engines.choose import make_engine, select_engine
-from bhfast.experiment import experiment_metadata, machine_metadata, require_same_experiment
+from bhfast.engines.thermal import ThermalNoise
+from bhfast.errors import ConfigError
+from bhfast.experiment import corpus_of, experiment_metadata, machine_metadata, require_same_experiment
 from bhfast.machine import select_device
 from bhfast.model import TiedGPT, build_model
 from bhfast.ops import extension
@@ -39,13 +41,23 @@ from bhfast.optim import FusedAdam
 from bhfast.progress import PROGRESS_EVERY, ProgressMonitor, status_printer
 from bhfast.recording.null import NullRecorder
 from bhfast.recording.recorder import Recorder
+from bhfast.recording.selection import named_params
 from bhfast.signals import deferred_signals
 from bhfast.summary import verification_figures
+from bhfast.tokens import Corpus, chosen_tokens, window_offsets
 from bhfast.trace import open_trace
 from bhfast.trace.format import format_bytes
 from bhfast.version import __version__
 
-TENSOR_NAMES = {"param": "embeddings", "grad": "grads", "exp_avg": "momentum", "exp_avg_sq": "variance"}
+# In the trace, of the token vectors.
+TENSOR_NAMES = {
+    "param": "embeddings",
+    "grad": "grads",
+    "exp_avg": "momentum",
+    "exp_avg_sq": "variance",
+    "momentum_buffer": "momentum",
+}
+TOKENS = "wte"  # the parameter of the token vectors
 BURST_SECONDS = 0.05  # how long the engine runs between two checks for signals
 
 
@@ -93,31 +105,29 @@ def train(config: TrainConfig | None = None, *, progress: Callable[[int, float],
     print_status = status_printer(config.quiet)
 
     device, device_reason = select_device(config.device)
-    engine_name, engine_reason = select_engine(config.engine, device, config.model_config())
+    engine_name, engine_reason = select_engine(config.engine, device, config.demands())
     backend, backend_reason = extension.backend(device)
-    corpus = load_corpus(config.corpus, vocab_size=config.vocab_size, window=config.context + 1)
-    print_status(f"corpus   {corpus.name}: {len(corpus.data):,} bytes")
+    corpus = corpus_of(config)
+    print_status(f"corpus   {corpus.name}: {len(corpus.data):,} {corpus.unit}")
     if corpus.name.endswith("(built in)"):
         print_status("         for the reference run: python -m bhfast.corpus gatsby")
     print_status(f"device   {device.type} ({device_reason})")
     print_status(f"engine   {engine_name} ({engine_reason}); operations: {backend} ({backend_reason})")
 
     model, center = build_model(
-        config.model_config(), sigma=config.sigma, init_scale=config.init_scale, seed=config.seed, device=device
+        config.model_config(),
+        config.start_config(),
+        seed=config.seed if config.init_seed is None else config.init_seed,
+        device=device,
+        dtype=getattr(torch, config.dtype),
     )
     optimizer = _make_optimizer(config, model)
-    recorder = _make_recorder(config, model, optimizer, _metadata(config, corpus, device, engine_name))
-    offsets = window_offsets(
-        len(corpus.data), config.context + 1, config.steps * config.grad_accum * config.batch_size, config.seed
-    ).view(config.steps, config.grad_accum, config.batch_size)
-    lrs = [config.learning_rate(step) for step in range(1, config.steps + 1)]
+    recorder = _make_recorder(config, model, optimizer, corpus, _metadata(config, corpus, device, engine_name))
 
     with deferred_signals() as signals, recorder:
         print_status(f"storage  {recorder.description}")
-        _record_start(recorder, config, center, corpus)
-        engine = make_engine(
-            engine_name, TrainingRun(model, optimizer, recorder.slots, corpus.data, offsets, lrs, config.target_offset)
-        )
+        _record_start(recorder, config, center, corpus, model)
+        engine = make_engine(engine_name, _make_run(config, model, optimizer, recorder, corpus))
         steps, seconds = _run(engine, config, signals, progress)
 
     if signals:
@@ -134,7 +144,9 @@ def train(config: TrainConfig | None = None, *, progress: Callable[[int, float],
     )
 
 
-def _make_optimizer(config: TrainConfig, model: TiedGPT) -> FusedAdam:
+def _make_optimizer(config: TrainConfig, model: TiedGPT) -> torch.optim.Optimizer:
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(model.parameters(), lr=config.lr, momentum=config.momentum)
     return FusedAdam(
         _param_groups(model, config.weight_decay),
         lr=config.lr,
@@ -142,6 +154,39 @@ def _make_optimizer(config: TrainConfig, model: TiedGPT) -> FusedAdam:
         eps=config.eps,
         rounding=config.adam_rounding,
         max_grad_norm=config.max_grad_norm,
+    )
+
+
+def _make_run(
+    config: TrainConfig,
+    model: TiedGPT,
+    optimizer: torch.optim.Optimizer,
+    recorder: Recorder | NullRecorder,
+    corpus: Corpus,
+) -> TrainingRun:
+    seed = config.seed if config.data_seed is None else config.data_seed
+    windows = config.steps * config.grad_accum * config.batch_size
+    offsets = window_offsets(len(corpus.data), config.context + 1, windows, seed)
+    tokens, device = model.wte.weight, model.wte.weight.device
+    frozen = thermal = None
+    if config.frozen_rows:
+        frozen = torch.zeros(config.vocab_size, dtype=torch.bool)
+        frozen[chosen_tokens("frozen_rows", config.frozen_rows, corpus.counts)] = True
+    if config.thermal_noise:
+        rows = chosen_tokens("thermal_rows", config.thermal_rows, corpus.counts)
+        thermal = ThermalNoise(tokens, rows.to(device), config.thermal_noise, config.seed)
+    return TrainingRun(
+        model=model,
+        optimizer=optimizer,
+        recorder=recorder.slots,
+        corpus=corpus.data,
+        offsets=offsets.view(config.steps, config.grad_accum, config.batch_size),
+        lrs=[config.learning_rate(step) for step in range(1, config.steps + 1)],
+        target_offset=config.target_offset,
+        max_grad_norm=config.max_grad_norm,
+        hidden=config.hidden_statistics,
+        frozen=None if frozen is None else frozen.to(device),
+        thermal=thermal,
     )
 
 
@@ -163,53 +208,72 @@ def _metadata(config: TrainConfig, corpus: Corpus, device: torch.device, engine_
         "corpus": corpus.name,
         "seed": str(config.seed),
         **machine_metadata(engine_name),
-        "adam_rounding": config.adam_rounding,
+        **({} if config.optimizer == "sgd" else {"adam_rounding": config.adam_rounding}),
+        **({} if corpus.strings is None else {"token_strings": json.dumps(corpus.strings, ensure_ascii=False)}),
         "bhfast_version": __version__,
         "torch_version": torch.__version__,
     }
 
 
 def _make_recorder(
-    config: TrainConfig, model: TiedGPT, optimizer: FusedAdam, metadata: dict[str, str]
+    config: TrainConfig,
+    model: TiedGPT,
+    optimizer: torch.optim.Optimizer,
+    corpus: Corpus,
+    metadata: dict[str, str],
 ) -> Recorder | NullRecorder:
     if not config.record_every:
         return NullRecorder()
     if config.path.is_file() and not config.overwrite:
         require_same_experiment(config.path, metadata)
+    params: dict[str, Tensor] = {TOKENS: model.wte.weight}
+    if config.recorded_params:
+        named = named_params(config.recorded_params, model)
+        params = {TOKENS if param is model.wte.weight else name: param for name, param in named}
+    if config.rows and TOKENS not in params:
+        raise ConfigError(f"rows are those of the token vectors, which params={config.params} leave out")
     return Recorder(
         optimizer,
-        {"wte": model.wte.weight},
+        params,
         steps=config.steps,
         path=config.path,
         every=config.record_every,
         keyframes=config.keyframes or None,
         storage=config.storage,
-        keys=TENSOR_NAMES,
+        rows={TOKENS: chosen_tokens("rows", config.rows, corpus.counts)} if config.rows else None,
+        fields=config.recorded_fields,
+        unclipped=config.optimizer == "sgd",
+        keys={TOKENS: TENSOR_NAMES},
         metadata=metadata,
         overwrite=config.overwrite or config.path.is_file(),
     )
 
 
-def _record_start(recorder: Recorder | NullRecorder, config: TrainConfig, center: Tensor, corpus: Corpus) -> None:
+def _record_start(
+    recorder: Recorder | NullRecorder, config: TrainConfig, center: Tensor | None, corpus: Corpus, model: TiedGPT
+) -> None:
     """Record what stays the same in all steps, and record 0: no loss yet, and zeros."""
     scalars = {
         "init_scale": config.init_scale,
         "sigma": config.sigma,
         "learning_rate": config.lr,
         "weight_decay": config.weight_decay,
-        "adam_beta1": config.beta1,
-        "adam_beta2": config.beta2,
+        **({} if config.optimizer == "sgd" else {"adam_beta1": config.beta1, "adam_beta2": config.beta2}),
     }
     recorder.constants.update(
-        bh_center=center,
+        **({} if center is None else {"bh_center": center}),
         **{name: torch.tensor(value, dtype=torch.float32) for name, value in scalars.items()},
-        adam_epsilon=torch.tensor(config.eps, dtype=torch.float64),
-        token_counts=corpus.data.long().bincount(minlength=config.vocab_size),
+        **({} if config.optimizer == "sgd" else {"adam_epsilon": torch.tensor(config.eps, dtype=torch.float64)}),
+        token_counts=corpus.counts,
     )
-    zero = torch.zeros((), device=center.device)
+    device, dtype = model.wte.weight.device, model.wte.weight.dtype
+    zero = torch.zeros((), device=device)
     recorder.slots.log(
-        losses=torch.full((), math.nan, dtype=torch.bfloat16, device=center.device),
-        logits=torch.zeros(config.vocab_size, dtype=torch.bfloat16, device=center.device),
+        losses=torch.full((), math.nan, dtype=dtype, device=device),
+        logits=torch.zeros(config.vocab_size, dtype=dtype, device=device),
+        **{
+            HIDDEN[name]: torch.full((config.hidden_dim,), math.nan, device=device) for name in config.hidden_statistics
+        },
         learning_rates=torch.zeros((), dtype=torch.float64),
         clip_coefs=zero,
         grad_norms=zero,

@@ -52,16 +52,18 @@ struct PyEngine {
 // The parameters of a TiedGPT, in the order of model.parameters()
 
 constexpr int64_t kParametersPerBlock = 12, kOtherParameters = 4;  // others: wte, wpe, the weight and bias of ln_f
+constexpr size_t kFirstMlpWeight = 10;
 
 // The network's sizes, from the parameters' shapes.
 Shape shape_of(const Tensors& parameters, int64_t heads, int64_t windows) {
   const auto count = static_cast<int64_t>(parameters.size());
   const int64_t layers = (count - kOtherParameters) / kParametersPerBlock;
   TORCH_CHECK_VALUE(layers >= 1 && count == kOtherParameters + layers * kParametersPerBlock &&
-                        parameters[0].dim() == 2 && parameters[1].dim() == 2,
+                        parameters[0].dim() == 2 && parameters[1].dim() == 2 && parameters[kFirstMlpWeight].dim() == 2,
                     "parameters must be those of a TiedGPT");
-  const Shape shape{parameters[0].size(0), parameters[0].size(1), layers, heads, parameters[1].size(0), windows};
-  const std::string reason = unsupported(shape.hidden, shape.heads);
+  const int64_t mlp = parameters[kFirstMlpWeight].size(0);
+  const Shape shape{parameters[0].size(0), parameters[0].size(1), mlp, layers, heads, parameters[1].size(0), windows};
+  const std::string reason = unsupported(shape.hidden, shape.heads, shape.mlp);
   TORCH_CHECK_VALUE(reason.empty(), reason);
   return shape;
 }
@@ -71,7 +73,7 @@ std::vector<Sizes> parameter_sizes(const Shape& s) {
   std::vector<Sizes> sizes{{s.vocab, d}, {s.context, d}};
   for (int64_t layer = 0; layer < s.layers; ++layer) {
     for (const Sizes& size : std::initializer_list<Sizes>{
-             {d}, {d}, {3 * d, d}, {3 * d}, {d, d}, {d}, {d}, {d}, {4 * d, d}, {4 * d}, {d, 4 * d}, {d}}) {
+             {d}, {d}, {3 * d, d}, {3 * d}, {d, d}, {d}, {d}, {d}, {s.mlp, d}, {s.mlp}, {d, s.mlp}, {d}}) {
       sizes.push_back(size);
     }
   }
@@ -133,11 +135,31 @@ Log<T> take_log(TensorOwner& owner, const std::map<std::string, Tensor>& logs, c
   return {owner.pointer<T>(name, found->second, dtype, sizes), slots};
 }
 
-// Check what the steps read: a byte or an offset out of range would make them read or write beyond their memory.
-void check_corpus(const TrainingRun& run, int64_t bytes, int64_t offsets) {
-  TORCH_CHECK_VALUE(std::all_of(run.corpus, run.corpus + bytes, [&](uint8_t byte) { return byte < run.shape.vocab; }),
-                    "corpus must have bytes below ", run.shape.vocab);
-  const int64_t last = bytes - run.shape.context - 1;
+// tensor, rows, ring: see bhfast.recording.slots.RowSlots.
+using RowsArgument = std::tuple<Tensor, Tensor, Tensor>;
+
+RecordedRows take_rows(TensorOwner& owner, const RowsArgument& argument) {
+  const auto& [tensor, rows, ring] = argument;
+  TORCH_CHECK_VALUE(tensor.dim() >= 1 && ring.dim() >= 1, "recorded rows and their rings must have rows");
+  const int64_t count = rows.numel(), slots = ring.size(0), length = tensor.size(0);
+  Sizes sizes = tensor.sizes().vec();
+  sizes[0] = count;
+  sizes.insert(sizes.begin(), slots);
+  const auto* from = owner.pointer<const char>("the tensor of recorded rows", tensor, at::kBFloat16, tensor.sizes());
+  const auto* indices = owner.pointer<const int64_t>("recorded rows", rows, at::kLong, {count});
+  TORCH_CHECK_VALUE(std::all_of(indices, indices + count, [&](int64_t row) { return 0 <= row && row < length; }),
+                    "recorded rows must be 0 to ", length - 1);
+  auto* to = owner.pointer<char>("the ring of recorded rows", ring, at::kBFloat16, sizes);
+  const int64_t row_bytes = length ? tensor.numel() / length * tensor.element_size() : 0;
+  return {from, row_bytes, indices, count, to, slots};
+}
+
+// Check what the steps read: a token or an offset out of range would make them read or write beyond their memory.
+void check_corpus(const TrainingRun& run, int64_t tokens, int64_t offsets) {
+  TORCH_CHECK_VALUE(std::all_of(run.corpus, run.corpus + tokens,
+                                [&](int32_t token) { return 0 <= token && token < run.shape.vocab; }),
+                    "corpus must have tokens below ", run.shape.vocab);
+  const int64_t last = tokens - run.shape.context - 1;
   TORCH_CHECK_VALUE(
       std::all_of(run.offsets, run.offsets + offsets, [&](int64_t offset) { return 0 <= offset && offset <= last; }),
       "offsets must be 0 to ", last);
@@ -146,6 +168,7 @@ void check_corpus(const TrainingRun& run, int64_t bytes, int64_t offsets) {
 PyEngine make_engine(const Tensors& parameters, int64_t heads, const std::vector<GroupArgument>& groups,
                      const std::string& rounding, float max_grad_norm, int64_t target_offset, const Tensor& corpus,
                      const Tensor& offsets, const Tensor& learning_rates, int64_t every,
+                     const std::vector<RowsArgument>& recorded_rows, const std::optional<Tensor>& frozen,
                      const std::map<std::string, Tensor>& logs, const Tensor& losses, const Tensor& grad_norms,
                      std::optional<int> threads, const std::string& instruction_set) {
   TORCH_CHECK_VALUE(offsets.dim() == 2, "offsets must have shape [steps, windows], got ", offsets.sizes());
@@ -164,16 +187,20 @@ PyEngine make_engine(const Tensors& parameters, int64_t heads, const std::vector
   run.rounding = rounding == "per-op" ? Rounding::per_op : Rounding::opmath;
   run.max_grad_norm = max_grad_norm;
   run.target_offset = target_offset;
-  run.corpus = owner.pointer<const uint8_t>("corpus", corpus, at::kByte, {corpus.numel()});
+  run.corpus = owner.pointer<const int32_t>("corpus", corpus, at::kInt, {corpus.numel()});
   run.offsets = owner.pointer<const int64_t>("offsets", offsets, at::kLong, {steps, windows});
   check_corpus(run, corpus.numel(), offsets.numel());
   run.learning_rates = owner.pointer<const double>("learning_rates", learning_rates, at::kDouble, {steps});
   run.every = every;
+  if (frozen) run.frozen = owner.pointer<const bool>("frozen", *frozen, at::kBool, {run.shape.vocab});
+  for (const RowsArgument& rows : recorded_rows) run.recorded_rows.push_back(take_rows(owner, rows));
   run.losses = take_log<bfloat16>(owner, logs, "losses", at::kBFloat16, {});
   run.logits = take_log<bfloat16>(owner, logs, "logits", at::kBFloat16, {run.shape.vocab});
   run.logged_learning_rates = take_log<double>(owner, logs, "learning_rates", at::kDouble, {});
   run.clip_coefs = take_log<float>(owner, logs, "clip_coefs", at::kFloat, {});
   run.grad_norms = take_log<float>(owner, logs, "grad_norms", at::kFloat, {});
+  run.hidden_means = take_log<float>(owner, logs, "hidden_means", at::kFloat, {run.shape.hidden});
+  run.hidden_vars = take_log<float>(owner, logs, "hidden_vars", at::kFloat, {run.shape.hidden});
   run.step_losses = owner.pointer<float>("losses", losses, at::kFloat, {steps});
   run.step_grad_norms = owner.pointer<float>("grad_norms", grad_norms, at::kFloat, {steps});
 
@@ -190,7 +217,7 @@ std::map<std::string, double> profile_of(const PyEngine& self) {
 }
 
 void bind_engine(py::module_& m) {
-  m.def("native_unsupported", &unsupported, py::arg("hidden_dim"), py::arg("heads"),
+  m.def("native_unsupported", &unsupported, py::arg("hidden_dim"), py::arg("heads"), py::arg("mlp_dim"),
         "Return why the native engine cannot run a network of these sizes; empty if it can.");
   m.def("native_peak", &peak_flops, py::arg("instruction_set"), py::arg("threads"),
         py::call_guard<py::gil_scoped_release>(),
@@ -198,7 +225,7 @@ void bind_engine(py::module_& m) {
   py::class_<PyEngine>(m, "NativeEngine", "Runs the training steps of a TiedGPT, on the tensors it is given.")
       .def(py::init(&make_engine), py::kw_only(), py::arg("parameters"), py::arg("heads"), py::arg("groups"),
            py::arg("rounding"), py::arg("max_grad_norm"), py::arg("target_offset"), py::arg("corpus"),
-           py::arg("offsets"), py::arg("learning_rates"), py::arg("every"), py::arg("logs"), py::arg("losses"),
+           py::arg("offsets"), py::arg("learning_rates"), py::arg("every"), py::arg("recorded_rows"), py::arg("frozen"), py::arg("logs"), py::arg("losses"),
            py::arg("grad_norms"), py::arg("threads"), py::arg("instruction_set"))
       .def(
           "run", [](PyEngine& self, int64_t steps) { self.engine->run(steps); }, py::arg("steps"),

@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; the p
 import torch
 from traces import record
 
-from bhfast import corpus
+from bhfast import tokens
 from bhfast.config import TrainConfig
 from bhfast.ops import extension as module
 from bhfast.ops import kernels as torch_kernels
@@ -175,7 +175,7 @@ def generator() -> torch.Generator:
 @pytest.fixture(scope="session")
 def text() -> str:
     """The corpus that the runs of the tests train on: the built-in one."""
-    return str(corpus.builtin_path())
+    return str(tokens.builtin_path())
 
 
 @pytest.fixture(scope="session")

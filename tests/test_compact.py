@@ -23,7 +23,7 @@ ENGINES = ["torch", "native"]
 def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, text: str) -> tuple[Path, Path]:
     """The same run recorded in full, and with key frames at every 16th step and the last."""
     engine, rounding = request.param
-    if engine == "native" and (reason := extension.native_unsupported(64, 2)):
+    if engine == "native" and (reason := extension.native_unsupported(64, 2, 256)):
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("compact")
     own = {"steps": STEPS, "engine": engine, "adam_rounding": rounding, "weight_decay": 0.1, "corpus": text}

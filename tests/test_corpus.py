@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bhfast import corpus
+from bhfast import corpus, tokens
 from bhfast.errors import ConfigError, CorpusError
 
 ROOT = Path(__file__).parent.parent
@@ -36,11 +36,11 @@ CLEAN = 'A Title by Someone\nFirst line--with a dash, second line.  Two spaces.\
 
 def test_builtin_corpus_is_what_its_generator_writes() -> None:
     text = runpy.run_path(str(ROOT / "data" / "make_night_log.py"))["night_log"]()
-    assert (ROOT / "data" / corpus.BUILTIN_NAME).read_text(encoding="ascii") == text
+    assert (ROOT / "data" / tokens.BUILTIN_NAME).read_text(encoding="ascii") == text
 
 
 def test_builtin_corpus_suits_the_experiment() -> None:
-    data = corpus.load_corpus(str(corpus.builtin_path()), vocab_size=128, window=129).data
+    data = tokens.load_corpus(str(tokens.builtin_path()), vocab_size=128, window=129).data
     assert len(data) >= 256 * 1024
     assert 40 <= 128 - len(data.unique()) <= 50
 
@@ -113,10 +113,10 @@ def test_says_that_unidecode_is_missing(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_prefers_gatsby_if_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert corpus.load_corpus(None, vocab_size=128, window=129).name == "night_log.txt (built in)"
+    assert tokens.load_corpus(None, vocab_size=128, window=129).name == "night_log.txt (built in)"
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "gatsby_clean.txt").write_bytes(b"x" * 200)
-    found = corpus.load_corpus(None, vocab_size=128, window=129)
+    found = tokens.load_corpus(None, vocab_size=128, window=129)
     assert found.name == "data/gatsby_clean.txt (The Great Gatsby)"
     assert found.sha256 == hashlib.sha256(b"x" * 200).hexdigest()
 
@@ -135,15 +135,15 @@ def test_refuses_bad_corpora(tmp_path: Path, content: bytes | None, message: str
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(CorpusError, match=message):
-        corpus.load_corpus(path, vocab_size=128, window=129)
+        tokens.load_corpus(path, vocab_size=128, window=129)
 
 
 def test_windows_are_drawn_without_replacement_and_reshuffled() -> None:
-    offsets = corpus.window_offsets(corpus_size=20, window=11, count=25, seed=3)
+    offsets = tokens.window_offsets(corpus_size=20, window=11, count=25, seed=3)
     assert offsets.dtype == torch.int64
     first, second, rest = offsets.split(10)
     assert first.sort().values.tolist() == second.sort().values.tolist() == list(range(10))
     assert first.tolist() != second.tolist()
     assert len(rest) == 5
-    assert torch.equal(corpus.window_offsets(20, 11, 7, 3), offsets[:7])
-    assert not torch.equal(corpus.window_offsets(20, 11, 25, 4), offsets)
+    assert torch.equal(tokens.window_offsets(20, 11, 7, 3), offsets[:7])
+    assert not torch.equal(tokens.window_offsets(20, 11, 25, 4), offsets)

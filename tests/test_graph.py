@@ -16,7 +16,7 @@ from bhfast import doctor
 from bhfast.config import TrainConfig
 from bhfast.engines import graph
 from bhfast.engines.base import StorageGuard, TrainingRun
-from bhfast.engines.choose import select_engine
+from bhfast.engines.choose import Demands, select_engine
 from bhfast.engines.graph import GraphEngine
 from bhfast.errors import BhfastError, ConfigError
 from bhfast.model import GPTConfig
@@ -53,7 +53,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> list[SlowCopyStream]:
     monkeypatch.setattr(graph, "GraphEngine", EagerGraphEngine)
     monkeypatch.setattr(graph, "capture", lambda work, device: work)
     monkeypatch.setattr(graph, "side_stream", lambda device: nullcontext())
-    monkeypatch.setattr("bhfast.train.select_engine", lambda name, device, model: (name, "as asked"))
+    monkeypatch.setattr("bhfast.train.select_engine", lambda name, device, demands: (name, "as asked"))
     monkeypatch.setattr(RecordSlots, "_make_copy_stream", staticmethod(make_copy_stream))
     monkeypatch.setattr(RecordSlots, "_half_size", staticmethod(lambda *_: 4))
     return streams
@@ -131,11 +131,13 @@ def test_auto_takes_it_and_says_that_its_speed_is_not_measured(monkeypatch: pyte
     """This goes when ``benchmarks/results`` has the figures of a GPU."""
     cuda = torch.device("cuda")
     monkeypatch.setattr(extension, "backend", lambda device: ("CUDA", "compiled"))
-    monkeypatch.setattr(extension, "native_unsupported", lambda hidden_dim, heads: "odd" if hidden_dim % 32 else None)
+    monkeypatch.setattr(
+        extension, "native_unsupported", lambda hidden_dim, heads, mlp_dim: "odd" if hidden_dim % 32 else None
+    )
     reason = "its speed is not measured yet; --device cpu --engine native may be faster"
     assert select_engine("auto", cuda) == ("graph", reason)
     assert select_engine("graph", cuda) == ("graph", "as asked")
-    unfit = GPTConfig(hidden_dim=24, heads=2)
+    unfit = Demands(GPTConfig(hidden_dim=24, heads=2))
     assert select_engine("auto", cuda, unfit) == ("graph", "its speed is not measured yet")
 
     monkeypatch.setattr(doctor, "select_device", lambda name: (cuda, ""))

@@ -11,10 +11,11 @@ from tolerances import GRADIENT, LOGITS, LOSS
 
 from bhfast.errors import ConfigError
 from bhfast.model import GPTConfig, TiedGPT, build_model, window_loss
+from bhfast.start import Start
 
 
 def build(sigma: float = 0.0, seed: int = 42, **sizes: int) -> tuple[TiedGPT, torch.Tensor]:
-    return build_model(GPTConfig(**sizes), sigma=sigma, init_scale=0.02, seed=seed)
+    return build_model(GPTConfig(**sizes), Start(sigma=sigma), seed=seed)
 
 
 def test_has_the_reference_run_parameters() -> None:

@@ -14,7 +14,7 @@ from traces import assert_same_data
 
 from bhfast.config import TrainConfig
 from bhfast.engines.base import TrainingRun
-from bhfast.engines.choose import make_engine, select_engine
+from bhfast.engines.choose import Demands, make_engine, select_engine
 from bhfast.engines.native import NativeEngine
 from bhfast.engines.torch import TorchEngine
 from bhfast.errors import BhfastError, ConfigError
@@ -22,6 +22,7 @@ from bhfast.model import GPTConfig, TiedGPT, build_model, window_loss
 from bhfast.ops import arithmetic, extension
 from bhfast.optim import FusedAdam
 from bhfast.recording.null import NullSlots
+from bhfast.start import Start
 from bhfast.trace import open_trace
 from bhfast.train import train
 from bhfast.verify import verify
@@ -52,7 +53,7 @@ def make_run(
     """A run on random bytes, without a recorder."""
     generator = torch.Generator().manual_seed(3)
     config = GPTConfig(**sizes)
-    model, _ = build_model(config, sigma=sigma, init_scale=0.02, seed=1)
+    model, _ = build_model(config, Start(sigma=sigma), seed=1)
     corpus = torch.randint(min(config.vocab_size, 79), (5000,), dtype=torch.uint8, generator=generator)
     last = len(corpus) - config.context - 1
     return TrainingRun(
@@ -87,7 +88,7 @@ def test_gradients_are_as_near_to_float64_as_the_torch_engines(shape, instructio
     eager = TorchEngine(make_run(**shape))
     exact = TiedGPT(native.training_run.model.config).double()
     exact.load_state_dict(native.training_run.model.state_dict())
-    windows = eager.windows[eager.offsets[0, 0]]
+    windows = eager.windows[eager.offsets[0, 0]].long()
     logits = exact(windows[:, :-1])
     targets = windows[:, native.training_run.target_offset :]
     terms = logits[:, : targets.size(1)].log_softmax(-1).gather(2, targets[..., None])
@@ -279,7 +280,7 @@ def test_profile_says_what_time_is_spent_on() -> None:
 def test_auto_takes_it_on_a_cpu() -> None:
     cpu = torch.device("cpu")
     assert select_engine("auto", cpu) == ("native", "the fastest for cpu")
-    odd = GPTConfig(hidden_dim=24, heads=2)
+    odd = Demands(GPTConfig(hidden_dim=24, heads=2))
     reason = "the native engine needs a hidden_dim divisible by 32, and by 16 times heads, got 24 and 2"
     assert select_engine("auto", cpu, odd) == ("torch", reason)
     with pytest.raises(ConfigError, match=f"engine native cannot run here: {reason}; use --engine torch"):
@@ -296,6 +297,10 @@ def test_without_the_extension_auto_takes_torch(monkeypatch: pytest.MonkeyPatch)
     assert select_engine("auto", torch.device("cpu")) == ("torch", reason)
 
 
+def rows_of(row: int, width: int = 64) -> list[tuple[torch.Tensor, ...]]:
+    return [(torch.zeros(128, 64).bfloat16(), torch.tensor([row]), torch.zeros(2, 1, width, dtype=torch.bfloat16))]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -307,7 +312,11 @@ def test_without_the_extension_auto_takes_torch(monkeypatch: pytest.MonkeyPatch)
         ({"heads": 3}, "needs a hidden_dim divisible by 32, and by 16 times heads, got 64 and 3"),
         ({"target_offset": 129}, "target_offset must be 1 to 128, got 129"),
         ({"offsets": torch.tensor([[5000]])}, "offsets must be 0 to 4871"),
-        ({"corpus": torch.full((5000,), 200, dtype=torch.uint8)}, "corpus must have bytes below 128"),
+        ({"corpus": torch.full((5000,), 200, dtype=torch.int32)}, "corpus must have tokens below 128"),
+        ({"corpus": torch.full((5000,), -1, dtype=torch.int32)}, "corpus must have tokens below 128"),
+        ({"frozen": torch.zeros(127, dtype=torch.bool)}, re.escape("frozen must have shape [128], got [127]")),
+        ({"recorded_rows": rows_of(128)}, "recorded rows must be 0 to 127"),
+        ({"recorded_rows": rows_of(3, width=63)}, re.escape("must have shape [2, 1, 64], got [2, 1, 63]")),
         ({"losses": torch.empty(2)}, re.escape("losses must have shape [1], got [2]")),
         ({"grad_norms": torch.empty(1).double()}, "grad_norms must be Float, got Double"),
         ({"parameters": []}, "parameters must be those of a TiedGPT"),

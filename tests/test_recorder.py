@@ -12,6 +12,7 @@ import pytest
 import torch
 from copy_streams import SlowCopyStream
 from torch import nn
+from traces import flip
 
 from bhfast.errors import BhfastError, ConfigError, RecordingWarning, StorageError
 from bhfast.ops.checks import FIELDS
@@ -71,19 +72,62 @@ def test_records_every_step_to_the_bit(make, dtype, tmp_path: Path) -> None:
         assert torch.equal(trace[key][1:], torch.stack(values)), key
 
 
-def test_records_nothing_of_what_happens_after_the_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize("storage", ["memory", "stream"])
+@pytest.mark.parametrize("make", [FusedAdam, torch.optim.AdamW])
+def test_records_what_the_loop_changes_after_the_step(make, storage: str, tmp_path: Path) -> None:
+    model = linear()
+    optimizer = make(model.parameters())
+    path = tmp_path / "t.safetensors"
+    left, final = [], []
+    with Recorder(optimizer, {"w": model.weight}, steps=6, path=path, storage=storage):
+        for step in range(1, 7):
+            train_step(model, optimizer)
+            left.append(model.weight.detach().clone())
+            if step in (2, 6):
+                with torch.no_grad():
+                    model.weight[0] += 0.5
+                    optimizer.state[model.weight]["exp_avg"].mul_(0.5)
+            final.append(model.weight.detach().clone())
+    trace = open_trace(path)
+    assert torch.equal(trace["w"][1:], torch.stack(final))
+    assert trace["w.changed"].nonzero().flatten().tolist() == [2, 6]
+    assert trace["w.exp_avg.changed"].nonzero().flatten().tolist() == [2, 6]
+    assert torch.equal(trace["w.after_step"][[2, 6]], torch.stack([left[1], left[5]]))
+    assert not trace["w.after_step"][[0, 1, 3, 4, 5]].any()
+    assert "w.exp_avg_sq.changed" not in trace
+    assert torch.equal(trace["w.exp_avg"][2], trace["w.exp_avg.after_step"][2] * 0.5)
+    found = verify(path)
+    assert (found.status, found.replayed) == (0, 6), found
+
+
+def test_a_change_before_the_first_step_belongs_to_the_start(tmp_path: Path) -> None:
     model = linear()
     optimizer = FusedAdam(model.parameters())
     path = tmp_path / "t.safetensors"
-    with Recorder(optimizer, {"w": model.weight}, steps=1, path=path):
-        train_step(model, optimizer)
-        wanted = model.weight.detach().clone()
+    with Recorder(optimizer, {"w": model.weight}, steps=2, path=path):
         with torch.no_grad():
             model.weight.fill_(7)
-            optimizer.state[model.weight]["exp_avg"].fill_(7)
+        train_step(model, optimizer)
+        train_step(model, optimizer)
     trace = open_trace(path)
-    assert torch.equal(trace["w"][1], wanted)
-    assert not (trace["w.exp_avg"][1] == 7).any()
+    assert (trace["w"][0] == 7).all()
+    assert trace["w.changed"].tolist() == [True, False, False]
+    assert verify(path).status == 0
+
+
+def test_a_damaged_change_is_found(tmp_path: Path) -> None:
+    model = linear()
+    optimizer = FusedAdam(model.parameters())
+    path = tmp_path / "t.safetensors"
+    with Recorder(optimizer, {"w": model.weight}, steps=3, path=path):
+        for _ in range(3):
+            train_step(model, optimizer)
+            with torch.no_grad():
+                model.weight[0] += 0.5
+    flip(path, "w.after_step", 2, 0, 0, bit=3)
+    found = verify(path)
+    assert found.status == 1
+    assert "step 2, w[0, 0]" in str(found)
 
 
 def test_watching_does_not_change_the_run(tmp_path: Path) -> None:

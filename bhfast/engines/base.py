@@ -6,13 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from bhfast.engines.thermal import ThermalNoise
 from bhfast.errors import BhfastError
 from bhfast.model import TiedGPT
 from bhfast.optim import FusedAdam
 from bhfast.recording.null import NullSlots
 from bhfast.recording.slots import RecordSlots
+
+HIDDEN = {"mean": "hidden_means", "var": "hidden_vars"}  # the names in the file
 
 
 @dataclass(frozen=True)
@@ -21,25 +25,36 @@ class TrainingRun:
 
     Attributes:
         model: on the device to train on.
-        optimizer: updates all parameters of the model.
+        optimizer: updates all parameters of the model. Other than FusedAdam, only the torch engine takes it.
         recorder: the slots of an open recorder. The engine logs ``losses``, ``logits``, ``learning_rates``,
-            ``clip_coefs`` and ``grad_norms`` of each step; the optimizer records embeddings and moments.
-        corpus: uint8 ``[bytes]``, on any device.
+            ``clip_coefs`` and ``grad_norms`` of each step; the optimizer records embeddings and moments. An engine that
+            does not call the optimizer's ``step()`` also records ``recorder.by_hand()``.
+        corpus: token ids ``[tokens]``, uint8 or int32, on any device.
         offsets: int64 ``[steps, grad_accum, batch]``, on the CPU: where in the corpus each window starts.
         lrs: the learning rate of each step.
         target_offset: see :func:`bhfast.model.window_loss`.
+        max_grad_norm: clip the global gradient norm to this, for an optimizer that does not clip; None: no clipping.
+        hidden: names among ``HIDDEN``: log these of the final hidden state, for each dimension, over all positions of
+            the step: float32 ``[D]``. The variance is that of the positions, not an estimate for others.
+        frozen: bool ``[V]``: tokens whose vectors get no gradient; None if there are none.
+        thermal: noise to add to token vectors after each step; None: none.
     """
 
     model: TiedGPT
-    optimizer: FusedAdam
+    optimizer: torch.optim.Optimizer
     recorder: RecordSlots | NullSlots
     corpus: Tensor
     offsets: Tensor
     lrs: Sequence[float]
     target_offset: int
+    max_grad_norm: float | None = None
+    hidden: Sequence[str] = ()
+    frozen: Tensor | None = None
+    thermal: ThermalNoise | None = None
 
     def advance_optimizer(self, steps: int, done: int) -> None:
         """Update step counts and learning rates after an engine has performed ``steps`` more steps, ``done`` in all."""
+        assert isinstance(self.optimizer, FusedAdam)
         self.optimizer.count(steps)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lrs[done - 1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 
 from bhfast.engines.base import Engine, TrainingRun
@@ -12,7 +14,24 @@ from bhfast.ops import extension
 ENGINES = ("auto", "torch", "graph", "native")
 
 
-def select_engine(name: str, device: torch.device, model: GPTConfig | None = None) -> tuple[str, str]:
+@dataclass(frozen=True)
+class Demands:
+    """What a run demands of an engine; by default, what the reference run does.
+
+    Attributes:
+        model: the architecture of the network.
+        optimizer: ``adam``, ``adamw`` or ``sgd``.
+        dtype: of the parameters.
+        has_thermal_noise: whether token vectors are changed between steps.
+    """
+
+    model: GPTConfig = field(default_factory=GPTConfig)
+    optimizer: str = "adamw"
+    dtype: str = "bfloat16"
+    has_thermal_noise: bool = False
+
+
+def select_engine(name: str, device: torch.device, demands: Demands | None = None) -> tuple[str, str]:
     """Return the engine to use, and why.
 
     ``auto`` takes graph on CUDA and native on a CPU; it takes torch elsewhere, or if these cannot run.
@@ -20,7 +39,7 @@ def select_engine(name: str, device: torch.device, model: GPTConfig | None = Non
     Args:
         name: one of ``ENGINES``.
         device: where the model is.
-        model: the sizes of the network; None for those of the reference run.
+        demands: what the run demands; None: what the reference run does.
 
     Raises:
         ConfigError: there is no such engine, or it was asked for by name and cannot run here.
@@ -33,35 +52,52 @@ def select_engine(name: str, device: torch.device, model: GPTConfig | None = Non
     wanted = preferred if name == "auto" else name
     if wanted == "torch":
         return wanted, f"the only engine for {device.type}"
-    obstacle = {"graph": _graph_obstacle, "native": _native_obstacle}[wanted](device, model or GPTConfig())
+    demands = demands or Demands()
+    obstacle = {"graph": _graph_obstacle, "native": _native_obstacle}[wanted](device, demands)
     if obstacle is None:
-        return wanted, "as asked" if wanted == name else _reason_for_auto(wanted, model or GPTConfig())
+        return wanted, "as asked" if wanted == name else _reason_for_auto(wanted, demands)
     if wanted == name:
         raise ConfigError(f"engine {name} cannot run here: {obstacle}; use --engine torch")
     return "torch", obstacle
 
 
-def _reason_for_auto(engine: str, model: GPTConfig) -> str:
+def _reason_for_auto(engine: str, demands: Demands) -> str:
     if engine == "native":
         return "the fastest for cpu"
     reason = "its speed is not measured yet"
-    if extension.native_unsupported(model.hidden_dim, model.heads) is None:
+    if _native_obstacle(torch.device("cpu"), demands) is None:
         reason += "; --device cpu --engine native may be faster"
     return reason
 
 
-def _graph_obstacle(device: torch.device, model: GPTConfig) -> str | None:
+def _graph_obstacle(device: torch.device, demands: Demands) -> str | None:
     if device.type != "cuda":
         return f"a CUDA graph needs a CUDA device, not {device.type}"
     if extension.backend(device)[0] != "CUDA":
         return f"a CUDA graph needs the CUDA kernels: {extension.backend(device)[1]}"
-    return None
+    return _common_obstacle("graph", demands)
 
 
-def _native_obstacle(device: torch.device, model: GPTConfig) -> str | None:
+def _common_obstacle(engine: str, demands: Demands) -> str | None:
+    """Return what only the torch engine does."""
+    if demands.optimizer == "sgd":
+        return f"the {engine} engine runs Adam, not {demands.optimizer}"
+    return f"the {engine} engine adds no thermal noise" if demands.has_thermal_noise else None
+
+
+def _native_obstacle(device: torch.device, demands: Demands) -> str | None:
     if device.type != "cpu":
         return f"the native engine runs on the CPU, not on {device.type}"
-    return extension.native_unsupported(model.hidden_dim, model.heads)
+    model = demands.model
+    if demands.dtype != "bfloat16":
+        return f"the native engine trains in bfloat16, not in {demands.dtype}"
+    if model.untied:
+        return "the native engine needs tied embeddings"
+    if model.norm != "layernorm":
+        return f"the native engine has layer normalization, not {model.norm}"
+    return _common_obstacle("native", demands) or extension.native_unsupported(
+        model.hidden_dim, model.heads, model.mlp_width
+    )
 
 
 def make_engine(name: str, run: TrainingRun) -> Engine:

@@ -14,6 +14,7 @@ import torch
 
 from bhfast.engines.base import StorageGuard, TrainingRun
 from bhfast.engines.torch import corpus_windows, gradients
+from bhfast.optim import FusedAdam
 
 WARM_UP = 3  # steps
 
@@ -41,7 +42,9 @@ class GraphEngine:
     """See :class:`bhfast.engines.base.Engine`. Needs a CUDA device and the extension's CUDA kernels."""
 
     def __init__(self, run: TrainingRun) -> None:
+        assert isinstance(run.optimizer, FusedAdam)
         self.training_run = run
+        self.optimizer = run.optimizer
         self.windows = corpus_windows(run)
         device = self.windows.device
         self.offsets = run.offsets.to(device)
@@ -62,8 +65,8 @@ class GraphEngine:
         """
         run = self.training_run
         with side_stream(self.step.device):
-            gradients(run.model, self.windows[self.offsets[0]], run.target_offset)
-            self.schedules = run.optimizer.schedule(run.lrs)
+            gradients(run, self.windows[self.offsets[0]])
+            self.schedules = self.optimizer.schedule(run.lrs)
             state = [
                 x
                 for param in run.model.parameters()
@@ -85,17 +88,17 @@ class GraphEngine:
         self.step += 1
         index = self.step.view(1) - 1
         windows = self.windows[self.offsets.index_select(0, index)[0]]  # [grad_accum, batch, context + 1]
-        loss, logits = gradients(run.model, windows, run.target_offset)
-        run.optimizer.scheduled_step(self.schedules, index)
-        clip_coef, norm = run.optimizer.clip_coef, run.optimizer.grad_norm
+        logged = gradients(run, windows)
+        self.optimizer.scheduled_step(self.schedules, index)
+        clip_coef, norm = self.optimizer.clip_coef, self.optimizer.grad_norm
+        run.recorder.record_by_hand()
         run.recorder.log(
-            losses=loss,
-            logits=logits,
+            **logged,
             learning_rates=self.lrs.index_select(0, index)[0],
             clip_coefs=clip_coef,
             grad_norms=norm,
         )
-        self.losses.index_copy_(0, index, loss.view(1))
+        self.losses.index_copy_(0, index, logged["losses"].view(1))
         self.grad_norms.index_copy_(0, index, norm.view(1))
 
     def run(self, steps: int) -> None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import torch
 
-from bhfast.engines.base import StorageGuard, TrainingRun
+from bhfast.engines.base import HIDDEN, StorageGuard, TrainingRun
 from bhfast.ops import extension
+from bhfast.optim import FusedAdam
 
 
 class NativeEngine:
@@ -26,6 +27,8 @@ class NativeEngine:
     """
 
     def __init__(self, run: TrainingRun, *, threads: int | None = None, instruction_set: str | None = None) -> None:
+        optimizer = run.optimizer
+        assert isinstance(optimizer, FusedAdam)
         self.training_run = run
         config = run.model.config
         params = list(run.model.parameters())
@@ -40,22 +43,25 @@ class NativeEngine:
             learning_rates=scalar.double(),
             clip_coefs=scalar,
             grad_norms=scalar,
+            **{HIDDEN[name]: torch.zeros(config.hidden_dim) for name in run.hidden},
         )
-        max_grad_norm = run.optimizer.max_grad_norm
+        max_grad_norm = optimizer.max_grad_norm
         self.program = extension.native_engine(
             parameters=params,
             heads=config.heads,
             groups=[
                 (own.params, own.exp_avgs, own.exp_avg_sqs, own.coefficients, list(own.rings), list(own.ring_of))
-                for own in run.optimizer.schedule(run.lrs)
+                for own in optimizer.schedule(run.lrs)
             ],
-            rounding=run.optimizer.rounding,
+            rounding=optimizer.rounding,
             max_grad_norm=torch.inf if max_grad_norm is None else max_grad_norm,
             target_offset=run.target_offset,
-            corpus=run.corpus,
+            corpus=run.corpus.int(),
             offsets=run.offsets.flatten(1).contiguous(),  # [steps, windows]: accumulation is a larger batch
             learning_rates=torch.tensor(run.lrs, dtype=torch.float64),
             every=run.recorder.every,
+            recorded_rows=run.recorder.by_hand(),
+            frozen=run.frozen,
             logs=logs,
             losses=self.losses,
             grad_norms=self.grad_norms,

@@ -2,41 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from bhfast.engines.base import TrainingRun
-from bhfast.model import TiedGPT, window_loss
+from bhfast.engines.base import HIDDEN, TrainingRun
+from bhfast.model import window_loss
+from bhfast.ops import kernels
+from bhfast.optim import FusedAdam
 
 
 def corpus_windows(run: TrainingRun) -> Tensor:
-    """Return a view of all windows of the corpus: int64 ``[starts, context + 1]``, on the model's device."""
-    device = run.model.wte.weight.device
-    return run.corpus.to(device, torch.int64).unfold(0, run.model.config.context + 1, 1)
+    """Return a view of all windows of the corpus: ``[starts, context + 1]``, on the model's device."""
+    return run.corpus.to(run.model.wte.weight.device).unfold(0, run.model.config.context + 1, 1)
 
 
-def gradients(model: TiedGPT, windows: Tensor, target_offset: int) -> tuple[Tensor, Tensor]:
+def gradients(run: TrainingRun, windows: Tensor) -> dict[str, Tensor]:
     """Set each parameter's gradient to that of the mean loss over all windows.
 
     Args:
-        model: the network.
-        windows: int64 ``[grad_accum, batch, context + 1]``. Forward and backward run one micro-batch at a time.
-        target_offset: see :func:`bhfast.model.window_loss`.
+        run: the run.
+        windows: ``[grad_accum, batch, context + 1]``. Forward and backward run one micro-batch at a time.
 
     Returns:
-        The mean loss, a float32 scalar, and the logits of the first sequence's last position, ``[V]`` bfloat16.
+        What to log: ``losses``, the mean loss, a float32 scalar; ``logits``, those of the first sequence's last
+        position, ``[V]``; and what ``run.hidden`` asks for.
     """
+    model = run.model
     for param in model.parameters():
         param.grad = None
     share = torch.full((), 1 / len(windows), device=windows.device)
-    losses, last_logits = [], []
-    for batch in windows:
-        logits = model(batch[:, :-1])  # [B, T, V]
-        loss = window_loss(logits, batch, target_offset)
+    losses, last_logits, hidden = [], [], []
+    for batch in windows.long():
+        states = model.hidden(batch[:, :-1])  # [B * T, D]
+        logits = model.logits(states, len(batch))
+        loss = window_loss(logits, batch, run.target_offset)
         loss.backward(share)
         losses.append(loss.detach())
         last_logits.append(logits[0, -1].detach())
-    return torch.stack(losses).mean(), last_logits[0]
+        hidden.append(states.detach())
+    if run.frozen is not None:
+        assert model.wte.weight.grad is not None
+        model.wte.weight.grad.masked_fill_(run.frozen[:, None], 0)
+    return {"losses": torch.stack(losses).mean(), "logits": last_logits[0], **_hidden_statistics(hidden, run.hidden)}
+
+
+def _hidden_statistics(states: Sequence[Tensor], wanted: Sequence[str]) -> dict[str, Tensor]:
+    if not wanted:
+        return {}
+    var, mean = torch.var_mean(torch.cat(list(states)).float(), dim=0, correction=0)
+    found = {"mean": mean, "var": var}
+    return {HIDDEN[name]: found[name] for name in wanted}
 
 
 class TorchEngine:
@@ -59,16 +76,23 @@ class TorchEngine:
         run, lr = self.training_run, self.training_run.lrs[self.done]
         for group in run.optimizer.param_groups:
             group["lr"] = lr
-        loss, logits = gradients(run.model, self.windows[self.offsets[self.done]], run.target_offset)
-        run.optimizer.step()
-        norm = run.optimizer.grad_norm
-        run.recorder.log(
-            losses=loss,
-            logits=logits,
-            learning_rates=self.lrs[self.done],
-            clip_coefs=run.optimizer.clip_coef,
-            grad_norms=norm,
-        )
-        self.losses[self.done] = loss
+        logged = gradients(run, self.windows[self.offsets[self.done]])
+        norm, clip_coef = self._update()
+        run.recorder.log(**logged, learning_rates=self.lrs[self.done], clip_coefs=clip_coef, grad_norms=norm)
+        self.losses[self.done] = logged["losses"]
         self.grad_norms[self.done] = norm
         self.done += 1
+        if run.thermal is not None:
+            run.thermal.apply(self.done)
+
+    def _update(self) -> tuple[Tensor, Tensor]:
+        """Clip and step; return the gradients' norm before clipping, and the coefficient applied: float32 scalars."""
+        run = self.training_run
+        if isinstance(run.optimizer, FusedAdam):
+            run.optimizer.step()
+            return run.optimizer.grad_norm, run.optimizer.clip_coef
+        grads = [p.grad for p in run.model.parameters() if p.grad is not None]
+        norm, clip_coef = kernels.clip_coefficient(grads, torch.inf if run.max_grad_norm is None else run.max_grad_norm)
+        torch._foreach_mul_(grads, clip_coef.to(grads[0].dtype))
+        run.optimizer.step()
+        return norm, clip_coef

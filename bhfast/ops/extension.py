@@ -40,11 +40,11 @@ def native_instruction_sets() -> list[str]:
     return [] if _extension is None else _extension.instruction_sets()
 
 
-def native_unsupported(hidden_dim: int, heads: int) -> str | None:
+def native_unsupported(hidden_dim: int, heads: int, mlp_dim: int) -> str | None:
     """Return why the native engine cannot run a network of these sizes; None if it can."""
     if _extension is None:
         return f"the native engine needs the C++ kernels: {_unavailable}"
-    return _extension.native_unsupported(hidden_dim, heads) or None
+    return _extension.native_unsupported(hidden_dim, heads, mlp_dim) or None
 
 
 def native_engine(**arguments: Any) -> Any:

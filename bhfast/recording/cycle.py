@@ -25,6 +25,8 @@ class Follower(Protocol):
 
     def end_fused(self) -> None: ...
 
+    def record_changes(self) -> None: ...
+
 
 class StepCycle:
     """The steps of a recording: a record is complete when the last of its optimizers has stepped.
@@ -82,9 +84,16 @@ class StepCycle:
                     "steps", f"recording stopped after step {self.slots.steps}, the last one announced with steps="
                 )
                 return False
+            self.record_changes()
             self.slots.begin(1)
             self.is_begun = True
         return True
+
+    def record_changes(self) -> None:
+        """Record again what the loop has changed since the last step, unless a step is under way."""
+        if not self.is_begun and self.slots.record is not None:
+            for follower in self.followers:
+                follower.record_changes()
 
     def end(self, follower: Follower) -> None:
         """Complete the record, if ``follower`` follows the last optimizer."""

@@ -130,7 +130,8 @@ class FieldPlan:
         params: what this process records; the plan covers those that the optimizer updates.
         chosen: the fields that the user asked for; None for ``param``, ``grad``, and every tensor in the optimizer's
             state.
-        names: for some fields, the name of their tensors in the file, with ``{name}`` for the parameter's.
+        names: for some fields, the name of their tensors in the file, with ``{name}`` for the parameter's; and for
+            some parameters such a mapping of their own.
         keyframes: parameters and moments are recorded at each record that is a multiple of this; None: at each.
 
     Attributes:
@@ -143,13 +144,14 @@ class FieldPlan:
         optimizer: torch.optim.Optimizer,
         params: Sequence[RecordedParam],
         chosen: Sequence[str] | None,
-        names: Mapping[str, str],
+        names: Mapping[str, str | Mapping[str, str]],
         keyframes: int | None = None,
     ) -> None:
         self.optimizer = optimizer
         self._keyframes = keyframes
         self._chosen = chosen
-        self._names = {**NAMES, **names}
+        self._names = NAMES | {key: name for key, name in names.items() if isinstance(name, str)}
+        self._names_of = {key: own for key, own in names.items() if not isinstance(own, str)}
         updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self.params = [of for of in params if id(of.param) in updated]
         self.at_start = [field for of in self.params for field in self._at_start(of)]
@@ -191,7 +193,8 @@ class FieldPlan:
         }
 
     def _field(self, of: RecordedParam, field: str, value: Tensor, fill: float | None) -> RecordedField:
-        name = self._names.get(field, STATE_NAME).format(name=of.name, field=field)
+        names = {**self._names, **self._names_of.get(of.name, {})}
+        name = names.get(field, STATE_NAME).format(name=of.name, field=field)
         shape, dtype = of.record_shape(value), local(value).dtype
         if self._keyframes and field in STATE and fill is None:
             tensor = RecordedTensor(f"{name}{KEYFRAMES}", shape, dtype, stride=self._keyframes)

@@ -74,6 +74,7 @@ class Followers:
             for follower in self.each:
                 stack.enter_context(follower.following(model))
             self._slots.on_recount = self._record_fused
+            self._slots.on_by_hand = lambda: [own for follower in self.each for own in follower.by_hand()]
             self._slots.on_keyframe = self._record_keyframe
             self._slots.on_last = self._record_last_keyframe
             yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -20,6 +21,9 @@ from bhfast.recording.gradients import BackwardWatch, GradientRecorder
 from bhfast.recording.loss_scaling import scaled_steps
 from bhfast.recording.optimizer_description import OptimizerDescription
 from bhfast.recording.protocols import RecordsItself
+from bhfast.trace.format import AFTER_STEP, CHANGED
+from bhfast.trace.recorded import RecordedTensor
+from bhfast.trace.updates import bits
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -115,7 +119,7 @@ class OptimizerFollower:
         self._fused = [field for field in plan.at_start if self._is_fused(field)]
         self._not_fused = [field for field in plan.at_start if field not in (*self._keyframed, *self._fused)]
         self._grads = [field for field in plan.at_start if field.field == "grad"]
-        self._versions: list[tuple[int, int]] = []  # of what is recorded at key frames, after the last step
+        self._versions: dict[str, tuple[int, int]] = {}  # of what is recorded besides gradients, after the last step
         self._by_hand: list[RecordedField] = []  # what the optimizer does not record itself in this step
         self.end_fused: Callable[[], None] = lambda: None
 
@@ -206,17 +210,44 @@ class OptimizerFollower:
 
     def was_changed(self) -> bool:
         """Return whether something other than a step has changed what is recorded at key frames."""
-        return self._is_hooked and self._versions != self._current_versions()
+        return self._is_hooked and any(field.is_keyframed for field in self._changed_fields())
 
     @property
     def _is_hooked(self) -> bool:
         """Whether steps are performed by the optimizer's ``step()``, not by an engine."""
         return not self._slots.step or self._steps_seen > 0
 
-    def _current_versions(self) -> list[tuple[int, int]]:
-        """Return what changes if somebody writes to a tensor that is recorded at key frames, or replaces it."""
-        values = (self._value_of(field) for field in self._keyframed)
-        return [(id(value), local(value)._version) for value in values if value is not None]
+    def _current_versions(self) -> dict[str, tuple[int, int]]:
+        """Return, by the name of its field, what changes if somebody writes to a tensor or replaces it."""
+        values = {name: self._value_of(field) for name, field in self.fields.items() if field.field != "grad"}
+        return {name: (id(value), local(value)._version) for name, value in values.items() if value is not None}
+
+    def _changed_fields(self) -> list[RecordedField]:
+        """Return what something other than a step has changed since the last one."""
+        now = self._current_versions()
+        return [self.fields[name] for name, version in self._versions.items() if now.get(name) != version]
+
+    def record_changes(self) -> None:
+        """Record again what something other than a step has changed since; keep what the step had left."""
+        if not self._is_hooked:
+            return
+        for field in self._changed_fields():
+            if not field.is_keyframed:
+                self._record_change(field)
+        self._versions = self._current_versions()
+
+    def _record_change(self, field: RecordedField) -> None:
+        recorded = self._slots.slot(field.name).clone()
+        self._write_value(field)
+        if torch.equal(bits(self._slots.slot(field.name)), bits(recorded)):
+            return  # tensors that are views of one share a version
+        device = local(field.of.param).device
+        changed, after_step = field.name + CHANGED, field.name + AFTER_STEP
+        if changed not in self._slots.tensors:
+            self._slots.add(RecordedTensor(changed, (), torch.bool, fill=0), device)
+            self._slots.add(replace(field.tensor, name=after_step, fill=0.0), device)
+        self._slots.slot(changed).fill_(True)
+        self._slots.slot(after_step).copy_(recorded)
 
     def _before_update(self) -> None:
         """Record the gradients, and determine which fields the optimizer does not record itself in this step."""
@@ -319,8 +350,16 @@ class OptimizerFollower:
     def record_start(self) -> None:
         """Write record 0: parameters and state as they are, and zeros for the gradients."""
         for field in self.fields.values():
-            self._write_value(field)
+            if field.field == "grad":
+                self._slots.slot(field.name).zero_()
+            else:
+                self._write_value(field)
         self._versions = self._current_versions()
+
+    def by_hand(self) -> list[tuple[RecordedField, Tensor]]:
+        """Return what the optimizer does not record itself at every step, with its values."""
+        values = [(field, self._value_of(field)) for field in self._not_fused]
+        return [(field, value.detach()) for field, value in values if value is not None]
 
     def _record_state(self) -> None:
         self._discover_fields()
@@ -338,6 +377,8 @@ class OptimizerFollower:
     def _value_of(self, field: RecordedField) -> Tensor | None:
         if field.field == "param":
             return field.of.param
+        if field.field == "grad":
+            return field.of.param.grad
         return self.optimizer.state.get(field.of.param, {}).get(field.field)
 
     def _write_value(self, field: RecordedField) -> None:

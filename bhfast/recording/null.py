@@ -26,6 +26,12 @@ class NullSlots:
     def counted_by(self, step: Tensor) -> Iterator[None]:
         yield
 
+    def by_hand(self) -> list[Any]:
+        return []
+
+    def record_by_hand(self) -> None:
+        pass
+
     def log(self, **values: Tensor) -> None:
         pass
 

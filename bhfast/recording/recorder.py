@@ -36,8 +36,9 @@ class Recorder:
     """Records parameters, their gradients and their optimizer state at every step of an optimizer.
 
     It hooks into ``optimizer.step()``. Record k holds the gradient that step k was given, and the parameter and the
-    optimizer's state after step k. Record 0 holds parameters and state at the start, and zeros as gradients. When the
-    ``with`` block ends, even with an exception, Ctrl-C, SIGTERM or SIGHUP, the records so far become a trace file::
+    optimizer's state after step k, with what the loop itself does to them before step k + 1. Record 0 holds parameters
+    and state at the start, and zeros as gradients. When the ``with`` block ends, even with an exception, Ctrl-C,
+    SIGTERM or SIGHUP, the records so far become a trace file::
 
         with Recorder(optimizer, {"wte": model.wte.weight}, steps=1000, path="run.safetensors") as recorder:
             for batch in batches:
@@ -54,7 +55,9 @@ class Recorder:
     Missing values are marked as missing, with one warning, and never stop the training. A parameter without a gradient
     has zeros for it, and ``NAME.has_grad`` (bool ``[R]``) says which steps had one. A step that a
     ``torch.amp.GradScaler`` skips is recorded too, and marked in ``skipped`` (bool ``[R]``). Gradients are recorded
-    without the loss scale.
+    without the loss scale. If the loop changes a recorded tensor after the step, ``NAME.changed`` (bool ``[R]``) says
+    so, and ``NAME.after_step`` holds what the step had left, and zeros in other records. Writes through ``.data`` go
+    unnoticed.
 
     Under ``torch.distributed`` every process opens a recorder with the same arguments. Rank 0 records replicated
     parameters, and what it logs. Each rank records its own shards (DTensor), to
@@ -66,7 +69,8 @@ class Recorder:
             together; the step of the last one completes the record. Wrappers that keep their optimizer as
             ``.optimizer`` (Accelerate, Lightning) are unwrapped. If ``step()`` gets a closure, it must call it once.
         params: parameters by the name they get in the file; or names, globs and compiled regular expressions over
-            ``model.named_parameters()``. Patterns skip frozen parameters. A tied parameter is recorded once.
+            ``model.named_parameters()``. The name of a module stands for all its parameters. Patterns skip frozen
+            parameters. A tied parameter is recorded once.
         steps: the number of steps the run will have; the recording stops after that many, with a warning. None if the
             number is not known: the file grows.
         path: the trace file; called ``PATH.partial`` while it grows.
@@ -87,7 +91,8 @@ class Recorder:
         storage: ``memory`` keeps all records and writes them at the end. ``stream`` writes them during the run, in
             constant memory, and a killed run leaves ``PATH.partial``, which ``python -m bhfast.recover`` turns into a
             trace. ``auto`` takes memory if ``steps`` is known and the recording fits into half of the free memory.
-        keys: for each field the name of its tensor in the file, with ``{name}`` for the parameter's.
+        keys: for each field the name of its tensor in the file, with ``{name}`` for the parameter's; and for the name
+            of a parameter such a mapping of its own.
         metadata: strings for the file's ``__metadata__``.
         overwrite: whether to replace an existing file, and a ``.partial`` left by an earlier run. A run that is cut
             short never replaces a file: it is saved beside it, as ``STEM.cut-at-STEP.safetensors``.
@@ -132,7 +137,7 @@ class Recorder:
         keyframes: int | None = None,
         unclipped: bool = False,
         storage: str = "auto",
-        keys: Mapping[str, str] | None = None,
+        keys: Mapping[str, str | Mapping[str, str]] | None = None,
         metadata: Mapping[str, str] | None = None,
         overwrite: bool = False,
         append: bool = False,
@@ -257,6 +262,8 @@ class Recorder:
     def _save(self) -> Exception | None:
         """Turn the records so far into the trace; return the error that lost the remaining records, if any."""
         self._closed_at = time.monotonic()
+        if not self._cycle.is_off:
+            self._cycle.record_changes()
         saved, fault = self.slots.settle()
         if saved == 0:
             raise StorageError(f"{self.slots.failure}; nothing was saved")

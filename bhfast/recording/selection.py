@@ -28,7 +28,8 @@ def select(
 
     Args:
         params: parameters by name; or names, globs and compiled regular expressions (which must match a whole name)
-            over ``model.named_parameters()``. Patterns skip frozen parameters.
+            over ``model.named_parameters()``. The name of a module, or a glob that matches one, stands for all its
+            parameters. Patterns skip frozen parameters.
         model: needed for names. Prefixes of wrappers (``torch.compile``, ``DistributedDataParallel``) are removed.
         optimizers: each parameter must be in a group of one of them.
         rows: for some of the names, int64 indices along axis 0, or a bool mask over it.
@@ -40,7 +41,7 @@ def select(
     Raises:
         ConfigError: nothing matches, a parameter is frozen or not the optimizer's, or rows do not fit.
     """
-    named = _named(params, model)
+    named = named_params(params, model)
     updated = {id(p) for own in optimizers for group in own.param_groups for p in group["params"]}
     if frozen := [name for name, param in named if not param.requires_grad]:
         raise ConfigError(f"cannot record frozen parameters (requires_grad=False): {_listed(frozen)}")
@@ -62,7 +63,12 @@ def _whole(name: str, param: Tensor, rows: Tensor | Sequence[int] | None) -> Rec
     return RecordedParam(name, param, indices, indices, shape, (0,) * param.dim())
 
 
-def _named(params: Params, model: nn.Module | None) -> list[tuple[str, Tensor]]:
+def named_params(params: Params, model: nn.Module | None) -> list[tuple[str, Tensor]]:
+    """Return the parameters that ``params`` stands for, by name; see :func:`select`.
+
+    Raises:
+        ConfigError: nothing matches.
+    """
     if isinstance(params, Mapping):
         if not params:
             raise ConfigError("params must name at least one parameter, got none")
@@ -97,7 +103,7 @@ def _without_wrappers(name: str) -> str:
 def _matches(pattern: str | re.Pattern[str], name: str) -> bool:
     if isinstance(pattern, re.Pattern):
         return pattern.fullmatch(name) is not None
-    return name == pattern or fnmatchcase(name, pattern)
+    return name == pattern or fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
 
 
 def require_supported(optimizers: Sequence[torch.optim.Optimizer], model: nn.Module | None) -> None:

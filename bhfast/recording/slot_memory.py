@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bhfast.recording.fields import RecordedField
 from bhfast.storage.base import Storage
 from bhfast.storage.choose import open_storage
 from bhfast.storage.output import OutputFile
@@ -40,6 +41,7 @@ class SlotMemory:
         self.constants: dict[str, Tensor] = {}
         self.is_logging = True  # whether this process records what is logged
         self.on_recount: Callable[[], None] = lambda: None  # called after step_tensor was replaced
+        self.on_by_hand: Callable[[], list[tuple[RecordedField, Tensor]]] = list  # called to find what engines record
         self.on_keyframe: Callable[[], None] = lambda: None  # called to write the key frame of a step that had no hooks
         self.on_last: Callable[[], bool] = lambda: (
             True

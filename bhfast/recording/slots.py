@@ -159,6 +159,26 @@ class RecordSlots(SlotMemory):
         """
         return {name: self._loggable_slots(name, value) for name, value in values.items()} if self.is_logging else {}
 
+    def by_hand(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Return what the optimizer does not record itself: an engine that does not call ``step()`` records it.
+
+        Returns:
+            For each field its tensor, the rows to record of it, int64 ``[n]``, and its slots, ``[slots, n, ...]``.
+        """
+        found = []
+        for field, value in self.on_by_hand():
+            rows = field.of.rows_of(value)
+            rows = torch.arange(len(value), device=value.device) if rows is None else rows
+            found.append((local(value), rows, self._slots[field.name]))
+        return found
+
+    def record_by_hand(self) -> None:
+        """Write what :meth:`by_hand` returns to the current record, with operations that a CUDA graph can capture."""
+        if self.record is None:
+            return
+        for value, rows, slots in self.by_hand():
+            kernels.record_([value.index_select(0, rows)], [slots], self.step_tensor, self.every)
+
     def require_loggable(self, names: Iterable[str]) -> None:
         """Raise ConfigError if one of ``names`` is taken by something that is not logged."""
         for name in names:

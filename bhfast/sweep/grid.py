@@ -77,8 +77,13 @@ def parse_grid(grid: Mapping[str, Any], source: str) -> dict[str, list[Any]]:
         value_type = setting_type(name)
         values = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
         accepted = (int, float) if value_type is float else value_type
-        if not values or not all(isinstance(value, accepted) and not isinstance(value, bool) for value in values):
-            wanted = {int: "an integer or a list of integers", float: "a number or a list of numbers"}
+        is_wrong_bool = value_type is not bool and any(isinstance(value, bool) for value in values)
+        if not values or is_wrong_bool or not all(isinstance(value, accepted) for value in values):
+            wanted = {
+                bool: "true, false or a list of them",
+                int: "an integer or a list of integers",
+                float: "a number or a list of numbers",
+            }
             kind = wanted.get(value_type, "a string or a list of strings")
             raise ConfigError(f"{source}: {name} must be {kind}, got {given!r}")
         checked[name] = list(dict.fromkeys(map(value_type, values)))

@@ -168,8 +168,14 @@ def _parser() -> argparse.ArgumentParser:
         if entry.name not in NOT_IN_GRID:
             value = SWEEP_DEFAULTS.get(entry.name, entry.default)
             default = "" if value is None else f" (default: {value})"
+            flag = f"--{entry.name.replace('_', '-')}"
+            if setting_type(entry.name) is bool:
+                parser.add_argument(
+                    flag, action="store_const", const=[True], default=argparse.SUPPRESS, help=entry.metadata["help"]
+                )
+                continue
             parser.add_argument(
-                f"--{entry.name.replace('_', '-')}",
+                flag,
                 nargs="+",
                 type=setting_type(entry.name),
                 choices=entry.metadata.get("choices"),

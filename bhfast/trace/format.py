@@ -36,6 +36,8 @@ MAX_AXES = 32  # of a tensor; numpy had no more before 2.0
 PADDING = "_padding."
 KEYFRAMES = ".keyframes"  # ends the name of a tensor recorded at key frames only
 KEYFRAME_STEPS = "keyframe_steps"
+CHANGED = ".changed"  # ends the name of the flags of records that the loop itself changed after the step
+AFTER_STEP = ".after_step"  # ends the name of what the step had left in these records
 
 DTYPES = {
     "BOOL": torch.bool,

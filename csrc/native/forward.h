@@ -62,7 +62,7 @@ inline void forward_mlp(const Pass& pass, const Block& block, RowBlock rows) {
 inline void forward_head(const Pass& pass, RowBlock rows) {
   Network& net = pass.net;
   const int64_t row = rows.first;
-  const Matrix normed = pass.scratch.with_rows(net.normed.at(row)), logits = net.logits.at(row);
+  const Matrix normed = net.normed.at(row), logits = net.logits.at(row);
   layer_norm(net.x_out.at(row), net.ln_f, net.ln_f.statistics + 2 * row, normed);
   pass.lap(Activity::elementwise);
   multiply(left(normed), right_transposed(net.wte.weight), net.padded_vocab, net.wte.inputs / 2, logits.rows_only(), 1,

@@ -153,14 +153,14 @@ inline Network::Network(const TrainingRun& run)
     block.c_attn = linear(width, 3 * width, true);
     block.attn_proj = linear(width, width, true);
     block.ln_2 = norm();
-    block.c_fc = linear(width, 4 * width, true);
-    block.mlp_proj = linear(4 * width, width, true);
+    block.c_fc = linear(width, shape.mlp, true);
+    block.mlp_proj = linear(shape.mlp, width, true);
     allocate_matrices(block);
     block.d_qkv.rows = d_qkv_rows;  // all blocks share them: each needs its own only during its backward pass
   }
   ln_f = norm();
   x_out = arena.matrix(rows, width, Arena::kRows);
-  normed = arena.matrix(rows, width, Arena::kPairs);
+  normed = arena.matrix(rows, width, Arena::kRows | Arena::kPairs);
   logits = arena.matrix(rows, padded_vocab, Arena::kRows | Arena::kPairs);
   d_embedded = arena.matrix(rows, width, Arena::kRows);
   zeros = arena.allocate<bfloat16>(width);
@@ -181,11 +181,11 @@ inline void Network::allocate_matrices(Block& block) {
   block.mixed = arena.matrix(rows, width, kRows | kPairs);
   block.x_mid = arena.matrix(rows, width, kRows);
   block.normed_2 = arena.matrix(rows, width, kPairs);
-  block.hidden = arena.matrix(rows, 4 * width, kRows);
-  block.activated = arena.matrix(rows, 4 * width, kPairs);
+  block.hidden = arena.matrix(rows, shape.mlp, kRows);
+  block.activated = arena.matrix(rows, shape.mlp, kPairs);
 
   block.d_out = arena.matrix(rows, width, kRows | kPairs);
-  block.d_hidden = arena.matrix(rows, 4 * width, kPairs);
+  block.d_hidden = arena.matrix(rows, shape.mlp, kPairs);
   block.d_mid = arena.matrix(rows, width, kRows | kPairs);
   block.d_mixed = arena.matrix(rows, width, kRows | kPairs);
   block.d_scores = arena.matrix(shape.heads * rows, rows_per_window, kRows | kPairs);

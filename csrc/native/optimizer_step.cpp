@@ -65,6 +65,19 @@ void OptimizerStep::apply(Worker& worker, int64_t step) {
   }
 }
 
+void OptimizerStep::record_rows(Worker& worker, int64_t step) const {
+  for (const RecordedRows& own : run_.recorded_rows) {
+    const int64_t slot = slot_of(step, run_.every, own.slots);
+    if (slot < 0) continue;
+    char* const record = own.ring + slot * own.count * own.row_bytes;
+    const int64_t begin = own.count * worker.index / worker.count, end = own.count * (worker.index + 1) / worker.count;
+    for (int64_t i = begin; i < end; ++i) {
+      std::memcpy(record + i * own.row_bytes, own.tensor + own.rows[i] * own.row_bytes, own.row_bytes);
+    }
+  }
+  worker.timer.lap(Activity::recording);
+}
+
 void OptimizerStep::log(int64_t step, const std::vector<float>& losses, float loss_scale,
                         const bfloat16* logits) const {
   double sum = 0;

@@ -17,6 +17,9 @@ class OptimizerStep {
   // Update and record this worker's share of the parameters. Needs the sums of all workers.
   void apply(Worker& worker, int64_t step);
 
+  // Record this worker's share of the chosen rows. All workers must have updated their share of the parameters.
+  void record_rows(Worker& worker, int64_t step) const;
+
   // Log the values that each step has one of. Called by one worker. Needs the sums of all workers.
   //
   // losses: [rows]; the step's loss is `loss_scale` times their sum. logits: [vocab]

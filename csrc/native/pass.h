@@ -8,13 +8,13 @@ namespace bhfast::native::BHFAST_ISA {
 // Memory that one thread uses alone.
 struct Scratch {
   float* floats;  // [2][padded_vocab], [kRowBlock][rows_per_window] or [kRowBlock][hidden]
-  Matrix rows;    // [kRowBlock][4 * hidden]
+  Matrix rows;    // [kRowBlock][the wider of hidden and mlp]
 
   explicit Scratch(Network& net) {
     const int64_t hidden = net.shape.hidden;
     floats = net.arena.allocate<float>(
         2 * std::max({net.padded_vocab, kRowBlock * net.rows_per_window, kRowBlock * hidden}));
-    rows = net.arena.matrix(kRowBlock, 4 * hidden, Arena::kRows);
+    rows = net.arena.matrix(kRowBlock, std::max(hidden, net.shape.mlp), Arena::kRows);
   }
 
   // A block of rows, to be written before it is read.

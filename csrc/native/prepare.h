@@ -11,13 +11,13 @@ inline void load_windows(const Pass& pass, const TrainingRun& run, int64_t step)
   const Shape& shape = net.shape;
   std::fill(net.first_row.begin(), net.first_row.end(), -1);
   for (int64_t window = shape.windows; window-- > 0;) {
-    const uint8_t* const bytes = run.corpus + run.offsets[(step - 1) * shape.windows + window];
+    const int32_t* const tokens = run.corpus + run.offsets[(step - 1) * shape.windows + window];
     for (int64_t t = net.rows_per_window; t-- > 0;) {
       const int64_t row = window * net.rows_per_window + t;
       const bool is_padding = t >= shape.context, has_target = t + run.target_offset <= shape.context;
-      net.tokens[row] = is_padding ? -1 : bytes[t];
-      net.targets[row] = !is_padding && has_target ? bytes[t + run.target_offset] : -1;
-      if (!is_padding) net.next_row[row] = std::exchange(net.first_row[bytes[t] / kRowBlock], row);
+      net.tokens[row] = is_padding ? -1 : tokens[t];
+      net.targets[row] = !is_padding && has_target ? tokens[t + run.target_offset] : -1;
+      if (!is_padding) net.next_row[row] = std::exchange(net.first_row[tokens[t] / kRowBlock], row);
     }
   }
   pass.lap(Activity::elementwise);

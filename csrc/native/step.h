@@ -4,6 +4,7 @@
 #include "backward.h"
 #include "forward.h"
 #include "prepare.h"
+#include "statistics.h"
 #include "weight_gradients.h"
 
 namespace bhfast::native::BHFAST_ISA {
@@ -47,7 +48,8 @@ class Step final : public TrainingStep {
     }
     worker.sync();
 
-    weight_gradients(pass);
+    weight_gradients(pass, run_.frozen);
+    log_hidden_statistics(pass, run_, step);
     worker.sync();
     optimizer_.sum_squares(worker);
     worker.sync();
@@ -57,6 +59,7 @@ class Step final : public TrainingStep {
       worker.timer.lap(Activity::recording);
     }
     worker.sync();
+    optimizer_.record_rows(worker, step);
   }
 
  private:

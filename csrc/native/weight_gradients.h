@@ -20,8 +20,9 @@ inline void linear_gradient(const Network& net, const Linear& layer, const Matri
   }
 }
 
-// Of the vectors of kRowBlock tokens, as rows of the output layer and as embeddings. scratch: [kRowBlock][hidden]
-inline void token_gradient(const Network& net, int64_t token, float* scratch) {
+// Of the vectors of kRowBlock tokens, as rows of the output layer and as embeddings. Frozen tokens have none.
+// scratch: [kRowBlock][hidden]
+inline void token_gradient(const Network& net, int64_t token, const bool* frozen, float* scratch) {
   const int64_t width = net.shape.hidden;
   multiply(left_transposed(net.logits.at(0, token)), right(net.normed), width / kLanes, net.rows / 2, scratch, width);
   for (int32_t row = net.first_row[token / kRowBlock]; row >= 0; row = net.next_row[row]) {
@@ -29,6 +30,7 @@ inline void token_gradient(const Network& net, int64_t token, float* scratch) {
     for (int64_t c = 0; c < width; c += kLanes) store(sum + c, load(sum + c) + load(net.d_embedded.row(row) + c));
   }
   for (int64_t i = 0; i < std::min<int64_t>(kRowBlock, net.shape.vocab - token); ++i) {
+    if (frozen && frozen[token + i]) std::fill_n(scratch + i * width, width, 0.0f);
     for (int64_t c = 0; c < width; c += kLanes) {
       store(net.wte.grad + (token + i) * width + c, load(scratch + i * width + c));
     }
@@ -61,7 +63,7 @@ inline void norm_gradient(const Network& net, const Norm& norm) {
 }
 
 // This thread's share of all of them.
-inline void weight_gradients(const Pass& pass) {
+inline void weight_gradients(const Pass& pass, const bool* frozen) {
   const Network& net = pass.net;
   int64_t item = 0;
   const auto is_own = [&] { return pass.worker.owns(item++); };
@@ -80,7 +82,7 @@ inline void weight_gradients(const Pass& pass) {
   }
   if (is_own()) norm_gradient(net, net.ln_f);
   for (int64_t token = 0; token < net.shape.vocab; token += kRowBlock) {
-    if (is_own()) token_gradient(net, token, pass.scratch.floats);
+    if (is_own()) token_gradient(net, token, frozen, pass.scratch.floats);
   }
   for (int64_t position = 0; position < net.shape.context; ++position) {
     if (is_own()) position_gradient(net, position);
