@@ -43,6 +43,10 @@ class EagerGraphEngine(GraphEngine):
 
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> list[SlowCopyStream]:
+    return emulate(monkeypatch)
+
+
+def emulate(monkeypatch: pytest.MonkeyPatch) -> list[SlowCopyStream]:
     """Make ``--engine graph`` run on the CPU and record through a ring with a slow copy stream; return the streams."""
     streams: list[SlowCopyStream] = []
 
