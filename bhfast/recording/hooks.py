@@ -234,7 +234,6 @@ class OptimizerFollower:
         for field in self._changed_fields():
             if not field.is_keyframed:
                 self._record_change(field)
-        self._versions = self._current_versions()
 
     def _record_change(self, field: RecordedField) -> None:
         recorded = self._slots.slot(field.name).clone()
