@@ -12,6 +12,7 @@ PROGRAMS = {
     "sweep": "run a grid of experiments",
     "corpus": "make a corpus to train on",
     "verify": "prove a trace by replaying it",
+    "diff": "say where two traces differ",
     "compact": "make a full trace compact, and prove that nothing is lost",
     "expand": "make a compact trace full",
     "recover": "make a trace from a run that was killed",

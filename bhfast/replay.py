@@ -181,12 +181,14 @@ def _first_difference(trace: Trace, name: str, first: int, recorded: Tensor, rep
     at = (record, *index)
     step = int(trace.steps[first + record])
     text = (
-        f"step {step}, {name}{index}: recorded {_describe(recorded[at])}, replayed {_describe(replayed[at])}; "
+        f"step {step}, {name}{index}: recorded {describe(recorded[at])}, replayed {describe(replayed[at])}; "
         "the recorded value, the state before it, or the gradient is damaged"
     )
     return Difference(name, first + record, step, tuple(index), text)
 
 
-def _describe(value: Tensor) -> str:
+def describe(value: Tensor) -> str:
+    """Return one value as text, with its bits."""
     digits = 2 * value.itemsize
-    return f"{value.item():.8g} (0x{int(bits(value)) & (1 << 4 * digits) - 1:0{digits}x})"
+    number = f"{value.item():.8g}" if value.is_floating_point() else f"{value.item()}"
+    return f"{number} (0x{int(bits(value)) & (1 << 4 * digits) - 1:0{digits}x})"

@@ -32,6 +32,7 @@ DRIVER = """if True:
     import gc, json, os, sys
     import torch._dynamo, bhfast.__main__ as console
     import bhfast.train, bhfast.verify, bhfast.recover, bhfast.report, bhfast.corpus, bhfast.doctor, bhfast.sweep
+    import bhfast.diff
     gc.freeze()
 
     def disturb(condition):
@@ -94,6 +95,7 @@ def test_programs_work_whatever_becomes_of_their_streams(
         programs = {
             "train": ["--steps", "20", "--corpus", text, "--device", "cpu", "--out", str(here / "trained")],
             "verify": [str(run.path)],
+            "diff": [str(run.path), str(run.path)],
             "recover": [str(here / "t.safetensors.partial")],
             "report": [str(run.path), *(["--out", str(here / "report")] if condition == "no home" else [])],
             "corpus": ["gatsby", "--raw", str(tmp_path / "book"), "--out", str(here / "clean")],

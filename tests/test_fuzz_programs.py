@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from strategies import CHANGES, HEADER_CHANGES, JUNK, change_header, fuzzed, mutated
 from traces import joined, record, rewrite, split
 
-from bhfast import verify
+from bhfast import diff, verify
 from bhfast.report import program as report
 from bhfast.trace import open_trace
 from bhfast.trace.format import PADDING
@@ -189,6 +189,29 @@ def test_report_of_odd_traces_ends_in_a_line(
     else:
         assert (status, out, err.count("\n")) == (2, "", 1)
         assert err.startswith(f"bhfast report: error: {path} ")
+
+
+@fuzzed(100)
+@given(
+    records=st.sampled_from([0, 1, 2, 5]),
+    changes=st.dictionaries(st.sampled_from([*reference(1, 1, 1)]), st.sampled_from([*ODD]), max_size=3),
+    optimizer=JUNK,
+)
+@example(records=2, changes={"embeddings": "scalar", "token_counts": "gone"}, optimizer={"params": {"embeddings": 1}})
+def test_diff_of_odd_traces_ends_in_a_line(path: Path, records: int, changes: dict[str, str], optimizer: Any) -> None:
+    other = path.with_name("other")
+    for file, own in ((other, {}), (path, changes)):
+        tensors = {name: ODD[own[name]](x) if name in own else x for name, x in reference(records, 3, 2).items()}
+        file.unlink(missing_ok=True)
+        rewrite(file, {name: x for name, x in tensors.items() if x is not None}, {"optimizer": json.dumps(optimizer)})
+    status, out, err = run(diff.main, path, other, "--json")
+    event(f"exit status {status}")
+    if status == 2:
+        assert (out, err.count("\n")) == ("", 1)
+        assert err.startswith("bhfast diff: error: ")
+    else:
+        assert err == ""
+        assert json.loads(out)["equal"] is (status == 0)
 
 
 def test_a_run_that_diverged_is_drawn(tmp_path: Path) -> None:

@@ -60,6 +60,7 @@ ROOMS: dict[str, set[str]] = {
         *("summary", "trace", "train"),
     },
     "report": {"cli", "errors", "lattice", "summary", "sweep", "trace", "version"},
+    "diff": {"cli", "errors", "replay", "report", "trace"},
     "doctor": {"cli", "engines", "machine", "ops", "optim", "trace", "version"},
     "__main__": {"cli"},
 }

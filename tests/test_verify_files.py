@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from traces import flip, record, rewrite
+from traces import flip, record, rewrite, shard
 
 from bhfast import verify as module
 from bhfast.trace import open_trace
-from bhfast.trace.sharded import INDEX_FORMAT
 from bhfast.verify import main, verify
 
 
@@ -42,32 +41,7 @@ def test_the_worst_of_several_files_wins(names: list[str], status: int, tmp_path
 
 @pytest.fixture
 def index(recorded: Path) -> Path:
-    """The index of two files: each has some rows of ``w``, the first has the rest."""
-    trace = open_trace(recorded)
-    shared = trace.optimizer["params"]["w"]["keys"].values()
-    path = recorded.with_name("run.safetensors.index.json")
-    files = [f"run-0000{i}-of-00002.safetensors" for i in (1, 2)]
-    alone = json.dumps({**trace.optimizer, "params": {"w": trace.optimizer["params"]["w"]}})
-    for file, rows, offset in ((files[0], slice(0, 3), 0), (files[1], slice(3, 5), 3)):
-        shard = {"index": path.name, "tensors": {name: {"shape": [5, 8], "offset": [offset, 0]} for name in shared}}
-        tensors = {name: x[:, rows] if name in shared else x for name, x in trace.items()}
-        own = {name: x for name, x in tensors.items() if name in (*shared, "recorded_steps")}
-        metadata = {**trace.metadata, "shard": json.dumps(shard)}
-        if offset:
-            rewrite(path.with_name(file), own, {**metadata, "optimizer": alone})
-        else:
-            rewrite(path.with_name(file), tensors, metadata)
-    parts = [
-        {"file": file, "offset": [0, offset, 0], "shape": [7, rows, 8]}
-        for file, offset, rows in ((files[0], 0, 3), (files[1], 3, 2))
-    ]
-    content = {
-        "metadata": {"format": INDEX_FORMAT},
-        "weight_map": dict.fromkeys(trace, files[0]),
-        "shards": {name: {"shape": [7, 5, 8], "parts": parts} for name in shared},
-    }
-    path.write_text(json.dumps(content))
-    return path
+    return shard(recorded)
 
 
 def test_all_files_of_an_index_are_verified(index: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ from bhfast.storage.output import OutputFile
 from bhfast.storage.whole import write_trace
 from bhfast.trace import open_trace
 from bhfast.trace.format import HEADER_CHECKSUM, bytes_of, header_checksum
+from bhfast.trace.sharded import INDEX_FORMAT
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -55,6 +56,35 @@ def rewrite(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[s
     own = {key: text for key, text in metadata.items() if not key.startswith("crc32")}
     with OutputFile(path, overwrite=True) as output:
         write_trace(output, {name: x.contiguous() for name, x in tensors.items()}, own, path)
+
+
+def shard(recorded: Path) -> Path:
+    """Divide what :func:`record` wrote into two files with some rows of ``w`` each; return their index."""
+    trace = open_trace(recorded)
+    shared = trace.optimizer["params"]["w"]["keys"].values()
+    path = recorded.with_name("run.safetensors.index.json")
+    files = [f"run-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    alone = json.dumps({**trace.optimizer, "params": {"w": trace.optimizer["params"]["w"]}})
+    for file, rows, offset in ((files[0], slice(0, 3), 0), (files[1], slice(3, 5), 3)):
+        owned = {name: {"shape": [5, 8], "offset": [offset, 0]} for name in shared}
+        tensors = {name: x[:, rows] if name in shared else x for name, x in trace.items()}
+        own = {name: x for name, x in tensors.items() if name in (*shared, "recorded_steps")}
+        metadata = {**trace.metadata, "shard": json.dumps({"index": path.name, "tensors": owned})}
+        if offset:
+            rewrite(path.with_name(file), own, {**metadata, "optimizer": alone})
+        else:
+            rewrite(path.with_name(file), tensors, metadata)
+    parts = [
+        {"file": file, "offset": [0, offset, 0], "shape": [7, rows, 8]}
+        for file, offset, rows in ((files[0], 0, 3), (files[1], 3, 2))
+    ]
+    content = {
+        "metadata": {"format": INDEX_FORMAT},
+        "weight_map": dict.fromkeys(trace, files[0]),
+        "shards": {name: {"shape": [7, 5, 8], "parts": parts} for name in shared},
+    }
+    path.write_text(json.dumps(content))
+    return path
 
 
 def split(content: bytes) -> tuple[dict[str, Any], bytes]:
