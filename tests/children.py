@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -31,6 +32,11 @@ def fork(work: Callable[[], object], errors: Path | None = None) -> int:
         sys.stderr.flush()
     finally:
         os._exit(status)
+
+
+def end_as_a_program(status: int = 0) -> None:
+    """End a forked process with all that Python does at its end: what fails then is said, and changes the status."""
+    ctypes.pythonapi.Py_Exit(status)
 
 
 def status_of(pid: int) -> int:

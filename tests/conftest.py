@@ -16,6 +16,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; the processes that tests start have it too
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # or two threads spin on the core that the other tests need
 import torch
 from traces import record
 

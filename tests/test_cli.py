@@ -12,9 +12,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from children import Program, fork, status_of
+from children import Program, end_as_a_program, fork, status_of
 from streaming_run import record
 
+import bhfast.__main__ as console
 from bhfast import train
 from bhfast.cli import lasting_streams
 from bhfast.recording.recorder import Recorder
@@ -23,48 +24,46 @@ from bhfast.train import TrainResult
 from bhfast.verify import verify
 
 BOOK = "*** START OF THE BOOK ***\n\nSome text.\n\n*** END OF THE BOOK ***"
-CONDITIONS = ("closed", "no reader", "full", "no home")
-SWEPT = ("closed", "all closed")
-# Forks a child for each program under each condition: importing torch takes seconds, and so does torch._dynamo, which
-# its optimizers import. Each child ends as a program of its own does: by sys.exit, with all that Python does at its
-# end, except that it does not search the imported modules for garbage.
-DRIVER = """if True:
-    import gc, json, os, sys
-    import torch._dynamo, bhfast.__main__ as console
-    import bhfast.train, bhfast.verify, bhfast.recover, bhfast.report, bhfast.corpus, bhfast.doctor, bhfast.sweep
-    import bhfast.diff
-    gc.freeze()
+CONDITIONS = ("closed", "no reader", "full")
 
-    def disturb(condition):
-        if condition in ("closed", "all closed"):  # as Python finds it when it starts
-            os.close(0), os.close(1)
-            sys.stdin = sys.stdout = None
-            if condition == "all closed":
-                os.close(2)
-                sys.stderr = None
-        elif condition == "no reader":
-            reader, writer = os.pipe()
-            os.close(reader), os.dup2(writer, 1), os.close(writer)
-        elif condition == "full":
-            os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
-        elif condition == "no home":
-            for name in ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "MPLCONFIGDIR"):
-                os.environ.pop(name, None)
 
-    for program, condition, errors, arguments in json.load(open(sys.argv[1])):
-        if child := os.fork():
-            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-            print(program, condition, status, file=sys.stderr, flush=True)
-            continue
-        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
-        disturb(condition)
-        if "--out" in arguments and program == "report":
-            from bhfast.report import pictures  # imports matplotlib, which looks for its home
+def disturb(condition: str) -> None:
+    """Do to this process's streams what it would have found when it started."""
+    if condition in ("closed", "all closed"):
+        os.close(0), os.close(1)
+        sys.stdin = sys.stdout = None
+        if condition == "all closed":
+            os.close(2)
+            sys.stderr = None
+    elif condition == "no reader":
+        reader, writer = os.pipe()
+        os.close(reader), os.dup2(writer, 1), os.close(writer)
+    else:
+        os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
 
-            pictures.run_pictures = lambda survey: [pictures.loss(survey)]  # drawing all of them takes seconds
-        sys.argv[1:] = [program, *arguments]
-        sys.exit(console.main())
-"""
+
+def run_disturbed(condition: str, calls: dict[str, list[str]], folder: Path) -> None:
+    """Run programs, one after the other, in a process that ends as one of theirs does: none fails, none says a word."""
+
+    def work() -> None:
+        sys.stdin, sys.stdout, sys.stderr = open(0, closefd=False), open(1, "w", closefd=False), open(2, "w")
+        for program, arguments in calls.items():
+            os.dup2(os.open(folder / f"{program}.err", os.O_WRONLY | os.O_CREAT), 2)
+            disturb(condition)
+            sys.argv[1:] = [program, *arguments]
+            (folder / f"{program}.status").write_text(f"{console.main()}")
+        end_as_a_program()
+
+    import bhfast.corpus, bhfast.diff, bhfast.doctor, bhfast.recover, bhfast.report, bhfast.sweep  # noqa: E401, F401, I001 - before the fork
+    import torch._dynamo  # noqa: F401 - which optimizers import
+
+    assert status_of(fork(work, folder / "errors")) == 0
+    assert not (folder / "errors").exists()
+    for program in calls:
+        assert (folder / f"{program}.status").read_text() == "0", program
+        said = (folder / f"{program}.err").read_text()
+        assert "Traceback" not in said, program
+        assert "ignored" not in said, program
 
 
 @pytest.fixture(scope="module")
@@ -84,46 +83,65 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("condition", CONDITIONS)
 def test_programs_work_whatever_becomes_of_their_streams(
-    run: TrainResult, killed: Path, text: str, tmp_path: Path
+    condition: str, run: TrainResult, killed: Path, text: str, tmp_path: Path
 ) -> None:
-    (tmp_path / "book").write_text(BOOK)
-    calls = []
-    for condition in CONDITIONS:
-        here = tmp_path / condition
-        shutil.copytree(killed, here)
-        programs = {
-            "train": ["--steps", "20", "--corpus", text, "--device", "cpu", "--out", str(here / "trained")],
-            "verify": [str(run.path)],
-            "diff": [str(run.path), str(run.path)],
-            "recover": [str(here / "t.safetensors.partial")],
-            "report": [str(run.path), *(["--out", str(here / "report")] if condition == "no home" else [])],
-            "corpus": ["gatsby", "--raw", str(tmp_path / "book"), "--out", str(here / "clean")],
-            "doctor": [],
-        }
-        calls += [(name, condition, str(here / f"{name}.err"), arguments) for name, arguments in programs.items()]
-    for condition in SWEPT:
-        (here := tmp_path / f"sweep {condition}").mkdir()
-        arguments = ["--steps", "20", "--corpus", text, "--device", "cpu", "--out-dir", str(here / "out")]
-        calls.append(("sweep", condition, str(here / "err"), arguments))
-    (tmp_path / "calls").write_text(json.dumps(calls))
-    command = [sys.executable, "-c", DRIVER, str(tmp_path / "calls")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.stderr.splitlines() == [f"{program} {condition} 0" for program, condition, *_ in calls]
-    for program, condition, errors, _ in calls:
-        said = Path(errors).read_text()
-        assert "Traceback" not in said, (program, condition)
-        assert "ignored" not in said, (program, condition)
-        assert program != "sweep" or said == ""
-    for condition in CONDITIONS:
-        assert verify(tmp_path / condition / "trained").replayed == 20
-        assert verify(tmp_path / condition / "t.safetensors").difference is None
-        assert (tmp_path / condition / "clean").read_text() == "Some text."
-    for condition in SWEPT:
-        (path,) = (tmp_path / f"sweep {condition}" / "out").glob("*.safetensors")
-        assert verify(path).replayed == 20
-    drawn = tmp_path / "no home" / "report"
-    assert {path.name for path in drawn.iterdir()} == {"index.html", "loss.png"}
+    shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
+    run_disturbed(condition, programs(tmp_path, run, text), tmp_path)
+    assert verify(tmp_path / "trained").replayed == 20
+    assert verify(tmp_path / "t.safetensors").difference is None
+    assert (tmp_path / "clean").read_text() == "Some text."
+
+
+def programs(folder: Path, run: TrainResult, text: str) -> dict[str, list[str]]:
+    (folder / "book").write_text(BOOK)
+    return {
+        "train": ["--steps", "20", "--corpus", text, "--device", "cpu", "--out", str(folder / "trained")],
+        "verify": [str(run.path)],
+        "diff": [str(run.path), str(run.path)],
+        "recover": [str(folder / "t.safetensors.partial")],
+        "report": [str(run.path)],
+        "corpus": ["gatsby", "--raw", str(folder / "book"), "--out", str(folder / "clean")],
+        "doctor": [],
+    }
+
+
+@pytest.mark.parametrize("condition", ["all closed", pytest.param("closed", marks=pytest.mark.slow)])
+def test_a_sweep_works_without_streams(condition: str, text: str, tmp_path: Path) -> None:
+    arguments = ["--steps", "20", "--corpus", text, "--device", "cpu", "--out-dir", str(tmp_path / "out")]
+    run_disturbed(condition, {"sweep": arguments}, tmp_path)
+    assert (tmp_path / "sweep.err").read_text() == ""
+    (path,) = (tmp_path / "out").glob("*.safetensors")
+    assert verify(path).replayed == 20
+
+
+def test_programs_work_without_a_home(run: TrainResult, killed: Path, text: str, tmp_path: Path) -> None:
+    """In an interpreter that has imported nothing: matplotlib looks for its home when it is imported."""
+    shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
+    calls = programs(tmp_path, run, text)
+    calls["report"] += ["--out", str(tmp_path / "report")]
+    code = """if True:
+        import json, sys
+        import bhfast.__main__ as console
+        for program, arguments in json.load(sys.stdin).items():
+            if program == "report":
+                from bhfast.report import pictures
+
+                pictures.run_pictures = lambda survey: [pictures.loss(survey)]  # drawing all of them takes seconds
+            sys.argv[1:] = [program, *arguments]
+            if status := console.main():
+                sys.exit(f"{program}: {status}")
+    """
+    homes = ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "MPLCONFIGDIR")
+    homeless = {name: value for name, value in os.environ.items() if name not in homes}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, input=json.dumps(calls), env=homeless, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "ignored" not in done.stderr
+    assert verify(tmp_path / "trained").replayed == 20
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {"index.html", "loss.png"}
 
 
 def test_errors_without_streams(tmp_path: Path) -> None:

@@ -26,15 +26,15 @@ FAULTS = {
     "misaligned_matrix": "ldmatrix from an address not aligned to 16 bytes",
 }
 OVERFLOW = "AddressSanitizer: heap-buffer-overflow"
-BROKEN = [  # file, code, code in a broken copy, the probe that must fail, its message
-    ("cuda/adam.cu", "aligned && i + P::kSize <= t.numel", "aligned && i < t.numel", "adam", OVERFLOW),
-    ("cuda/adam.cu", "all_aligned<T>(tensors[i])", "true", "adam", "misaligned address"),
-    ("cuda/adam.cu", "slot * numel + i;", "slot * numel + i + 1;", "adam", OVERFLOW),
-    ("cuda/norm.cu", "begin + kNormBlock <= grads", "begin < grads", "norm", OVERFLOW),
-    ("cuda/norm.cu", "const bool aligned = is_aligned(block);", "const bool aligned = true;", "norm", "misaligned"),
-    ("cuda/norm.cu", "width = kWarp / 2", "width = kWarp / 4", "norm", "the result is wrong"),
-    ("cuda/record.cu", "min(begin + kBlockBytes, t.bytes)", "begin + kBlockBytes", "record", OVERFLOW),
-    ("cuda/launch.h", "high - low > 1", "high - low > 2", "adam", ""),
+BROKEN = [  # file, an expression, a wrong one, the probe that must fail with it, its message
+    ("adam.cu", "i + P::kSize <= t.numel", "i < t.numel", "adam", OVERFLOW),
+    ("adam.cu", "all_aligned<T>(tensors[i])", "true", "adam", "misaligned address"),
+    ("adam.cu", "slot * numel + i", "slot * numel + i + 1", "adam", OVERFLOW),
+    ("norm.cu", "begin + kNormBlock <= grads.first[index + 1]", "begin < grads.first[index + 1]", "norm", OVERFLOW),
+    ("norm.cu", "is_aligned(block)", "true", "norm", "misaligned"),
+    ("norm.cu", "kWarp / 2", "kWarp / 4", "norm", "the result is wrong"),
+    ("record.cu", "min(begin + kBlockBytes, t.bytes)", "begin + kBlockBytes", "record", OVERFLOW),
+    ("launch.h", "high - low > 1", "high - low > 2", "adam", ""),
 ]
 
 
@@ -61,17 +61,33 @@ def test_faults_are_noticed(fault: str, probes: Path) -> None:
     assert FAULTS[fault] in done.stderr
 
 
-@pytest.mark.parametrize(("file", "right", "wrong", "probe", "message"), BROKEN, ids=[case[2] for case in BROKEN])
-def test_broken_kernels_are_noticed(
-    file: str, right: str, wrong: str, probe: str, message: str, probes: Path, tmp_path: Path
-) -> None:
-    copy = Path(shutil.copytree(build.ROOT / "csrc", tmp_path / "csrc"))
-    text = (copy / file).read_text()
-    assert text.count(right) == 1
-    (copy / file).write_text(text.replace(right, wrong))
-    done = run(build.probes(copy), probe)
+@pytest.fixture(scope="module")
+def broken_probes(probes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The probes of kernels that are wrong where the environment variable FAULT says: one build for all faults."""
+    copy = Path(shutil.copytree(build.ROOT / "csrc", tmp_path_factory.mktemp("broken") / "csrc"))
+    for number, (file, right, wrong, *_) in enumerate(BROKEN):
+        text = (copy / "cuda" / file).read_text()
+        assert text.count(right) == 1
+        (copy / "cuda" / file).write_text(text.replace(right, f"(fault == {number} ? ({wrong}) : ({right}))"))
+    header = copy / "cuda/launch.h"
+    fault = '#include <cstdlib>\ninline const int fault = std::atoi(std::getenv("FAULT"));\n'
+    header.write_text(header.read_text().replace("#pragma once\n", "#pragma once\n" + fault))
+    return build.probes(copy)
+
+
+@pytest.mark.parametrize("fault", range(len(BROKEN)), ids=[case[2] for case in BROKEN])
+def test_broken_kernels_are_noticed(fault: int, broken_probes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    *_, probe, message = BROKEN[fault]
+    monkeypatch.setenv("FAULT", str(fault))
+    done = run(broken_probes, probe)
     assert done.returncode != 0
     assert message in done.stderr
+
+
+def test_nothing_is_noticed_without_a_fault(broken_probes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAULT", "-1")
+    done = run(broken_probes, *{case[3] for case in BROKEN})
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("by_value", [False, True])

@@ -16,6 +16,7 @@ from bhfast.trace import open_trace
 from bhfast.verify import verify
 
 CELLS = [(optimizer, framework) for framework in FRAMEWORKS for optimizer in OPTIMIZERS]
+COMPILED = ("FusedAdam", "AdamW foreach", "SGD", "Lion", "Muon + AdamW")  # the recorder's part is one for all steps
 DISTRIBUTED = [cell for cell in CELLS if FRAMEWORKS[cell[1]].processes > 1]
 SUPPORT = Path(__file__).parent.parent / "docs" / "support.md"
 
@@ -47,8 +48,14 @@ def distributed(made_once: Callable[[str, Callable[[Path], object]], Path]) -> P
     return made_once("distributed", lambda folder: record_distributed(DISTRIBUTED, folder))
 
 
+def parameters(optimizer: str, framework: str) -> object:
+    is_slow = FRAMEWORKS[framework].compiles and optimizer not in COMPILED
+    name = f"{optimizer}-{framework}".replace(" ", "_")
+    return pytest.param(optimizer, framework, marks=[pytest.mark.slow] * is_slow, id=name)
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of torch, about fused and compiled optimizers
-@pytest.mark.parametrize(("optimizer", "framework"), CELLS, ids=lambda name: name.replace(" ", "_"))
+@pytest.mark.parametrize(("optimizer", "framework"), [parameters(*cell) for cell in CELLS])
 def test_cell(optimizer: str, framework: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     if FRAMEWORKS[framework].processes == 1:
         path = tmp_path / "t.safetensors"

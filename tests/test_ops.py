@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from functools import cache
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from bhfast.ops import arithmetic
 from bhfast.ops import extension as module
 from bhfast.ops import kernels as torch_kernels
 
-SIZES = [*range(1, 66), 4097, 32767, 32769, 65535, 65536, 65537]
+VECTORS = [*range(1, 66), 4097]
+CHUNKS = [32767, 32769, 65535, 65536, 65537]  # whole and started ones
 DTYPES = [torch.bfloat16, torch.float32]
 
 
@@ -191,7 +193,7 @@ def test_adam_per_op_equals_torch_operations_in_bfloat16(weight_decay, finite, g
     if not torch_kernels.torch_rounds_per_op(torch.bfloat16):
         pytest.skip("this CPU has no fused multiply-add, so torch's operations round in other places")
     c = coefficients(weight_decay=weight_decay)
-    for n in SIZES:
+    for n in VECTORS + CHUNKS:
         p, g, m, v = tensors(n, torch.bfloat16, generator, finite=finite)
         wanted = arithmetic.adam(p, g, m, v, c, "per-op")
         torch_kernels._adam_torch_(p, g, m, v, c)
@@ -213,18 +215,34 @@ def test_adam_per_op_equals_torch_operations_in_bfloat16(weight_decay, finite, g
     ],
     ids=str,
 )
-def test_all_kernels_have_the_bits_of_the_formula(options, finite, dtype, rounding, kernels, generator) -> None:
-    c = coefficients(**options)
-    clip = torch.tensor(0.333984375)
-    for n in SIZES:
-        p, g, m, v = tensors(n, dtype, generator, finite=finite)
-        wanted = arithmetic.adam(p, g * clip, m, v, c, rounding)
-        p, g, m, v = (x.to(kernels.device) for x in (p, g, m, v))
+def test_all_kernels_have_the_bits_of_the_formula(options, finite, dtype, rounding, kernels) -> None:
+    has_the_bits_of_the_formula(kernels, VECTORS, dtype, rounding, finite=finite, **options)
+
+
+@pytest.mark.parametrize("rounding", arithmetic.ROUNDINGS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_chunks_have_the_bits_of_the_formula(dtype, rounding, kernels) -> None:
+    has_the_bits_of_the_formula(kernels, CHUNKS, dtype, rounding, finite=False)
+
+
+def has_the_bits_of_the_formula(kernels, sizes: list[int], dtype, rounding: str, *, finite: bool, **options) -> None:
+    c, clip = coefficients(**options), torch.tensor(0.333984375)
+    states = made_for_all_kernels(tuple(sizes), dtype, finite)
+    p, g, m, v = (torch.cat(x) for x in zip(*states, strict=True))
+    formula = [x.split(sizes) for x in arithmetic.adam(p, g * clip, m, v, c, rounding)]
+    for n, state, *wanted in zip(sizes, states, *formula, strict=True):
+        p, g, m, v = (x.clone().to(kernels.device) for x in state)
         given = g.clone()
         kernels.adam_([p], [g], [m], [v], c[0], clip.to(kernels.device), rounding)
         for name, got, want in zip(("param", "exp_avg", "exp_avg_sq"), (p, m, v), wanted, strict=True):
             assert same_bits(got, want), f"{name}, {n} elements"
         assert same_bits(g, given)
+
+
+@cache
+def made_for_all_kernels(sizes: tuple[int, ...], dtype: torch.dtype, finite: bool) -> list[list[Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [tensors(n, dtype, generator, finite=finite) for n in sizes]
 
 
 def test_torch_signs_zeros_by_their_place_at_beta1_zero() -> None:

@@ -145,8 +145,9 @@ def settings(text: str) -> TrainConfig:
 
 
 @pytest.fixture
-def matplotlib() -> None:
+def matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib", reason="pictures need the report extra: matplotlib")
+    monkeypatch.setattr("bhfast.report.page.DPI", 20)  # most of the time goes into pixels
 
 
 def check_page(folder: Path) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -272,20 +271,15 @@ def test_gradients_that_are_not_finite_are_recorded_and_reported_once(settings, 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["INT", "TERM"])
 def test_an_interrupted_run_leaves_a_valid_shorter_file(number, code, tmp_path: Path, text: str) -> None:
     out = tmp_path / "t.safetensors"
-    command = [sys.executable, "-m", "bhfast.train", "--steps", "20000", "--corpus", text, "--device", "cpu"]
-    command += ["--out", str(out), "--storage", "stream"]
-    # A shell starts background jobs with SIGINT ignored; a terminal does not.
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
+    arguments = ["--steps", "20000", "--corpus", text, "--device", "cpu", "--out", str(out), "--storage", "stream"]
+    process = Program(lambda: main(arguments))
     journal = journal_path(out.with_name(out.name + ".partial"))
     while not (journal.exists() and journal.read_bytes().count(b'"crc32"') > 1):  # until steps are committed
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(number)
     process.send_signal(number)  # an impatient user
-    printed, _ = process.communicate(timeout=120)
+    printed, _ = process.communicate()
     assert process.returncode == code
     trace = open_trace(out)
     last = int(trace.steps[-1])
@@ -418,11 +412,10 @@ def test_program_prints_one_line_and_no_traceback(tmp_path: Path, text: str, cap
     printed = capsys.readouterr()
     assert printed.err == ""
     assert "largest pairwise distance 0.000000" in printed.out
-    command = [sys.executable, "-m", "bhfast.train", "--corpus", str(tmp_path / "gone")]
-    missing = subprocess.run(command, capture_output=True, text=True)
-    assert missing.returncode == 2
-    assert missing.stderr.startswith("bhfast train: error: cannot read the corpus")
-    assert missing.stderr.count("\n") == 1
+    assert main(["--corpus", str(tmp_path / "gone")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("bhfast train: error: cannot read the corpus")
+    assert said.count("\n") == 1
 
 
 def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path: Path, text: str) -> None:

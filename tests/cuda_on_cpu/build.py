@@ -16,7 +16,6 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 FLAGS = [
     "-std=c++20",
-    "-O1",
     "-g1",
     "-fPIC",
     "-ffp-contract=off",
@@ -62,38 +61,38 @@ def library() -> Path:
     flags = [*shlex.split(os.environ.get("CXXFLAGS", "")), *(f"-isystem{path}" for path in system)]
     flags.append(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
     libraries = ["-shared", *(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
-    return _build("kernels.so", [ROOT / "csrc/ops.cpp", *_kernels(ROOT / "csrc")], ROOT / "csrc", flags, libraries)
+    own = [ROOT / "csrc/ops.cpp", HERE / "machine.cpp"]
+    return _build("kernels.so", own, ROOT / "csrc", ["-O1", *flags], libraries)
 
 
 def probes(csrc: Path = ROOT / "csrc") -> Path:
     """Build probes.cpp with the kernels in ``csrc``, under sanitizers."""
-    sources = [HERE / "probes.cpp", HERE / "instructions.cu", *_kernels(csrc)]
-    return _build("probes", sources, csrc, SANITIZERS)
+    own = [HERE / "probes.cpp", HERE / "instructions.cu", HERE / "machine.cpp"]
+    return _build("probes", own, csrc, ["-O0", *SANITIZERS])
 
 
-def _kernels(csrc: Path) -> list[Path]:
-    return [*sorted(csrc.glob("cuda/*.cu")), HERE / "machine.cpp"]
+def _build(name: str, own: list[Path], csrc: Path, flags: list[str], libraries: Sequence[str] = ()) -> Path:
+    """Build the kernels in ``csrc`` and the project's ``own`` sources, or return an earlier build of the same.
 
-
-def _build(name: str, sources: list[Path], csrc: Path, flags: list[str], libraries: Sequence[str] = ()) -> Path:
-    """Build, or return an earlier build of the same sources; each object is cached by itself."""
-    includes = [HERE / "include", HERE, csrc, csrc / "cuda"]
+    Each object is cached by itself; the project's own do not depend on the ``csrc`` of a copy.
+    """
     flags = [*FLAGS, *flags, "-DBHFAST_CUDA_ON_CPU", '-DBHFAST_CUDA="cpu"']
-    headers = [*sorted(csrc.rglob("*.h")), *sorted(HERE.rglob("*.h"))]
-    common = [str(flags), *(path.read_text() for path in headers)]
-    flags += [f"-I{path}" for path in includes]
+    sources = {**dict.fromkeys(own, ROOT / "csrc"), **dict.fromkeys(sorted(csrc.glob("cuda/*.cu")), csrc)}
     folder = ROOT / "build/cuda_on_cpu"
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         objects, jobs = [], []
-        for source in sources:
+        for source, includes in sources.items():
             text = translate(source) if source.suffix == ".cu" else source.read_text()
-            target = folder / f"{source.stem}-{_digest(text, *common)}"
+            headers = [path.read_text() for root in (includes, HERE) for path in sorted(root.rglob("*.h"))]
+            target = folder / f"{source.stem}-{_digest(text, str(flags), *headers)}"
             objects.append(target.with_suffix(".o"))
             if not objects[-1].exists():
-                target.with_suffix(".cpp").write_text(text if source.suffix == ".cu" else f'#include "{source}"\n')
-                command = [*_compiler(), *flags, "-c", target.with_suffix(".cpp"), "-o", target.with_suffix(".new")]
+                code, new = target.with_suffix(".cpp"), target.with_suffix(".new")
+                code.write_text(text if source.suffix == ".cu" else f'#include "{source}"\n')
+                folders = [f"-I{path}" for path in (HERE / "include", HERE, includes, includes / "cuda")]
+                command = [*_compiler(), *flags, *folders, "-c", code, "-o", new]
                 jobs.append((objects[-1], subprocess.Popen(command)))
         for target, job in jobs:
             assert job.wait() == 0, f"{target} could not be compiled"
