@@ -2,8 +2,8 @@
 
     python benchmarks/large_vocabulary.py --json benchmarks/results/large_vocabulary.json
 
-The tokens are drawn at random, with Zipf's law, from 6,300 of the 10,000; the others are dead. Every run streams, and is
-a process of its own. What is compared takes turns for several rounds; figures are medians, and ratios those of a round.
+The tokens are drawn at random, with Zipf's law, from 6,300 of the 10,000; the others are dead. Every run streams, and
+is a process of its own. What is compared takes turns for several rounds; figures are medians, ratios those of a round.
 """
 
 from __future__ import annotations
