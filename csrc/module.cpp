@@ -225,8 +225,8 @@ void bind_engine(py::module_& m) {
   py::class_<PyEngine>(m, "NativeEngine", "Runs the training steps of a TiedGPT, on the tensors it is given.")
       .def(py::init(&make_engine), py::kw_only(), py::arg("parameters"), py::arg("heads"), py::arg("groups"),
            py::arg("rounding"), py::arg("max_grad_norm"), py::arg("target_offset"), py::arg("corpus"),
-           py::arg("offsets"), py::arg("learning_rates"), py::arg("every"), py::arg("recorded_rows"), py::arg("frozen"), py::arg("logs"), py::arg("losses"),
-           py::arg("grad_norms"), py::arg("threads"), py::arg("instruction_set"))
+           py::arg("offsets"), py::arg("learning_rates"), py::arg("every"), py::arg("recorded_rows"), py::arg("frozen"),
+           py::arg("logs"), py::arg("losses"), py::arg("grad_norms"), py::arg("threads"), py::arg("instruction_set"))
       .def(
           "run", [](PyEngine& self, int64_t steps) { self.engine->run(steps); }, py::arg("steps"),
           py::call_guard<py::gil_scoped_release>(), "Run and record the next `steps` steps.")

@@ -13,7 +13,8 @@ std::string unsupported(int64_t hidden, int64_t heads, int64_t mlp) {
   // A head fills whole vectors, and a row whole vectors of pairs.
   constexpr int64_t kHeadMultiple = kMaxLanes, kRowMultiple = 2 * kMaxLanes;
   if (mlp % kRowMultiple) {
-    return "the native engine needs an mlp_dim divisible by " + std::to_string(kRowMultiple) + ", got " + std::to_string(mlp);
+    return "the native engine needs an mlp_dim divisible by " + std::to_string(kRowMultiple) + ", got " +
+           std::to_string(mlp);
   }
   if (heads >= 1 && hidden % kRowMultiple == 0 && hidden % (kHeadMultiple * heads) == 0) return "";
   return "the native engine needs a hidden_dim divisible by " + std::to_string(kRowMultiple) + ", and by " +

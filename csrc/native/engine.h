@@ -72,8 +72,8 @@ struct TrainingRun {
   Log<double> logged_learning_rates;
   Log<float> clip_coefs, grad_norms;
   Log<float> hidden_means, hidden_vars;  // [slots, hidden]: see statistics.h
-  float* step_losses;      // [steps]
-  float* step_grad_norms;  // [steps]
+  float* step_losses;                    // [steps]
+  float* step_grad_norms;                // [steps]
 };
 
 // What a thread spends its time on.

@@ -45,6 +45,16 @@ BHFAST_INLINE void store_two_rows(const Matrix& to, int64_t row, int64_t column,
   if (to.pairs) store(to.pair(row, column), pack(first, second));
 }
 
+// Set one value of a matrix that keeps its rows and pairs.
+BHFAST_INLINE void store_element(const Matrix& to, int64_t row, int64_t column, float value) {
+  bfloat16 own;
+  bhfast::store(own, bhfast::rounded<bfloat16>(value));
+  to.row(row)[column] = own;
+  __builtin_memcpy(
+      reinterpret_cast<char*>(to.pair(row & ~1, column - column % kLanes) + column % kLanes) + 2 * (row & 1), &own,
+      sizeof own);
+}
+
 // Set the first `width` columns of a block of rows to value(row, column), a vector of kLanes columns.
 template <class Value>
 BHFAST_INLINE void fill_block(const Matrix& to, int64_t width, Value value) {

@@ -7,13 +7,12 @@ namespace bhfast::native::BHFAST_ISA {
 
 // Memory that one thread uses alone.
 struct Scratch {
-  float* floats;  // [2][padded_vocab], [kRowBlock][rows_per_window] or [kRowBlock][hidden]
+  float* floats;  // [kRowBlock][the largest of padded_vocab, rows_per_window and hidden]
   Matrix rows;    // [kRowBlock][the wider of hidden and mlp]
 
   explicit Scratch(Network& net) {
     const int64_t hidden = net.shape.hidden;
-    floats = net.arena.allocate<float>(
-        2 * std::max({net.padded_vocab, kRowBlock * net.rows_per_window, kRowBlock * hidden}));
+    floats = net.arena.allocate<float>(kRowBlock * std::max({net.padded_vocab, net.rows_per_window, hidden}));
     rows = net.arena.matrix(kRowBlock, std::max(hidden, net.shape.mlp), Arena::kRows);
   }
 
