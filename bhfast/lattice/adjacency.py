@@ -1,4 +1,4 @@
-"""Finds vectors that share a point of the lattice, and vectors at adjacent points."""
+"""Finds vectors that share a point of the lattice, vectors at adjacent points, and sets of vectors close together."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def fingerprints(x: Tensor) -> Tensor:
     with a probability below 2^-48.
 
     Args:
-        x: bfloat16 ``[..., D]``.
+        x: bfloat16, float16 or float32 ``[..., D]``.
 
     Returns:
         int64 ``[...]``.
@@ -36,6 +36,24 @@ def fingerprints(x: Tensor) -> Tensor:
         (coordinate(part).long() * _hash_factors(x.shape[-1])).sum(-1) for part in rows.split(_chunk_rows(x.shape[-1]))
     ]
     return torch.cat(parts).view(x.shape[:-1]) if parts else torch.empty(x.shape[:-1], dtype=torch.int64)
+
+
+def run_lengths(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how often each value of a row occurs in it: int64 ``[..., V]`` twice.
+
+    Args:
+        values: ``[..., V]``.
+
+    Returns:
+        ``run``, the number of each value's run in the sorted row, and ``length``, the length of each run; 0 beyond the
+        last.
+    """
+    ordered, position = values.sort(-1)
+    starts = torch.zeros_like(ordered, dtype=torch.int64)
+    starts[..., 1:] = ordered[..., 1:] != ordered[..., :-1]
+    run = starts.cumsum(-1)
+    length = torch.zeros_like(run).scatter_add_(-1, run, torch.ones_like(run))
+    return torch.empty_like(run).scatter_(-1, position, run), length
 
 
 def _hash_factors(dim: int) -> Tensor:
@@ -71,7 +89,7 @@ def cells(vectors: Tensor) -> Cells:
     """Group identical vectors. The result is exact: vectors with the same fingerprint are compared value by value.
 
     Args:
-        vectors: bfloat16 ``[V, D]``.
+        vectors: bfloat16, float16 or float32 ``[V, D]``.
     """
     fingerprint = fingerprints(vectors)
     order = fingerprint.argsort(stable=True)
@@ -113,10 +131,10 @@ def neighbours(vectors: Tensor) -> Neighbours:
     to both sides, so no pair of neighbours is separated. Once few points are left, every pair is compared.
 
     Args:
-        vectors: bfloat16 ``[V, D]``; the first of several identical ones stands for all.
+        vectors: bfloat16, float16 or float32 ``[V, D]``; the first of several identical ones stands for all.
     """
     first = cells(vectors).first
-    points = np.empty((len(first), vectors.shape[1]), dtype=np.int16)
+    points = np.empty((len(first), vectors.shape[1]), dtype=coordinate(vectors[:0]).numpy().dtype)
     step = _chunk_rows(vectors.shape[1])
     for begin in range(0, len(first), step):
         points[begin : begin + step] = coordinate(vectors[first[begin : begin + step]]).numpy()
@@ -155,7 +173,7 @@ def _cut_in_two(points: np.ndarray, rows: np.ndarray, rng: np.random.Generator) 
 def _best_cut(points: np.ndarray, rows: np.ndarray, axes: np.ndarray) -> list[np.ndarray] | None:
     """Cut rows in two at or next to the median of the best of these axes; None if one side would keep most rows."""
     values = points[np.ix_(rows, axes)]
-    median = np.partition(values, len(rows) // 2, axis=0)[len(rows) // 2].astype(np.int32)
+    median = np.partition(values, len(rows) // 2, axis=0)[len(rows) // 2].astype(np.int64)
     larger_side, (cut, axis) = min(
         (
             (max(np.count_nonzero(column <= cut), np.count_nonzero(column >= cut)), (cut, axis))
@@ -189,9 +207,10 @@ def _close_pairs(points: np.ndarray, rows: np.ndarray) -> np.ndarray:
 def _within_one(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Return whether no coordinate differs by more than one.
 
-    Differences may wrap around in int16, but not to -1, 0 or 1, as coordinates are between -32,767 and 32,767.
+    Differences may wrap around in int16 or int32, but not to -1, 0 or 1, as no coordinate is the smallest integer.
     """
-    return (((a - b) + np.int16(1)).view(np.uint16) <= 2).all(-1)
+    difference = a - b
+    return ((difference + difference.dtype.type(1)).view(f"u{difference.itemsize}") <= 2).all(-1)
 
 
 def _concatenate(arrays: list[np.ndarray]) -> np.ndarray:
@@ -218,3 +237,26 @@ def components(count: int, pairs: Tensor) -> Tensor:
         if torch.equal(new, label):
             return label
         label = new
+
+
+def components_within(points: Tensor, distance: float) -> Tensor:
+    """Find the sets of points that hang together by steps of at most some L2 distance: single-linkage clusters.
+
+    Differences are computed in float64, so that identical points are exactly 0 apart. Memory grows with the number of
+    points, not with that of pairs.
+
+    Args:
+        points: ``[V, D]`` of any dtype: vectors, for a distance in their own units, or their :func:`coordinate`, for a
+            distance in steps of the lattice. A point with NaN is close to none.
+        distance: the longest step.
+
+    Returns:
+        int64 ``[V]``: the smallest index in the component of each point. See :func:`components`.
+    """
+    x = points.double()
+    label = torch.arange(len(x))
+    for begin in range(0, len(x), LEAF_SIZE):
+        apart = torch.cdist(x[begin : begin + LEAF_SIZE], x[begin:], compute_mode="donot_use_mm_for_euclid_dist")
+        close = (apart <= distance).nonzero() + begin
+        label = components(len(x), label[close])[label]
+    return label

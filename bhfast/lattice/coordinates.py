@@ -1,4 +1,4 @@
-"""Bfloat16 values as points of a lattice: integer coordinates, and the spacing between neighbours."""
+"""Floating-point values as points of the lattice of their dtype: integer coordinates, and the spacing of neighbours."""
 
 from __future__ import annotations
 
@@ -7,60 +7,74 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SMALLEST_NORMAL = 2.0**-126  # below it the spacing stays the same
-ULPS_PER_BINADE = 128  # bfloat16 has 7 fraction bits
+
+class _Format(NamedTuple):
+    """A floating-point format: integers of its size, its fraction bits, the exponent of its smallest normal number."""
+
+    integer: torch.dtype
+    fraction_bits: int
+    least_exponent: int
+
+
+_FORMATS = {
+    torch.bfloat16: _Format(torch.int16, 7, -126),
+    torch.float16: _Format(torch.int16, 10, -14),
+    torch.float32: _Format(torch.int32, 23, -126),
+}
 
 
 def ulp(x: Tensor) -> Tensor:
-    """Return the distance from each value to the next one of larger magnitude.
+    """Return the distance from each value to the next one of larger magnitude, in its own dtype.
 
-    That is 2^(E - 134) for a value whose biased exponent is E.
+    For bfloat16 that is 2^(E - 134) for a value whose biased exponent is E.
 
     Args:
-        x: bfloat16, any shape.
+        x: bfloat16, float16 or float32, any shape.
 
     Returns:
-        float64 of the same shape: 2^-133 for zero and subnormal numbers, NaN for infinities and NaN.
+        float64 of the same shape. For zero and subnormal numbers, the smallest subnormal number: 2^-133 for bfloat16,
+        2^-24 for float16, 2^-149 for float32. For infinities and NaN, NaN.
 
     Raises:
-        TypeError: ``x`` is not bfloat16.
+        TypeError: ``x`` has another dtype.
     """
-    power = _power_of_two(x).double()
-    return torch.where(power.isinf(), torch.nan, power / ULPS_PER_BINADE)
+    power = _power_of_two(x)
+    return torch.where(power.isinf(), torch.nan, power * 2.0 ** -_format(x).fraction_bits)
 
 
 def displacement(before: Tensor, after: Tensor) -> Tensor:
     """Return how far each value moved, in ulp at the starting value.
 
     Args:
-        before, after: bfloat16 of the same shape.
+        before, after: of one shape and one dtype: bfloat16, float16 or float32.
 
     Returns:
         float64 of that shape.
 
     Raises:
-        TypeError: one of them is not bfloat16.
+        TypeError: they have another dtype, or two.
     """
-    _require_bfloat16(after)
-    return (after.double() - before.double()) / _power_of_two(before).double() * ULPS_PER_BINADE
+    if _format(after) != _format(before):
+        raise TypeError(f"before and after must be of one dtype, got {before.dtype} and {after.dtype}")
+    return (after.double() - before.double()) / _power_of_two(before) * 2.0 ** _format(before).fraction_bits
 
 
 def coordinate(x: Tensor) -> Tensor:
-    """Number the bfloat16 values in ascending order: neighbours differ by one, across powers of two as well.
+    """Number the values of a dtype in ascending order: neighbours differ by one, across powers of two as well.
 
     Args:
-        x: bfloat16, any shape.
+        x: bfloat16, float16 or float32, any shape.
 
     Returns:
-        int16 of the same shape: 0 for both zeros, ±32640 for infinities, a larger magnitude for NaN. The difference of
-        two coordinates may not fit into int16.
+        int16, for float32 int32, of the same shape: 0 for both zeros, the largest of the finite magnitudes plus one for
+        infinities, a larger magnitude for NaN. The difference of two coordinates may not fit into this dtype.
 
     Raises:
-        TypeError: ``x`` is not bfloat16.
+        TypeError: ``x`` has another dtype.
     """
-    _require_bfloat16(x)
-    bits = x.view(torch.int16)
-    magnitude = bits & 0x7FFF
+    integer = _format(x).integer
+    bits = x.view(integer)
+    magnitude = bits & torch.iinfo(integer).max
     return torch.where(bits < 0, -magnitude, magnitude)
 
 
@@ -79,11 +93,12 @@ def norms(displacements: Tensor) -> Norms:
 
 
 def _power_of_two(x: Tensor) -> Tensor:
-    """Return the largest power of two not above each magnitude, but at least 2^-126; float32."""
-    _require_bfloat16(x)
-    return (x.float().view(torch.int32) & 0x7F800000).view(torch.float32).clamp(min=SMALLEST_NORMAL)
+    """Return the largest power of two not above each magnitude, but at least the smallest normal number; float64."""
+    least = 2.0 ** _format(x).least_exponent
+    return (x.float().view(torch.int32) & 0x7F800000).view(torch.float32).double().clamp(min=least)
 
 
-def _require_bfloat16(x: Tensor) -> None:
-    if x.dtype != torch.bfloat16:
-        raise TypeError(f"the lattice is that of bfloat16, got {x.dtype}")
+def _format(x: Tensor) -> _Format:
+    if x.dtype not in _FORMATS:
+        raise TypeError(f"the lattice is that of bfloat16, float16 or float32, got {x.dtype}; convert it first")
+    return _FORMATS[x.dtype]

@@ -1,18 +1,21 @@
-"""What changes from record to record: when tokens move, freeze, and leave the black hole."""
+"""Which tokens move from record to record, and when they freeze, move again, and leave the black hole."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from bhfast.lattice.adjacency import fingerprints
-from bhfast.lattice.coordinates import displacement, norms
+from bhfast.lattice.adjacency import fingerprints, run_lengths
+from bhfast.lattice.coordinates import Norms, displacement, norms
 
-CHUNK = 1 << 20  # values processed at once
+CHUNK = 1 << 17  # values processed at once: as float64 they fit into the cache of a core
+PHASES = ("superluminal", "moving", "L1 ≤ 1", "frozen")  # of a token in one record; see momentary_phases
+
+Result = TypeVar("Result", bound="Tensor | tuple[Tensor, ...]")
 
 
 def chunks(records: Tensor, overlap: int = 0) -> Iterator[tuple[int, Tensor]]:
@@ -30,23 +33,33 @@ def chunks(records: Tensor, overlap: int = 0) -> Iterator[tuple[int, Tensor]]:
         yield begin, records[begin : begin + advance + overlap].as_subclass(Tensor)
 
 
-def per_record(function: Callable[[Tensor], Tensor], records: Tensor, overlap: int = 0) -> Tensor:
+def per_record(function: Callable[[Tensor], Result], records: Tensor, overlap: int = 0) -> Result:
     """Apply a function to all records, chunk by chunk; only the results are kept in memory.
 
     Args:
-        function: takes a chunk ``[n, V, D]``, returns ``[n - overlap, ...]``.
+        function: takes a chunk ``[n, V, D]``, returns ``[n - overlap, ...]``, or a named tuple of such tensors.
         records, overlap: see :func:`chunks`.
 
     Returns:
-        ``[R - overlap, ...]``.
+        ``[R - overlap, ...]``, or a named tuple of such tensors.
     """
-    results = torch.empty(0)
+    count = max(0, len(records) - overlap)
+    if not count:
+        return function(records[:overlap].as_subclass(Tensor))
+    whole: Any = None
     for begin, chunk in chunks(records, overlap):
-        result = function(chunk)
-        if not begin:  # one tensor from the start: small results between large temporaries would fragment the heap
-            results = result.new_empty(len(records) - overlap, *result.shape[1:])
-        results[begin : begin + len(result)] = result
-    return results
+        result: Any = function(chunk)
+        if whole is None:  # one tensor from the start: small results between large temporaries would fragment the heap
+            whole = _map(lambda x: x.new_empty(count, *x.shape[1:]), result)
+        _map(lambda all_, part, at=begin: all_[at : at + len(part)].copy_(part), whole, result)
+    return whole
+
+
+def _map(function: Callable[..., Tensor], *results: Any) -> Any:
+    """Apply a function to tensors, or to those in named tuples, field by field."""
+    if isinstance(results[0], Tensor):
+        return function(*results)
+    return type(results[0])(*map(function, *results))
 
 
 class Life(NamedTuple):
@@ -85,7 +98,7 @@ def life(embeddings: Tensor, steps: Tensor) -> Life:
     """Find when each token leaves each phase of its life, from its displacements between records.
 
     Args:
-        embeddings: bfloat16 ``[R, V, D]``.
+        embeddings: bfloat16, float16 or float32 ``[R, V, D]``.
         steps: int64 ``[R]``, the step of each record.
     """
     limit = math.sqrt(embeddings.shape[2])
@@ -105,7 +118,7 @@ def escape_steps(embeddings: Tensor, steps: Tensor) -> Tensor:
     The black hole of a record is its largest set of identical vectors, if any two are identical.
 
     Args:
-        embeddings: bfloat16 ``[R, V, D]``.
+        embeddings: bfloat16, float16 or float32 ``[R, V, D]``.
         steps: int64 ``[R]``, the step of each record.
 
     Returns:
@@ -125,10 +138,67 @@ def _in_black_hole(fingerprint: Tensor) -> Tensor:
 
     Of several values that are equally frequent, the smallest counts.
     """
-    ordered, position = fingerprint.sort(1)
-    starts = torch.ones_like(ordered, dtype=torch.bool)
-    starts[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    run = starts.cumsum(1) - 1
-    counts = torch.zeros_like(ordered).scatter_add_(1, run, torch.ones_like(run))
-    most, largest = counts.max(1, keepdim=True)
-    return torch.zeros_like(starts).scatter_(1, position, (run == largest) & (most > 1))
+    run, length = run_lengths(fingerprint)
+    most, largest = length.max(1, keepdim=True)
+    return (run == largest) & (most > 1)
+
+
+def momentary_phases(records: Tensor, limit: float = 1000.0, norm: str = "l2") -> Tensor:
+    """Return what each token does from record to record, whatever it does later; for :func:`per_record`, overlap 1.
+
+    Args:
+        records: bfloat16, float16 or float32 ``[n, V, D]``.
+        limit: a longer displacement is superluminal, in ulp at the starting value.
+        norm: which norm of it: ``"l1"``, ``"l2"`` or ``"linf"``.
+
+    Returns:
+        int8 ``[n - 1, V]``, an index into ``PHASES``: 0 superluminal, 1 moving, 2 if the L1 norm of the displacement is
+        at most 1 ulp, 3 frozen: no coordinate moves. -1 where the displacement is NaN.
+
+    Raises:
+        TypeError: the dtype of ``records`` has no lattice.
+        ValueError: there is no such norm.
+    """
+    if norm not in Norms._fields:
+        raise ValueError(f"norm must be one of {', '.join(Norms._fields)}, got {norm!r}")
+    sizes = norms(displacement(records[:-1], records[1:]))
+    phase = (getattr(sizes, norm) <= limit) * (1 + (sizes.l1 <= 1).to(torch.int8) + (sizes.l1 <= 0))
+    return torch.where(sizes.l1.isnan(), -1, phase).to(torch.int8)
+
+
+class Reheatings(NamedTuple):
+    """How often tokens moved again after they had stood still.
+
+    Attributes:
+        times: how often each token did: int64 ``[V]``.
+        tokens: how many tokens did from each record to the next: int64 ``[R - 1]``.
+    """
+
+    times: Tensor
+    tokens: Tensor
+
+
+def reheatings(records: Tensor, rest: int) -> Reheatings:
+    """Find where a token that moved before, and then stood still, moves again. NaN never stands still.
+
+    Args:
+        records: ``[R, V, D]``.
+        rest: from how many records to the next, without interruption, it must have stood still.
+
+    Raises:
+        ValueError: ``rest`` is not positive.
+    """
+    if rest < 1:
+        raise ValueError(f"rest must be at least 1 record, got {rest}")
+    last_move = torch.full((1, records.shape[1]), -1)  # -1: none yet
+    times = torch.zeros(records.shape[1], dtype=torch.int64)
+    tokens = torch.zeros(max(0, len(records) - 1), dtype=torch.int64)
+    for begin, chunk in chunks(records, overlap=1):
+        moves = (chunk[1:] != chunk[:-1]).any(-1)
+        at = begin + torch.arange(len(moves))[:, None]
+        moved = torch.cat([last_move, torch.where(moves, at, -1)]).cummax(0).values
+        again = moves & (moved[:-1] >= 0) & (at - moved[:-1] > rest)
+        last_move = moved[-1:]
+        times += again.sum(0)
+        tokens[begin : begin + len(again)] = again.sum(1)
+    return Reheatings(times, tokens)
