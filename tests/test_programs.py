@@ -41,6 +41,7 @@ ROOMS: dict[str, set[str]] = {
     "hf": {"errors", "recording"},
     "lightning": {"recording"},
     "replay": {"ops", "trace"},
+    "accounting": {"errors", "ops", "trace"},
     "verify": {"cli", "errors", "replay", "trace"},
     "compact": {"cli", "errors", "replay", "storage", "trace"},
     "expand": {"cli", "errors", "ops", "storage", "trace", "verify"},

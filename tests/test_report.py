@@ -14,11 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
+from traces import record, rewrite
 
 from bhfast import lattice
 from bhfast.config import TrainConfig
+from bhfast.recording.recorder import Recorder
 from bhfast.report import main
-from bhfast.report.survey import Survey, survey_trace
+from bhfast.report.survey import Survey, left_out, survey_trace
 from bhfast.report.sweep import survey_sweep
 from bhfast.summary import final_loss, verification_figures, window_means
 from bhfast.trace import open_trace
@@ -56,7 +59,7 @@ def test_program(run: TrainResult, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "largest pairwise distance" in capsys.readouterr().out
     save_file({"x": torch.ones(1)}, tmp_path / "foreign")
     assert main([str(tmp_path / "foreign")]) == 2
-    assert "is not a trace of the reference run: it has no recorded_steps" in capsys.readouterr().err
+    assert "cannot be reported: it has no recorded_steps" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -87,10 +90,22 @@ def test_survey_of_every_record(found: Survey) -> None:
     torch.testing.assert_close(found.gradient_temperature, torch.tensor(spread, dtype=torch.float64))
     moved = w[1:].double() - w[:-1].double()
     spread = [(x - x.mean(0)).square().mean().item() for x in moved]
-    torch.testing.assert_close(found.update_temperature, torch.tensor(spread, dtype=torch.float64))
+    torch.testing.assert_close(found.temperatures.thermal / 64, torch.tensor(spread, dtype=torch.float64))
     for name in ("grads", "momentum", "variance"):
         wanted = [x.double().square().sum().sqrt().item() for x in found.trace[name]]
         torch.testing.assert_close(found.norms[name], torch.tensor(wanted, dtype=torch.float64))
+    for name, group in found.groups.items():
+        sizes = lattice.norms(lattice.displacement(w[:-1], w[1:])[:, group])
+        shares = [sizes.l2 > 1000, (sizes.l2 <= 1000) & (sizes.l1 > 1), (sizes.l1 <= 1) & (sizes.l1 > 0), sizes.l1 == 0]
+        assert torch.equal(found.phases[name], torch.stack([x.double().mean(1) for x in shares], 1))
+        speeds = moved[:, group]
+        rho = [(speeds[: len(speeds) - k] * speeds[k:]).sum() / speeds.square().sum() for k in (0, 1, 100)]
+        torch.testing.assert_close(found.correlation[name][[0, 1, 100]], torch.stack(rho))
+    assert torch.equal(found.shape_records, torch.arange(131))
+    assert found.effective_dimensions[0].isnan()  # all at one point
+    values = torch.linalg.eigvalsh(torch.cov(w[-1].double().T))
+    assert found.effective_dimensions[-1].item() == pytest.approx((values.sum() ** 2 / values.square().sum()).item())
+    assert found.entropies[0] == 0
     assert torch.equal(found.radius_records, torch.arange(131))
     assert torch.equal(found.distance_records[[0, -1]], torch.tensor([0, 130]))
     last = w[-1].double()
@@ -165,7 +180,7 @@ def test_page_of_a_run(run: TrainResult, tmp_path: Path, capsys: pytest.CaptureF
     assert main([str(run.path), "--out", str(tmp_path / "new" / "folder")]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "new" / "folder" / "index.html")
     html = check_page(tmp_path / "new" / "folder")
-    assert len(list((tmp_path / "new" / "folder").glob("*.png"))) == 9
+    assert len(list((tmp_path / "new" / "folder").glob("*.png"))) == 12
     assert "130 steps on" in html
     assert "largest pairwise distance" in html
 
@@ -239,3 +254,109 @@ def test_what_cannot_be_reported(run: TrainResult, tmp_path: Path, capsys, monke
         assert "pictures need matplotlib: pip install matplotlib" in error(run.path, "--out", tmp_path / "out")
     pytest.importorskip("matplotlib", reason="pictures need the report extra: matplotlib")
     assert "cannot write the report to" in error(run.path, "--out", tmp_path / "file" / "folder")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other traces
+
+
+def walk(dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """Vectors ``[7, 5, 4]`` that move."""
+    return torch.randn(7, 5, 4, generator=torch.Generator().manual_seed(0)).cumsum(0).to(dtype)
+
+
+def reported(path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[list[str], set[str]]:
+    """Return the lines of a report, and the names of the pictures it would have."""
+    from bhfast.report.pictures import run_pictures
+
+    status = main([str(path)])
+    printed = capsys.readouterr()
+    assert status == 0, printed.err
+    return printed.out.splitlines(), {picture.name for picture in run_pictures(survey_trace(open_trace(path)))}
+
+
+WITHOUT_FIELDS = {"cloud", "displacement", "distance", "distinct", "freezing", "motion", "phases", "shape", "spacetime"}
+
+
+@pytest.mark.usefixtures("matplotlib")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_trace_of_vectors_alone(dtype: torch.dtype, tmp_path: Path, capsys) -> None:
+    save_file({"recorded_steps": torch.arange(0, 70, 10), "W": walk(dtype)}, tmp_path / "t")
+    lines, pictures = reported(tmp_path / "t", capsys)
+    assert lines[2:] == [
+        "left out: loss: losses or loss is not in the file",
+        "left out: norms: neither gradients nor moments were recorded",
+        "left out: temperature of the gradient: gradients were not recorded",
+        "left out: trained and dead tokens apart: token_counts is not in the file",
+    ]
+    assert pictures == WITHOUT_FIELDS
+    if dtype == torch.float32:
+        assert main([str(tmp_path / "t"), "--out", str(tmp_path / "out")]) == 0
+        check_page(tmp_path / "out")
+
+
+@pytest.mark.usefixtures("matplotlib")
+def test_a_trace_of_sgd(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record(tmp_path / "t", lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9))  # w has rows, b is a vector
+    lines, pictures = reported(tmp_path / "t", capsys)
+    assert lines[2].startswith("step 1: row norm of the gradient, mean ")
+    assert lines[3] == "loss: 0.0000 at step 1, 0.7143 at step 6"
+    assert lines[5:] == ["left out: trained and dead tokens apart: token_counts is not in the file"]
+    assert pictures == {*WITHOUT_FIELDS, "loss", "norms", "temperature"}
+    survey = survey_trace(open_trace(tmp_path / "t"))
+    assert survey.norms.keys() == {"w.grad", "w.momentum_buffer"}
+
+
+def test_token_counts_of_recorded_rows(tmp_path: Path) -> None:
+    """``token_counts`` has the whole vocabulary, or as many tokens as are recorded."""
+    wte = nn.Parameter(torch.randn(20, 4).bfloat16())
+    optimizer = torch.optim.SGD([wte], lr=0.1)
+    counts = torch.arange(20) % 3
+    with Recorder(optimizer, {"wte": wte}, steps=2, path=tmp_path / "t", rows={"wte": [1, 3, 6, 19]}) as recorder:
+        for _ in range(2):
+            wte.grad = torch.ones_like(wte)
+            optimizer.step()
+            recorder.log()
+    tensors = dict(open_trace(tmp_path / "t"))
+    metadata = open_trace(tmp_path / "t").metadata
+    rewrite(tmp_path / "whole", {**tensors, "token_counts": counts}, metadata)
+    found = survey_trace(open_trace(tmp_path / "whole"))
+    assert found.groups["dead"].tolist() == [False, True, True, False]
+    rewrite(tmp_path / "rows", {**tensors, "token_counts": torch.tensor([4, 0, 0, 0])}, metadata)
+    assert survey_trace(open_trace(tmp_path / "rows")).groups["trained"].tolist() == [True, False, False, False]
+    rewrite(tmp_path / "neither", {**tensors, "token_counts": torch.arange(7)}, metadata)
+    found = survey_trace(open_trace(tmp_path / "neither"))
+    assert found.groups.keys() == {"all"}
+    (line,) = [line for line in left_out(found.found) if "apart" in line]
+    assert line == "left out: trained and dead tokens apart: token_counts has 7 values for 4 vectors"
+
+
+def test_one_of_several_parameters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def error(*options: str) -> str:
+        assert main([str(tmp_path / "t"), *options]) == 2
+        return capsys.readouterr().err.partition(str(tmp_path / "t"))[2]
+
+    two = {
+        "recorded_steps": torch.arange(7),
+        "a": walk(),
+        "b": walk() + 1,
+        "a.grad": walk(),
+        "b.m": walk()[:, :, :2].contiguous(),
+    }
+    save_file({**two, "losses": torch.ones(6)}, tmp_path / "t")
+    assert error() == " has vectors of a, b: choose one with --param\n"
+    assert error("--param", "c") == " cannot be reported: it has no parameter c; it has a, b\n"
+    assert main([str(tmp_path / "t"), "--param", "b"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "left out: norm of m: b.m must be of floating-point numbers [7, 5, 4], got torch.bfloat16 [7, 5, 2]" in lines
+    assert any(
+        line.startswith("left out: loss: losses or loss must be of floating-point numbers [7], got") for line in lines
+    )
+    save_file({"recorded_steps": torch.arange(7), "W": walk().double()}, tmp_path / "t")
+    assert error() == (
+        " cannot be reported: it has no vectors: no tensor of records x vectors x dimensions; it has no parameters\n"
+    )
+    save_file({"recorded_steps": torch.arange(7), "embeddings": walk().double()}, tmp_path / "t")
+    assert error().startswith(" cannot be reported: embeddings must be bfloat16 or float16 or float32 [7, at least 1, ")
+    save_file({"recorded_steps": torch.arange(7, 0, -1), "W": walk()}, tmp_path / "t")
+    assert error() == " cannot be reported: recorded_steps must increase, from 0 or later\n"

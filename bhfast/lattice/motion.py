@@ -143,25 +143,25 @@ def _in_black_hole(fingerprint: Tensor) -> Tensor:
     return (run == largest) & (most > 1)
 
 
-def momentary_phases(records: Tensor, limit: float = 1000.0, norm: str = "l2") -> Tensor:
-    """Return what each token does from record to record, whatever it does later; for :func:`per_record`, overlap 1.
+def momentary_phases(sizes: Norms, limit: float = 1000.0, norm: str = "l2") -> Tensor:
+    """Return what each token does from one record to the next, whatever it does later.
+
+    For all records: ``per_record(lambda w: momentary_phases(norms(displacement(w[:-1], w[1:]))), records, overlap=1)``.
 
     Args:
-        records: bfloat16, float16 or float32 ``[n, V, D]``.
-        limit: a longer displacement is superluminal, in ulp at the starting value.
-        norm: which norm of it: ``"l1"``, ``"l2"`` or ``"linf"``.
+        sizes: of the displacements, in ulp at the starting value; float64 ``[...]`` each.
+        limit: a longer displacement is superluminal.
+        norm: which norm says how long it is: ``"l1"``, ``"l2"`` or ``"linf"``.
 
     Returns:
-        int8 ``[n - 1, V]``, an index into ``PHASES``: 0 superluminal, 1 moving, 2 if the L1 norm of the displacement is
-        at most 1 ulp, 3 frozen: no coordinate moves. -1 where the displacement is NaN.
+        int8 ``[...]``, an index into ``PHASES``: 0 superluminal, 1 moving, 2 if the L1 norm of the displacement is at
+        most 1 ulp, 3 frozen: no coordinate moves. -1 where the displacement is NaN.
 
     Raises:
-        TypeError: the dtype of ``records`` has no lattice.
         ValueError: there is no such norm.
     """
     if norm not in Norms._fields:
         raise ValueError(f"norm must be one of {', '.join(Norms._fields)}, got {norm!r}")
-    sizes = norms(displacement(records[:-1], records[1:]))
     phase = (getattr(sizes, norm) <= limit) * (1 + (sizes.l1 <= 1).to(torch.int8) + (sizes.l1 <= 0))
     return torch.where(sizes.l1.isnan(), -1, phase).to(torch.int8)
 

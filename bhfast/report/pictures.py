@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from bhfast import lattice
 from bhfast.errors import BhfastError
 from bhfast.report.survey import Survey
 from bhfast.report.sweep import SweepSurvey
@@ -18,6 +19,7 @@ try:
     from matplotlib.axes import Axes
     from matplotlib.collections import LineCollection
     from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
     from matplotlib.patheffects import withStroke
 except ImportError:
     raise BhfastError("pictures need matplotlib: pip install matplotlib") from None
@@ -25,6 +27,7 @@ except ImportError:
 DPI = 200
 INFERNO = colormaps["inferno"]
 BLUE, ORANGE, PURPLE = "steelblue", INFERNO(0.65), INFERNO(0.35)
+PHASE_COLORS = [INFERNO(0.85), INFERNO(0.65), INFERNO(0.35), "lightsteelblue"]  # of lattice.PHASES
 GROUP_COLORS = {"trained": BLUE, "dead": ORANGE, "all": "0.25"}
 SMOOTHING = 100  # records whose losses are averaged
 MAX_LINES = 400  # tokens drawn in the space-time diagram
@@ -65,14 +68,22 @@ def new_axes(title: str, x: str, y: str, *, log: str = "x") -> tuple[Figure, Axe
 
 
 def run_pictures(survey: Survey) -> Iterator[Picture]:
-    """Draw all pictures of a run, one at a time."""
-    for draw in (loss, distinct, distance, displacement, freezing, spacetime, cloud, norms, temperatures):
-        yield draw(survey)
+    """Draw all pictures of a run that its trace allows, one at a time."""
+    drawn = {
+        loss: survey.losses is not None,
+        **dict.fromkeys((distinct, distance, displacement, phases, freezing, spacetime, cloud, shape, motion), True),
+        norms: bool(survey.norms),
+        temperatures: survey.gradient_temperature is not None,
+    }
+    for draw, is_possible in drawn.items():
+        if is_possible:
+            yield draw(survey)
 
 
 def loss(survey: Survey) -> Picture:
     """Draw the loss of each step and its moving average."""
     figure, ax = new_axes("Loss", "step", "cross-entropy (nats per token)", log="")
+    assert survey.losses is not None
     steps, values = survey.steps[1:], survey.losses[1:]
     ax.plot(steps, values, color=BLUE, alpha=0.3, lw=0.5, label="each step")
     width = min(SMOOTHING, len(values))
@@ -109,7 +120,7 @@ def distance(survey: Survey) -> Picture:
 
 def displacement(survey: Survey) -> Picture:
     """Draw how far tokens move from record to record, and when they leave each phase."""
-    limit = math.sqrt(survey.trace["embeddings"].shape[2])
+    limit = math.sqrt(survey.dim)
     figure, ax = new_axes("How far a token moves at once", "step", "median displacement (ulp)", log="x")
     ax.set_yscale("symlog", linthresh=0.1)
     for name, moves in survey.median_displacements.items():
@@ -145,6 +156,32 @@ def _mark_phase_ends(ax: Axes, survey: Survey, group: str, top: float) -> None:
             color=color,
             path_effects=[withStroke(linewidth=2, foreground="white")],
         )
+
+
+def phases(survey: Survey) -> Picture:
+    """Draw the share of tokens in each momentary phase."""
+    groups = survey.phases
+    figure = Figure(figsize=(8, 1.7 + 1.7 * len(groups)), layout="constrained")
+    axes = figure.subplots(len(groups), 1, sharex=True, squeeze=False)[:, 0]
+    for ax, (name, shares) in zip(axes, groups.items(), strict=True):
+        ax.stackplot(survey.steps[1:], shares.T, colors=PHASE_COLORS, lw=0, step="post")
+        ax.set(xscale="log", ylim=(0, 1), ylabel=f"share of {name} tokens")
+        ax.margins(x=0)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_title("What tokens do from record to record")
+    axes[-1].set_xlabel("step")
+    figure.legend(
+        [Rectangle((0, 0), 1, 1, color=color) for color in PHASE_COLORS],
+        lattice.PHASES,
+        loc="outside lower center",
+        ncols=len(lattice.PHASES),
+        frameon=False,
+    )
+    text = (
+        "Superluminal: a displacement with L2 above 1,000 ulp, from one record to the next. L1 ≤ 1: at most one ulp in "
+        "all. Frozen: no coordinate moves. A frozen token may move again."
+    )
+    return Picture("phases", "Momentary phases", text, figure)
 
 
 def freezing(survey: Survey) -> Picture:
@@ -214,20 +251,78 @@ def cloud(survey: Survey) -> Picture:
     return Picture("cloud", "The cloud", text, figure)
 
 
+def shape(survey: Survey) -> Picture:
+    """Draw how many dimensions the cloud fills, and how evenly it fills the lattice."""
+    figure, ax = new_axes("The shape of the cloud", "step", f"effective dimension (of {survey.dim})")
+    steps = survey.steps[survey.shape_records]
+    (dimension,) = ax.plot(steps, survey.effective_dimensions, color=BLUE, lw=1.5)
+    ax.set_ylim(bottom=0)
+    bits = ax.twinx()
+    (entropy,) = bits.plot(steps, survey.entropies, color=ORANGE, lw=1.5, ls="--")
+    most = math.log2(survey.radii.shape[1])
+    bits.set(ylabel="entropy of the occupied lattice points (bits)", ylim=(0, max(most * 1.08, 0.1)))
+    bits.axhline(most, color=ORANGE, lw=0.8, alpha=0.5)
+    bits.spines["top"].set_visible(False)
+    ax.legend([dimension, entropy], ["effective dimension", "entropy"], loc="lower right")
+    text = (
+        "Effective dimension: the participation ratio of the cloud's principal spectrum; there is none while all "
+        f"tokens are at one point. Entropy: 0 if all tokens are in one black hole, {most:.3g} bits if all differ."
+    )
+    return Picture("shape", "The shape of the cloud", text, figure)
+
+
+def motion(survey: Survey) -> Picture:
+    """Draw the temperatures of the tokens' motion, and how long they keep their velocities."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    warm, keep = figure.subplots(1, 2, width_ratios=(3, 2))
+    found, steps = survey.temperatures, survey.steps[1:]
+    for values, name, color in (
+        (found.total, "total", "0.6"),
+        (found.thermal, "thermal", ORANGE),
+        (found.bulk, "bulk", BLUE),
+    ):
+        warm.plot(steps, values.where(values > 0, math.nan), color=color, lw=0.8, label=name)
+    if (found.total > 0).any():
+        warm.set_yscale("log")
+    warm.set(xscale="log", xlabel="step", ylabel="mean squared displacement per record")
+    warm.set_title("All tokens: together and apart", fontsize=10)
+    for name, rho in survey.correlation.items():
+        time = lattice.correlation_time(rho)
+        label = name if math.isnan(time) else f"{name}: τ = {time:.1f}"
+        keep.plot(rho, color=GROUP_COLORS[name], lw=1.5, label=label)
+    keep.axhline(0, color="0.6", lw=0.8)
+    keep.set(xlabel="lag (records)", ylim=(min(-0.1, keep.get_ylim()[0]), 1.05))
+    keep.set_title("Autocorrelation of the velocity", fontsize=10)
+    for ax in (warm, keep):
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+    warm.legend()
+    if survey.correlation:
+        keep.legend()
+    text = (
+        "A velocity is a displacement from record to record. Bulk: the square of the mean velocity of all tokens. "
+        "Thermal: the mean square of what is left. They add up to the total. τ is the integrated autocorrelation time, "
+        "in records; it is left out if it is too long to tell."
+    )
+    return Picture("motion", "Bulk and thermal motion", text, figure)
+
+
 def norms(survey: Survey) -> Picture:
     """Draw the norms of gradient and moments."""
     figure, ax = new_axes("Gradient and moments of the embeddings", "step", "Frobenius norm", log="xy")
-    for (name, values), color in zip(survey.norms.items(), (BLUE, ORANGE, PURPLE), strict=True):
+    for i, (name, values) in enumerate(survey.norms.items()):
+        color = (BLUE, ORANGE, PURPLE)[i] if i < 3 else f"C{i}"
         ax.plot(survey.steps[1:], values[1:], color=color, lw=0.8, label=name)
     ax.legend()
-    return Picture("norms", "Norms", "Unclipped gradient, momentum (exp_avg) and variance (exp_avg_sq).", figure)
+    return Picture("norms", "Norms", "The gradient, and the state of the optimizer.", figure)
 
 
 def temperatures(survey: Survey) -> Picture:
     """Draw the temperatures of gradient and update."""
     figure, ax = new_axes("Temperature", "step", "variance about the mean over tokens", log="xy")
+    assert survey.gradient_temperature is not None
     ax.plot(survey.steps[1:], survey.gradient_temperature[1:], color=BLUE, lw=0.8, label="gradient")
-    ax.plot(survey.steps[1:], survey.update_temperature, color=ORANGE, lw=0.8, label="update")
+    ax.plot(survey.steps[1:], survey.temperatures.thermal / survey.dim, color=ORANGE, lw=0.8, label="update")
     ax.legend()
     text = "How much tokens differ in their gradients and in their displacements: the mean of (x - mean over tokens)²."
     return Picture("temperature", "Temperature", text, figure)
