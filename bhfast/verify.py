@@ -220,7 +220,9 @@ def main(argv: list[str] | None = None) -> int:
     group.add_argument("--betas", type=float, nargs=2, metavar="BETA", help="(default: 0.9 0.999)")
     group.add_argument("--eps", type=float, help="(default: 1e-8)")
     group.add_argument("--weight-decay", type=float, help="(default: 0)")
-    group.add_argument("--rounding", choices=ROUNDINGS, help="of Adam (default: per-op, torch's own on a CPU)")
+    group.add_argument(
+        "--rounding", choices=ROUNDINGS, help="of Adam (default: per-op, torch's own in bfloat16 on a CPU)"
+    )
     group.add_argument("--max-grad-norm", type=float, metavar="NORM", help="at which recorded gradients were clipped")
     return run_program(parser, _report_all, argv)
 

@@ -35,7 +35,7 @@ class GivenSettings:
         lr_schedule: ``constant``, or ``linear``: step k uses ``lr * (steps - k + 1) / steps``.
         steps: in the whole run; for the linear schedule.
         betas, eps, weight_decay: as for ``torch.optim.AdamW``.
-        rounding: of ``ROUNDINGS``: ``per-op`` is torch's own on a CPU.
+        rounding: of ``ROUNDINGS``; None: ``per-op``, which is torch's own in bfloat16 on a CPU.
         max_grad_norm: at which gradients were clipped after they were recorded; None if they were not.
 
     Raises:
@@ -49,12 +49,12 @@ class GivenSettings:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
-    rounding: str = "per-op"
+    rounding: str | None = None
     max_grad_norm: float | None = None
 
     def __post_init__(self) -> None:
         for name, choices in (("optimizer", OPTIMIZERS), ("lr_schedule", SCHEDULES), ("rounding", ROUNDINGS)):
-            if getattr(self, name) not in choices:
+            if getattr(self, name) not in (*choices, *([None] if name == "rounding" else [])):
                 raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         for name, value in (("lr", self.lr), ("eps", self.eps), ("weight_decay", self.weight_decay)):
             if value is not None and not 0 <= value < math.inf:
@@ -104,7 +104,7 @@ def replay_given(trace: Trace, settings: GivenSettings) -> GivenReplay:
     trace.optimizer = _description(trace, params, settings)
     logged = ChainMap({"learning_rates": _learning_rates(trace, settings)}, dict(trace))
     remarks: list[str] = []
-    reason = why_unknown(trace, logged) or _why_not(trace, params)
+    reason = why_unknown(trace, logged) or _why_not(trace, params, settings)
     if not reason and settings.max_grad_norm is not None:
         reason = _add_clip_coefs(trace, settings, logged, remarks)
     difference, replayed = None, len(trace.steps) - 1
@@ -137,7 +137,7 @@ def _description(trace: Trace, params: Mapping[str, Mapping[str, str]], settings
     kernel = {"kernel": torch_adam.fused_kernel()} if settings.rounding == torch_adam.FUSED else {}
     return {
         "name": settings.optimizer,
-        "arithmetic": settings.rounding,
+        "arithmetic": settings.rounding or "per-op",
         "reason": "its settings were given",
         "groups": [{**group, **kernel}],
         "params": {
@@ -171,7 +171,7 @@ def _learning_rates(trace: Trace, settings: GivenSettings) -> Tensor:
     return torch.tensor([settings.lr * x for x in rest], dtype=torch.float64)
 
 
-def _why_not(trace: Trace, params: Mapping[str, Mapping[str, str]]) -> str | None:
+def _why_not(trace: Trace, params: Mapping[str, Mapping[str, str]], settings: GivenSettings) -> str | None:
     if not params:
         return "it has no embeddings, nor any tensors NAME and NAME.grad; bhfast import can rename others"
     for name, keys in params.items():
@@ -182,6 +182,8 @@ def _why_not(trace: Trace, params: Mapping[str, Mapping[str, str]]) -> str | Non
             return f"parameter, gradients and moments of {name} have different shapes or dtypes"
         if tensors[0].dtype not in (torch.bfloat16, torch.float32):
             return f"a replay knows bfloat16 and float32, and {name} is {tensors[0].dtype}"
+        if tensors[0].dtype == torch.float32 and settings.rounding is None:
+            return "in float32 torch's Adam differs from CPU to CPU; name an arithmetic with --rounding"
         if len(tensors[0]) != len(trace.steps):
             return f"{name} has not one record for each step"
         if any(moment not in keys for moment in MOMENTS) and int(trace.steps[0]):

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from bhfast.errors import TraceError
-from bhfast.storage.files import CHUNK
 from bhfast.trace.format import DTYPES, FORMAT
 from bhfast.trace.lazy import LazyTensor, wanted_records
 from bhfast.trace.opening import open_file
 
+BLOCK = 4 << 20  # bytes of a dataset that are read at once, unless one chunk has more
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 UNREADABLE = (OSError, RuntimeError, KeyError, TypeError, ValueError)  # what h5py raises on damaged files
 
@@ -107,7 +107,10 @@ def _plain(value: Any) -> Any:
 
 
 class Hdf5Tensor(LazyTensor):
-    """A dataset. It is read in blocks of whole HDF5 chunks, so that each is decompressed once; the last one is kept.
+    """A dataset. It is read in blocks of whole HDF5 chunks, so that each is decompressed once.
+
+    All blocks are read into one buffer, which is kept until the last record was read. A new one for each would leave
+    gaps in the heap that grow with the file.
 
     Args:
         path, name: for errors.
@@ -123,40 +126,49 @@ class Hdf5Tensor(LazyTensor):
         self._data = data
         chunk = data.chunks[0] if data.chunks else 1
         row = max(1, math.prod(self.shape[1:]) * self.itemsize * chunk)
-        self._length = chunk * max(1, CHUNK // row)  # records in a block
-        self._block: tuple[int, Tensor] | None = None
+        self._length = chunk * max(1, BLOCK // row)  # records in a block
+        self._buffer: np.ndarray | None = None
+        self._start: int | None = None  # the first record in the buffer
 
     def whole(self) -> Tensor:
         """Read all of it."""
-        return self._tensor(())
+        return self._as_tensor(self._read_into(np.empty(self.shape, self._native), ()))
 
     def _read(self, steps: slice | Tensor, low: int, high: int) -> Tensor:
         records = wanted_records(steps, len(self))
-        if not len(records):
-            return torch.empty((0, high - low, *self.shape[2:]), dtype=self.dtype)
-        parts = []
-        first, stop = records[0], records[-1] + 1
+        first, stop = (records[0], records[-1] + 1) if len(records) else (0, 0)
+        found = torch.empty((stop - first, *self.shape[1:]), dtype=self.dtype)
         for start in range(first - first % self._length, stop, self._length):
             block = self._read_block(start)
-            parts.append(block[max(0, first - start) : stop - start])
-        found = parts[0] if len(parts) == 1 else torch.cat(parts)
+            begin, end = max(first, start), min(stop, start + len(block))
+            found[begin - first : end - first] = block[begin - start : end - start]
+        if stop == len(self):
+            self._buffer = self._start = None
         if len(found) > len(records):
             found = found[torch.tensor(records) - first]
         return found[:, low:high] if self.dim() > 1 else found
 
     def _read_block(self, start: int) -> Tensor:
-        if self._block is None or self._block[0] != start:
-            self._block = None  # before the next one is read
-            self._block = start, self._tensor(slice(start, min(start + self._length, len(self))))
-        return self._block[1]
+        count = min(self._length, len(self) - start)
+        if self._buffer is None:
+            self._buffer = np.empty((min(self._length, len(self)), *self.shape[1:]), self._native)
+        if self._start != start:
+            self._start = None  # if reading fails
+            self._read_into(self._buffer[:count], slice(start, start + count))
+            self._start = start
+        return self._as_tensor(self._buffer[:count])
 
-    def _tensor(self, index: Any) -> Tensor:
+    @property
+    def _native(self) -> np.dtype:
+        return self._data.dtype.newbyteorder("=")
+
+    def _read_into(self, array: np.ndarray, index: Any) -> np.ndarray:
         try:
-            array = np.asarray(self._data[index])
+            if array.size:
+                self._data.read_direct(array, index)
         except UNREADABLE as error:
             raise TraceError(f"{self._where} cannot be read: {error}") from None
-        if self.dtype == torch.bfloat16:
-            array = array.view(array.dtype.byteorder.replace("|", "=") + "u2")
-        array = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="), copy=False))
-        tensor = torch.from_numpy(array.reshape(array.shape or (1,))).view(self.dtype)
-        return tensor if array.shape else tensor[0]
+        return array
+
+    def _as_tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array.view("u2") if self.dtype == torch.bfloat16 else array).view(self.dtype)
