@@ -147,6 +147,8 @@ def test_steps_may_be_said(tmp_path: Path) -> None:
 @given(st.integers(0, (1 << 16) - 1), st.integers(0, (1 << 16) - 1))
 def test_float32_becomes_bfloat16_only_if_it_is(high: int, low: int) -> None:
     bits = torch.tensor([[0x3F800000, (high << 16) + low]], dtype=torch.int64).to(torch.int32)
+    one = bits[0, 0].view(torch.float32)
+    assert converted("x", one, to_bfloat16=True) == 1
     values = bits.view(torch.float32)
     if low:
         with pytest.raises(TraceError, match=r"x of record 0 has .*, which is not a bfloat16; import it as float32"):

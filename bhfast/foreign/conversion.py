@@ -79,10 +79,10 @@ class ConvertedTensor(LazyTensor):
             if bool((found < 0).any()) and values.dtype == torch.uint64:
                 raise TraceError(f"{self._name} has numbers of 2^63 and more")
             return found
-        bits = values.contiguous().view(torch.int32)
-        if (rest := bits & 0xFFFF).any():
-            index = rest.nonzero()[0].tolist() if rest.dim() else []
-            value = values[tuple(index)].item()
+        halves = values.contiguous().view(-1).numpy().view("<u2").reshape(*values.shape, 2)
+        if halves[..., 0].any():
+            index = [int(axis[0]) for axis in halves[..., 0].nonzero()]
             at = f" of record {first + index[0]:,}" if index else ""
+            value = values[tuple(index)].item()
             raise TraceError(f"{self._name}{at} has {value!r}, which is not a bfloat16; import it as float32")
-        return (bits >> 16).to(torch.int16).view(torch.bfloat16)
+        return torch.from_numpy(halves[..., 1].copy()).view(torch.bfloat16)

@@ -109,8 +109,8 @@ def _plain(value: Any) -> Any:
 class Hdf5Tensor(LazyTensor):
     """A dataset. It is read in blocks of whole HDF5 chunks, so that each is decompressed once.
 
-    All blocks are read into one buffer, which is kept until the last record was read. A new one for each would leave
-    gaps in the heap that grow with the file.
+    All blocks are read into one buffer, which is kept until the last record was read. What is returned is allocated by
+    numpy: torch aligns what it allocates, and on glibc that leaves gaps in the heap which grow with the file.
 
     Args:
         path, name: for errors.
@@ -137,7 +137,7 @@ class Hdf5Tensor(LazyTensor):
     def _read(self, steps: slice | Tensor, low: int, high: int) -> Tensor:
         records = wanted_records(steps, len(self))
         first, stop = (records[0], records[-1] + 1) if len(records) else (0, 0)
-        found = torch.empty((stop - first, *self.shape[1:]), dtype=self.dtype)
+        found = self._as_tensor(np.empty((stop - first, *self.shape[1:]), self._native))
         for start in range(first - first % self._length, stop, self._length):
             block = self._read_block(start)
             begin, end = max(first, start), min(stop, start + len(block))
