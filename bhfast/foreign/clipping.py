@@ -12,8 +12,8 @@ from bhfast.replay import CHUNK
 from bhfast.trace import Trace
 from bhfast.trace.updates import Updates, bits
 
-WITNESSES = 1024  # elements of each gradient from which the factor is found
-NEIGHBOURS = 6  # bfloat16 values tried on either side of the estimate
+WITNESSES = 256  # elements of each gradient from which the factor is found
+NEIGHBOURS = 3  # bfloat16 values tried on either side of the estimate
 ONE = 0x3F80  # the bits of 1 in bfloat16
 
 
