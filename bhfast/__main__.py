@@ -13,6 +13,7 @@ PROGRAMS = {
     "corpus": "make a corpus to train on",
     "verify": "prove a trace by replaying it",
     "diff": "say where two traces differ",
+    "import": "make a trace of another program's recording",
     "compact": "make a full trace compact, and prove that nothing is lost",
     "expand": "make a compact trace full",
     "recover": "make a trace from a run that was killed",

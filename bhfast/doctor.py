@@ -21,7 +21,7 @@ from bhfast.optim import FusedAdam
 from bhfast.trace.format import format_bytes
 from bhfast.version import __version__
 
-PACKAGES = ("numpy", "safetensors", "tqdm", "unidecode", "pytest", "pytest-benchmark", "transformers")
+PACKAGES = ("numpy", "safetensors", "tqdm", "unidecode", "h5py", "pytest", "pytest-benchmark", "transformers")
 
 
 def self_test() -> str | None:

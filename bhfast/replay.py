@@ -98,7 +98,7 @@ def _replay_param(trace: Trace, updates: Updates) -> Difference | None:
     if not updates.described["steps_done"]:
         ending = KEYFRAMES if updates.name in trace.keyframes else ""
         for key in (f"{keys[field]}{ending}" for field in MOMENTS):
-            if difference := _first_difference(trace, key, 0, trace[key][:1], torch.zeros_like(trace[key][:1])):
+            if difference := first_difference(trace, key, 0, trace[key][:1], torch.zeros_like(trace[key][:1])):
                 return difference
     if updates.name in trace.keyframes:
         return _replay_keyframes(trace, updates)
@@ -110,7 +110,7 @@ def _replay_param(trace: Trace, updates: Updates) -> Difference | None:
         states = [x[now.start - 1 : now.stop - 1] for x in tensors]
         values = updates.next_states(states, grads[now], now)
         found = [
-            _first_difference(trace, keys[field], start, _after_step(trace, keys[field], now), value)
+            first_difference(trace, keys[field], start, _after_step(trace, keys[field], now), value)
             for field, value in zip(STATE, values, strict=True)
         ]
         if differences := [difference for difference in found if difference]:
@@ -137,7 +137,7 @@ def _replay_keyframes(trace: Trace, updates: Updates) -> Difference | None:
         for field, value in zip(STATE, states, strict=True):
             key = f"{updates.keys[field]}{KEYFRAMES}"
             recorded = trace[key].as_subclass(Tensor)[frame : frame + 1]
-            if difference := _first_difference(trace, key, record, recorded, value[None]):
+            if difference := first_difference(trace, key, record, recorded, value[None]):
                 return _cause(trace, updates, difference, frame, before, record)
     return None
 
@@ -171,7 +171,15 @@ def _cause(trace: Trace, updates: Updates, found: Difference, frame: int, before
     return replace(found, text=text)
 
 
-def _first_difference(trace: Trace, name: str, first: int, recorded: Tensor, replayed: Tensor) -> Difference | None:
+def first_difference(trace: Trace, name: str, first: int, recorded: Tensor, replayed: Tensor) -> Difference | None:
+    """Return where records of a tensor differ from those replayed; None if they do not.
+
+    Args:
+        trace: for its steps.
+        name: of the tensor.
+        first: the number of the first record.
+        recorded, replayed: ``[n, ...]``.
+    """
     if torch.equal(bits(recorded), bits(replayed)):
         return None
     differs = differing(recorded, replayed)

@@ -1,6 +1,7 @@
 """Proves a recording: replays Adam over the whole trace, and compares every bit of moments and parameters.
 
     python -m bhfast.verify FILE...
+    python -m bhfast.verify FILE --optimizer adamw --lr 1e-3 [--betas 0.9 0.999 ...]
 
 Prints one line for each file. The exit status is that of the worst file, in this order:
 
@@ -11,6 +12,9 @@ Prints one line for each file. The exit status is that of the worst file, in thi
 
 It replays traces of the reference run, and those of :class:`bhfast.Recorder` if the optimizer's arithmetic is known to
 the bit. Given the index of several files, it verifies all of them, and that they agree with the index.
+
+A trace of another program does not describe its optimizer. With ``--optimizer`` and its settings it is replayed as far
+as its tensors allow: the line says which bits agree, and what was assumed.
 
 Every step is replayed from the state recorded before it, so all steps of a chunk are computed at once. A compact trace
 is replayed from each key frame to the next; if they differ, checksums tell which record in between is damaged. A replay
@@ -24,20 +28,23 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from torch import Tensor
 
 from bhfast.cli import run_program
-from bhfast.errors import MALFORMED, BhfastError, DamageError, TraceError
+from bhfast.errors import MALFORMED, BhfastError, ConfigError, DamageError, TraceError
+from bhfast.foreign.given import OPTIMIZERS, ROUNDINGS, SCHEDULES, GivenReplay, GivenSettings, replay_given
 from bhfast.replay import Difference, replay, why_not
 from bhfast.trace import Trace, open_trace
 from bhfast.trace.format import KEYFRAME_STEPS, KEYFRAMES
+from bhfast.trace.opening import open_file
 from bhfast.trace.series import open_parts, seam_difference
 from bhfast.trace.sharded import INDEX_SUFFIX, Index, disagreements, read_index
 
 SEVERITY = (0, 2, 1)  # exit statuses, the worst last
+DAMAGED_HEADER = "the header: its CRC-32 does not match; names, dtypes, shapes or metadata were changed"
 
 
 @dataclass(frozen=True)
@@ -48,13 +55,16 @@ class Verification:
         replayed: number of steps replayed; 0 if only checksums were compared.
         reason: why nothing was replayed; None if it was.
         difference: None if every bit agrees.
-        has_header_checksum: whether names, shapes and metadata could be checked; False for format version 1.
+        has_header_checksum: whether names, shapes and metadata could be checked; False for format version 1, and for
+            files of other programs.
+        given: what the replay found, if the settings of the optimizer were given.
     """
 
     replayed: int
     reason: str | None
     difference: Difference | None
     has_header_checksum: bool = True
+    given: GivenReplay | None = None
 
     @property
     def status(self) -> int:
@@ -65,21 +75,33 @@ class Verification:
         if self.difference:
             return f"DIFFERENT: {self.difference.text}"
         note = "" if self.has_header_checksum else " (but its header has none: format version 1)"
+        checked = f"all checksums match{note}"
+        if self.given and not self.has_header_checksum:
+            checked = "the file has no checksums"
         if self.reason:
-            return f"not replayed, because {self.reason}; all checksums match{note}"
-        return f"{self.replayed:,} steps replayed, all bits of moments and parameters agree; all checksums match{note}"
+            return f"not replayed, because {self.reason}; {checked}"
+        if self.given:
+            agreed = f"with the settings given, all bits of {', '.join(self.given.tensors)} agree"
+            return "; ".join([f"{self.replayed:,} steps replayed {agreed}", *self.given.remarks, checked])
+        return f"{self.replayed:,} steps replayed, all bits of moments and parameters agree; {checked}"
 
 
-def verify(path: str | os.PathLike[str]) -> Verification:
+def verify(path: str | os.PathLike[str], given: GivenSettings | None = None) -> Verification:
     """Check a trace with all its parts, or the index of several files.
 
     Takes about 100 MB of memory besides the mapped file.
+
+    Args:
+        path: the file.
+        given: the settings of the optimizer, for one file of another program, or made of one by ``bhfast import``.
 
     Raises:
         TraceError: the file cannot be read, or is not a trace that can be checked.
         DamageError: it is truncated, or its header or metadata do not fit its data.
     """
     path = Path(path)
+    if given:
+        return _verify_given(path, given)
     if path.name.endswith(INDEX_SUFFIX):
         return _verify_index(read_index(path))
     if path.suffix != ".partial":
@@ -108,12 +130,14 @@ def _verify_file(trace: Trace, logged: Mapping[str, Tensor]) -> Verification:
     """Check one file; ``logged`` as for :func:`bhfast.replay.why_not`."""
     is_intact = trace.header_is_intact()
     if is_intact is False:
-        text = "the header: its CRC-32 does not match; names, dtypes, shapes or metadata were changed"
-        return Verification(0, None, Difference(None, -1, None, None, text))
+        return Verification(0, None, Difference(None, -1, None, None, DAMAGED_HEADER))
     lacks = [name for name in ("optimizer", "crc32") if name not in trace.metadata]
     if lacks or "recorded_steps" not in trace:
         lacking = ", ".join(lacks or ["recorded_steps"])
-        raise TraceError(f"{trace.path} cannot be verified: bhfast did not write it, because it has no {lacking}")
+        raise TraceError(
+            f"{trace.path} cannot be verified: bhfast did not write it, because it has no {lacking}; "
+            "give its --optimizer and settings"
+        )
     try:
         reason = why_not(trace, logged)
         difference = (None if reason else replay(trace, logged)) or _compare_checksums(trace)
@@ -127,6 +151,23 @@ def _verify_file(trace: Trace, logged: Mapping[str, Tensor]) -> Verification:
     if reason and "shard" in trace.metadata and trace is logged:
         reason = f"it is one of several files; verify their {INDEX_SUFFIX} instead; {reason}"
     return Verification(0 if reason else steps, reason, difference, is_intact is not None)
+
+
+def _verify_given(path: Path, given: GivenSettings) -> Verification:
+    """Check a file of another program."""
+    if path.name.endswith(INDEX_SUFFIX) or path.suffix == ".partial":
+        raise TraceError(f"{path} cannot be verified with given settings: name one whole file")
+    trace = open_file(path)
+    if trace.header_is_intact() is False:
+        return Verification(0, None, Difference(None, -1, None, None, DAMAGED_HEADER))
+    try:
+        found = replay_given(trace, given)
+        difference = found.difference or _compare_checksums(trace)
+    except TraceError:
+        raise
+    except MALFORMED as error:
+        raise TraceError(f"{path} cannot be verified: its tensors do not fit together ({error})") from None
+    return Verification(found.replayed, found.reason, difference, "crc32" in trace.metadata, found)
 
 
 def _compare_checksums(trace: Trace) -> Difference | None:
@@ -171,13 +212,40 @@ def main(argv: list[str] | None = None) -> int:
         "agree, 1 damaged, 2 not replayed or not readable.",
     )
     parser.add_argument("files", metavar="FILE", nargs="+", help=f"a trace, or the {INDEX_SUFFIX} of several files")
-    return run_program(parser, lambda args: max(map(_report, args.files), key=SEVERITY.index), argv)
+    group = parser.add_argument_group("traces of other programs, which do not describe their optimizer")
+    group.add_argument("--optimizer", choices=OPTIMIZERS)
+    group.add_argument("--lr", type=float, help="learning rate, if the trace has no learning_rates")
+    group.add_argument("--lr-schedule", choices=SCHEDULES, help="linear decays to 0 after --steps (default: constant)")
+    group.add_argument("--steps", type=int, metavar="N", help="steps in the whole run, for the linear schedule")
+    group.add_argument("--betas", type=float, nargs=2, metavar="BETA", help="(default: 0.9 0.999)")
+    group.add_argument("--eps", type=float, help="(default: 1e-8)")
+    group.add_argument("--weight-decay", type=float, help="(default: 0)")
+    group.add_argument(
+        "--rounding", choices=ROUNDINGS, help="of Adam (default: per-op, torch's own in bfloat16 on a CPU)"
+    )
+    group.add_argument("--max-grad-norm", type=float, metavar="NORM", help="at which recorded gradients were clipped")
+    return run_program(parser, _report_all, argv)
 
 
-def _report(file: str) -> int:
+def _report_all(args: argparse.Namespace) -> int:
+    given = _given_settings(args)
+    return max((_report(file, given) for file in args.files), key=SEVERITY.index)
+
+
+def _given_settings(args: argparse.Namespace) -> GivenSettings | None:
+    """Return the settings that were given; None if none was."""
+    own = {entry.name: getattr(args, entry.name) for entry in fields(GivenSettings)}
+    own = {name: tuple(x) if isinstance(x, list) else x for name, x in own.items() if x is not None}
+    if own and "optimizer" not in own:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in own)
+        raise ConfigError(f"{flags} needs --optimizer: settings are given for traces that do not have them")
+    return GivenSettings(**own) if own else None
+
+
+def _report(file: str, given: GivenSettings | None) -> int:
     """Verify one file, print a line, and return its exit status."""
     try:
-        found = verify(file)
+        found = verify(file, given)
     except BhfastError as error:
         print(f"bhfast verify: error: {error}", file=sys.stderr)
         return 1 if isinstance(error, DamageError) else 2

@@ -208,12 +208,14 @@ def test_what_only_one_has_and_what_is_of_another_kind_is_said(
 
 def test_a_constant_differs_at_no_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, sigma in (("a", 0.0), ("b", 1e-3)):
-        tensors = {"recorded_steps": torch.arange(2), "sigma": torch.tensor(sigma), "token_counts": torch.arange(2)}
+        counts = torch.tensor([3, int(sigma > 0)])  # as many as there are records
+        tensors = {"recorded_steps": torch.arange(2), "sigma": torch.tensor(sigma), "token_counts": counts}
         rewrite(tmp_path / name, tensors, {})
     assert main([str(tmp_path / "a"), str(tmp_path / "b")]) == 1
     said = capsys.readouterr().out
     assert "different, but not in what was recorded at each step" in said
     assert "  sigma: A 0 (0x00000000), B 0.001 (0x3a83126f), 1 of its values differ" in said
+    assert "  token_counts[1]: A 0 (0x0000000000000000), B 1 (0x0000000000000001), 1 of its values differ" in said
 
 
 def test_a_run_that_goes_on(tmp_path: Path) -> None:

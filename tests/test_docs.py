@@ -23,6 +23,7 @@ NEEDS: dict[str, tuple[Callable[[], object], str]] = {  # what a page needs, and
     "accelerate": (lambda: find_spec("accelerate"), "accelerate is not installed; it comes with bhfast[hf]"),
     "hugging-face-trainer": (lambda: find_spec("accelerate"), "accelerate is not installed; it comes with bhfast[hf]"),
     "lightning": (lambda: find_spec("lightning"), "lightning is not installed; it comes with bhfast[lightning]"),
+    "other-recordings": (lambda: find_spec("h5py"), "h5py is not installed; it comes with bhfast[import]"),
     "several-optimizers": (lambda: hasattr(torch.optim, "Muon"), "this torch has no Muon"),
     "sharded-models": (lambda: distributed_run.SHARDS_ON_CPU, "this torch's fully_shard does not run on a CPU"),
 }
