@@ -8,6 +8,7 @@ from torch import Tensor
 
 from bhfast.errors import ConfigError
 from bhfast.recording.slots import RecordSlots
+from bhfast.trace.format import AFTER_STEP, CHANGED
 from bhfast.trace.reader import Trace
 from bhfast.trace.recorded import RecordedTensor
 from bhfast.trace.series import state_that_differs
