@@ -19,7 +19,14 @@ from bhfast.ops import extension
 from bhfast.tokens import Corpus, load_corpus
 from bhfast.trace import open_trace
 
-UNRECORDED = {"checkpoint_every", "keyframes", "out", "overwrite", "quiet", "storage"}  # settings that do not change the experiment
+UNRECORDED = {
+    "checkpoint_every",
+    "keyframes",
+    "out",
+    "overwrite",
+    "quiet",
+    "storage",
+}  # settings that do not change the experiment
 RESOLVED = ("corpus_sha256", "device", "engine", "files_sha256")  # compared in place of the settings they result from
 RESOLVING = ("corpus", "tokenizer")  # those settings
 FILES = ("rows", "start", "thermal_rows", "frozen_rows")  # settings that may name a file

@@ -119,6 +119,34 @@ def test_after_a_kill_with_other_settings(changes, engine: str, settings: TrainC
     assert verify(settings.path).difference is None
 
 
+@pytest.mark.parametrize("storage", ["memory", "stream"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"thermal_noise": 1e-3, "thermal_rows": "dead"},
+        {"thermal_noise": 1e-3, "record_every": 3, "hidden": "mean,var"},
+        {"optimizer": "sgd", "momentum": 0.9, "lr": 0.1, "params": "wte,h.0.mlp", "rows": "1,5-90"},
+        {"dtype": "float32", "frozen_rows": "dead", "start": "gaussian", "init_seed": 3, "data_seed": 4},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_of_another_experiment(changes, storage: str, settings: TrainConfig) -> None:
+    settings = replace(settings, storage=storage, **changes)
+    wanted = uninterrupted(settings)
+    train(settings, progress=interrupting(11))
+    killed(lambda progress: resume(settings.path, progress=progress), 25)
+    resume(settings.path)
+    assert settings.path.read_bytes() == wanted
+
+
+def test_of_some_rows_on_the_native_engine(settings: TrainConfig) -> None:
+    settings = replace(settings, engine="native", rows="dead", hidden="mean", frozen_rows="1-9", params="wte,ln_f")
+    wanted = uninterrupted(settings)
+    train(settings, progress=interrupting(11))
+    resume(settings.path)
+    assert settings.path.read_bytes() == wanted
+
+
 @pytest.mark.parametrize("is_recovered", [False, True])
 @pytest.mark.parametrize("engine", ["torch", "native"])
 def test_after_kills(engine: str, is_recovered: bool, settings: TrainConfig) -> None:
