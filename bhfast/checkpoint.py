@@ -1,8 +1,9 @@
 """Checkpoints: all that a run needs to go on from a step, beside its trace.
 
-A checkpoint is a safetensors file: the parameters (``param.NAME``), the optimizer's state (``state.NAME.KEY``), the
-states of random generators (``generator.NAME``), and the losses so far. Its metadata are those of the trace, the step,
-and checksums. It is replaced as a whole: whenever the run is killed, there is either the earlier one or the new one.
+A checkpoint is a safetensors file: the parameters (``param.NAME``), the optimizer's state (``state.NAME.KEY``), and the
+losses so far. Its metadata are those of the trace, the step, and checksums. All random numbers of a run follow from its
+seeds and the step, so there is no state of a generator. A checkpoint is replaced as a whole: whenever the run is
+killed, there is either the earlier one or the new one.
 """
 
 from __future__ import annotations
@@ -60,7 +61,6 @@ class Checkpoint:
         losses: Tensor,
         metadata: Mapping[str, str],
         options: Mapping[str, int | str],
-        generators: Mapping[str, torch.Generator] | None = None,
     ) -> Checkpoint:
         """Take a checkpoint. On a GPU this waits for all steps issued so far.
 
@@ -68,14 +68,12 @@ class Checkpoint:
             model, optimizer: after ``step`` steps.
             losses: float32 ``[step]``.
             metadata, options, step: see :class:`Checkpoint`.
-            generators: all that the run draws from after its start, by name.
         """
         params = dict(model.named_parameters())
         tensors: dict[str, Tensor] = {f"param.{name}": param for name, param in params.items()}
         for name, param in params.items():
             state = optimizer.state.get(param, {})
             tensors |= {f"state.{name}.{key}": value for key, value in state.items() if value is not None}
-        tensors |= {f"generator.{name}": own.get_state() for name, own in (generators or {}).items()}
         copies = {name: x.detach().cpu().contiguous() for name, x in {**tensors, "losses": losses}.items()}
         return cls(step, copies, dict(metadata), dict(options))
 
@@ -84,27 +82,20 @@ class Checkpoint:
         """The loss of each step so far: float32 ``[step]``."""
         return self.tensors["losses"]
 
-    def restore(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        generators: Mapping[str, torch.Generator] | None = None,
-    ) -> None:
-        """Give a model, its optimizer and the random generators this state.
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Give a model and its optimizer this state.
 
         Args:
             model: gets its parameters in place.
             optimizer: of all its parameters.
-            generators: as for :meth:`of`.
 
         Raises:
-            TraceError: they are not those of the checkpoint.
+            TraceError: the model has other parameters.
         """
         params = dict(model.named_parameters())
         wanted = {f"param.{name}": param.shape for name, param in params.items()}
         found = {name: x.shape for name, x in self.tensors.items() if name.startswith("param.")}
-        own = {name.removeprefix("generator.") for name in self.tensors if name.startswith("generator.")}
-        if wanted != found or own != (generators or {}).keys():
+        if wanted != found:
             raise TraceError("the checkpoint is of another network than the one that its settings describe")
         with torch.no_grad():
             for name, param in params.items():
@@ -114,8 +105,6 @@ class Checkpoint:
         order = [names[id(param)] for group in optimizer.param_groups for param in group["params"]]
         states = {i: self._state_of(name) for i, name in enumerate(order)}
         optimizer.load_state_dict({"state": {i: x for i, x in states.items() if x}, "param_groups": groups})
-        for name, generator in (generators or {}).items():
-            generator.set_state(self.tensors[f"generator.{name}"])
 
     def _state_of(self, param: str) -> dict[str, Tensor]:
         prefix = f"state.{param}."

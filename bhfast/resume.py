@@ -92,12 +92,11 @@ def find_run(path: str | os.PathLike[str], given: Mapping[str, Any]) -> EarlierR
     config = _settings(path, checkpoint, given)
     _recover(path, checkpoint)
     trace = _longest(path, checkpoint)
-    every = config.record_every
-    if int(trace.steps[-1]) >= config.steps // every * every:
+    every, usable = config.record_every, _usable_records(trace)
+    if usable == len(trace.steps) and int(trace.steps[-1]) >= config.steps // every * every:
         if not config.can_grow:  # its run was killed before it had removed it
             remove_checkpoint(own)
         raise _complete(path, config)
-    usable = _usable_records(trace)
     if checkpoint.step // every >= usable:
         last = f"step {int(trace.steps[usable - 1])}" if usable else "its start"
         if usable < len(trace.steps):

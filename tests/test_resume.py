@@ -375,6 +375,10 @@ def flip(path: Path, at: int) -> None:
     path.write_bytes(data)
 
 
+def record_bytes(path: Path, record: int) -> bytes:
+    return open_trace(path)["grads"][record].view(torch.uint8).numpy().tobytes()
+
+
 def without_checkpoint(settings: TrainConfig) -> None:
     checkpoint_path(settings.path).unlink()
 
@@ -408,9 +412,7 @@ def checkpoint_of_another_run(settings: TrainConfig) -> None:
 
 
 def damaged_trace(settings: TrainConfig) -> None:
-    trace = open_trace(settings.path)
-    data, record = settings.path.read_bytes(), trace["grads"][5]
-    flip(settings.path, data.index(record.view(torch.uint8).numpy().tobytes()) + 100)
+    flip(settings.path, settings.path.read_bytes().index(record_bytes(settings.path, 5)) + 100)
 
 
 def cut_off_trace(settings: TrainConfig) -> None:
@@ -483,6 +485,17 @@ def test_says_why_it_cannot_go_on(spoil, message: str, interrupted: TrainConfig)
         resume(interrupted.path)
     assert "\n" not in str(caught.value)
     assert {path: path.read_bytes() for path in interrupted.path.parent.iterdir()} == before
+
+
+def test_a_trace_that_is_damaged_later_is_made_whole(interrupted: TrainConfig) -> None:
+    checkpoint = checkpoint_path(interrupted.path)
+    kept = checkpoint.read_bytes()
+    resume(interrupted.path)
+    wanted = interrupted.path.read_bytes()
+    flip(interrupted.path, wanted.index(record_bytes(interrupted.path, 30)) + 100)
+    checkpoint.write_bytes(kept)
+    resume(interrupted.path)
+    assert interrupted.path.read_bytes() == wanted
 
 
 def test_refuses_a_state_that_is_not_that_of_the_trace(interrupted: TrainConfig, monkeypatch) -> None:
