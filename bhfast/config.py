@@ -55,6 +55,9 @@ class TrainConfig:
         "record embeddings and moments at every step that is a multiple of this only; readers rebuild the others from "
         "the gradients; 0 records them at every step",
     )
+    checkpoint_every: int = _setting(
+        0, "write a checkpoint beside the trace every so many steps, for --resume; 0 writes none; streams the recording"
+    )
     rows: str | None = _setting(
         None,
         "record only these rows of the token vectors: dead, live, ids and ranges such as 1,2,5-9, or a file (default: "
@@ -139,6 +142,11 @@ class TrainConfig:
             raise ConfigError(f"keyframes must be 0, or at least 2, got {self.keyframes}")
         if self.keyframes and self.record_every > 1:
             raise ConfigError(f"keyframes need the gradients of every step, got record_every={self.record_every}")
+        if self.checkpoint_every < 0:
+            raise ConfigError(f"checkpoint_every must be at least 0, got {self.checkpoint_every}")
+        if self.checkpoint_every and not self.record_every:
+            raise ConfigError("checkpoint_every needs a recording to go on with, got record_every=0")
+            raise ConfigError(f"seed must be 0 to 2^63 - 1, got {self.seed}")
         for name in ("seed", "init_seed", "data_seed"):
             if not 0 <= (getattr(self, name) or 0) < 2**63:
                 raise ConfigError(f"{name} must be 0 to 2^63 - 1, got {getattr(self, name)}")
@@ -205,6 +213,16 @@ class TrainConfig:
     def path(self) -> Path:
         """The trace file."""
         return Path(self.out or f"tensors/Lil_Gatsby/1.12b_training_data_sigma{self.sigma:.0e}.safetensors")
+
+    @property
+    def wanted_storage(self) -> str:
+        """The storage to ask for: with checkpoints, one that outlives a killed run, unless another is set."""
+        return "stream" if self.checkpoint_every and self.storage == "auto" else self.storage
+
+    @property
+    def can_grow(self) -> bool:
+        """Whether the first steps would be the same with a larger ``steps``."""
+        return self.lr_schedule == "constant"
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of ``step``, counted from 1."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -16,9 +17,16 @@ from bhfast.errors import StorageError, TraceError
 from bhfast.machine import select_device
 from bhfast.ops import extension
 from bhfast.tokens import Corpus, load_corpus
-from bhfast.trace import Trace, open_trace
+from bhfast.trace import open_trace
 
-UNRECORDED = {"keyframes", "out", "overwrite", "quiet", "storage"}  # settings that do not change the experiment
+UNRECORDED = {
+    "checkpoint_every",
+    "keyframes",
+    "out",
+    "overwrite",
+    "quiet",
+    "storage",
+}  # settings that do not change the experiment
 RESOLVED = ("corpus_sha256", "device", "engine", "files_sha256")  # compared in place of the settings they result from
 RESOLVING = ("corpus", "tokenizer")  # those settings
 FILES = ("rows", "start", "thermal_rows", "frozen_rows")  # settings that may name a file
@@ -66,23 +74,23 @@ def require_same_experiment(path: Path, metadata: dict[str, str]) -> None:
     """
     way_out = "pass --overwrite to replace it, or choose another file with --out"
     try:
-        changed = _changed_settings(open_trace(path), metadata)
+        changed = changed_settings(open_trace(path).metadata, metadata)
     except (TraceError, KeyError, ValueError):
         raise StorageError(f"{path} exists and is not a trace of bhfast; {way_out}") from None
     if changed:
         raise StorageError(f"{path} holds a run with other settings ({'; '.join(changed)}); {way_out}")
 
 
-def _changed_settings(trace: Trace, metadata: dict[str, str]) -> list[str]:
-    """Return which settings of a trace differ from those that ``metadata`` describes, in words.
+def changed_settings(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Return which settings differ between the metadata of a trace and those of another, in words.
 
     Raises:
-        KeyError, ValueError: the trace was not written by :func:`bhfast.train.train`.
+        KeyError, ValueError: the first were not written by :func:`bhfast.train.train`.
     """
     defaults = {entry.name: entry.default for entry in fields(TrainConfig)}
     old, new = (
         defaults | json.loads(x["config"]) | dict.fromkeys(RESOLVING) | {key: x.get(key) for key in RESOLVED}
-        for x in (trace.metadata, metadata)
+        for x in (before, now)
     )
     old |= {name: new[name] for name in UNRECORDED}
     return [f"{name} {old.get(name)!r}, now {value!r}" for name, value in new.items() if old.get(name) != value]
@@ -91,8 +99,8 @@ def _changed_settings(trace: Trace, metadata: dict[str, str]) -> list[str]:
 def is_run_of(path: str | os.PathLike[str], config: TrainConfig) -> bool:
     """Return whether ``path`` is a complete trace of this experiment.
 
-    Only the header, the recorded steps and the corpus are read. The settings ``keyframes``, ``out``, ``overwrite``,
-    ``quiet`` and ``storage`` are not compared: they do not change what is recorded.
+    Only the header, the recorded steps and the corpus are read. The settings ``checkpoint_every``, ``keyframes``,
+    ``out``, ``overwrite``, ``quiet`` and ``storage`` are not compared: they do not change what is recorded.
 
     Raises:
         BhfastError: the corpus, the device or the engine is not available.
@@ -102,7 +110,7 @@ def is_run_of(path: str | os.PathLike[str], config: TrainConfig) -> bool:
     corpus = corpus_of(config)
     try:
         trace = open_trace(path)
-        changed = _changed_settings(trace, experiment_metadata(config, corpus, device, engine))
+        changed = changed_settings(trace.metadata, experiment_metadata(config, corpus, device, engine))
         last = int(trace.steps[-1])
     except (TraceError, IndexError, KeyError, ValueError):
         return False

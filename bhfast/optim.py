@@ -99,6 +99,12 @@ class FusedAdam(torch.optim.Optimizer):
                 if group.get(flag):
                     raise ConfigError(f"FusedAdam has no {flag}, but param_groups[{i}] of the loaded state sets it")
         super().load_state_dict(state_dict)
+        loaded = {p: dict(own) for p, own in self.state.items() if own}
+        for group in self.param_groups:
+            self._allocate([p for p in group["params"] if p in loaded])
+        for p, own in loaded.items():
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                self.state[p][key].copy_(own[key])
 
     def record_into(self, rings: Mapping[Tensor, Mapping[str, Tensor]], step: Tensor, every: int) -> Callable[[], None]:
         """Record every step from now on, in the same pass over the tensors that updates them.
@@ -142,18 +148,19 @@ class FusedAdam(torch.optim.Optimizer):
         return loss
 
     @torch.no_grad()
-    def schedule(self, lrs: Sequence[float]) -> list[Schedule]:
-        """Return what is needed to perform the next ``len(lrs)`` steps elsewhere, or with :meth:`scheduled_step`.
+    def schedule(self, lrs: Sequence[float], done: int = 0) -> list[Schedule]:
+        """Return what is needed to perform steps elsewhere, or with :meth:`scheduled_step`.
 
         Args:
             lrs: the learning rate of each step.
+            done: how many of these steps are done already.
 
         Returns:
             One entry for each set of parameters that is updated together. Parameters without a gradient are left out.
         """
         schedules = []
         for batch in self._batches():
-            first = batch.steps_done() + 1
+            first = batch.steps_done() + 1 - done
             table = _schedule(batch, range(first, first + len(lrs)), lrs).to(batch.params[0].device)
             exp_avgs, exp_avg_sqs = ([state[key] for state in batch.states] for key in ("exp_avg", "exp_avg_sq"))
             schedules.append(Schedule(batch.params, exp_avgs, exp_avg_sqs, table, *batch.recording[:2]))

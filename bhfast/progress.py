@@ -30,7 +30,9 @@ class ProgressMonitor:
         self.bar = bar
         self.progress = progress
         self.loss = math.nan
-        self.first = self.seen = 0  # the latest copy is of the steps from `first` up to, but not including, `seen`
+        self.first = self.seen = (
+            engine.done
+        )  # the latest copy is of the steps from `first` up to, but not including, `seen`
         self.copy: Tensor | None = None  # loss, and the index of the first bad norm or -1; perhaps still being copied
         self.copied: torch.cuda.Event | None = None
         self.is_finite = True

@@ -43,10 +43,14 @@ class Recovery:
     damaged: int
 
 
-def recover(partial: str | os.PathLike[str]) -> Recovery:
+def recover(partial: str | os.PathLike[str], *, replace: bool = False) -> Recovery:
     """Turn ``NAME.partial`` and its journal into ``NAME``, or into ``STEM.cut-at-STEP`` beside it if ``NAME`` exists.
 
     If it is interrupted, it can be run again.
+
+    Args:
+        partial: the file that a run left.
+        replace: whether to replace ``NAME`` if it has fewer records: for runs that go on with it.
 
     Raises:
         TraceError: there is nothing to recover.
@@ -62,14 +66,16 @@ def recover(partial: str | os.PathLike[str]) -> Recovery:
     try:
         if os.fstat(fd).st_size == 0 and partial.with_suffix("").exists():
             return _finish_removal(fd, partial)
-        return _recover_from_journal(partial) if journal_path(partial).exists() else _recover_whole(partial)
+        if journal_path(partial).exists():
+            return _recover_from_journal(partial, replace)
+        return _recover_whole(partial, replace)
     except OSError as error:
         raise StorageError(f"recovering {partial} failed: {error.strerror}; nothing is lost, try again") from error
     finally:
         unlock(fd)
 
 
-def _recover_from_journal(partial: Path) -> Recovery:
+def _recover_from_journal(partial: Path, replace: bool) -> Recovery:
     state = read_journal(partial)
     had_last = state.has_last
     records = check_records(partial, state)
@@ -80,7 +86,7 @@ def _recover_from_journal(partial: Path) -> Recovery:
         with closing(Journal(journal_path(partial), state.end)) as journal:
             journal.append({"keep": records})
     last_step = int(state.steps["recorded_steps"][records - 1])
-    path = _free_name(partial, last_step)
+    path = _name(partial, last_step, records if replace else 0)
     finish(partial, path)
     return Recovery(path, records, last_step, damaged)
 
@@ -92,7 +98,7 @@ def _finish_removal(fd: int, partial: Path) -> Recovery:
     return Recovery(trace.path, len(trace.steps), int(trace.steps[-1]), 0)
 
 
-def _recover_whole(partial: Path) -> Recovery:
+def _recover_whole(partial: Path, replace: bool) -> Recovery:
     """Rename a trace that was complete, and whose journal, if it had one, was already removed."""
     try:
         trace = open_file(partial)
@@ -104,15 +110,17 @@ def _recover_whole(partial: Path) -> Recovery:
             f"{partial} has no journal: its run kept the records in memory (--storage memory), and was "
             "killed before it had written them all"
         )
-    path = _free_name(partial, int(trace.steps[-1]))
+    path = _name(partial, int(trace.steps[-1]), len(trace.steps) if replace else 0)
     os.replace(partial, path)
     sync_folder(path.parent)
     return Recovery(path, len(trace.steps), int(trace.steps[-1]), 0)
 
 
-def _free_name(partial: Path, last_step: int) -> Path:
-    """Return the name for the trace of ``partial``."""
+def _name(partial: Path, last_step: int, records: int) -> Path:
+    """Return the name for the trace of ``partial``: that of a trace with less than ``records``, or one that is free."""
     path = partial.with_suffix("")
+    if records and path.exists() and len(open_file(path).steps) < records:
+        return path
     if path.exists():
         path = path.with_name(f"{path.stem}.cut-at-{last_step}{path.suffix}")
     if path.exists():

@@ -1,6 +1,7 @@
 """The reference run: a small GPT trained from a black hole, recorded at every step.
 
     python -m bhfast.train --sigma 0
+    python -m bhfast.train --resume TRACE
 
 :func:`train` reads from top to bottom: choose, build, record the start, run, report. From Python,
 ``bhfast.train(bhfast.TrainConfig(sigma=0.0, steps=200))`` does the same as the program.
@@ -12,6 +13,7 @@ import argparse
 import gc
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -39,9 +41,11 @@ from bhfast.model import TiedGPT, build_model
 from bhfast.ops import extension
 from bhfast.optim import FusedAdam
 from bhfast.progress import PROGRESS_EVERY, ProgressMonitor, status_printer
+from bhfast.recording.carried import carry_over
 from bhfast.recording.null import NullRecorder
 from bhfast.recording.recorder import Recorder
 from bhfast.recording.selection import named_params
+from bhfast.resume import Checkpoints, EarlierRun, find_run
 from bhfast.signals import deferred_signals
 from bhfast.summary import verification_figures
 from bhfast.tokens import Corpus, chosen_tokens, window_offsets
@@ -67,7 +71,7 @@ class TrainResult:
 
     Attributes:
         path: the trace; None if nothing was recorded.
-        steps: how many were done: fewer than asked for if the run was interrupted.
+        steps: how many were done: fewer than asked for if the run was interrupted. A run that was resumed counts all.
         steps_per_second: of the training loop, recording included.
         losses: float32 ``[steps]``.
         model: the trained network.
@@ -101,7 +105,33 @@ def train(config: TrainConfig | None = None, *, progress: Callable[[int, float],
     Raises:
         BhfastError: a setting is wrong, or something needed is missing; nothing was lost.
     """
-    config = config or TrainConfig()
+    return _train(config or TrainConfig(), progress, None)
+
+
+def resume(
+    trace: str | os.PathLike[str], *, progress: Callable[[int, float], None] | None = None, **settings: Any
+) -> TrainResult:
+    """Go on with a run that was interrupted or killed, from its last checkpoint.
+
+    The finished trace has the bits of one that was never interrupted, in every byte. Until it is complete, or has at
+    least the same records, the earlier trace stays.
+
+    Args:
+        trace: where the run recorded; its checkpoint is beside it.
+        progress: see :func:`train`.
+        settings: fields of :class:`TrainConfig`. Only ``checkpoint_every``, ``quiet`` and ``storage`` may change, the
+            path of the corpus, and ``steps``, which may be larger if the learning rate is constant.
+
+    Raises:
+        BhfastError: there is nothing to go on from, or a setting is not as it was; nothing was lost.
+    """
+    earlier = find_run(trace, settings)
+    return _train(earlier.config, progress, earlier)
+
+
+def _train(
+    config: TrainConfig, progress: Callable[[int, float], None] | None, earlier: EarlierRun | None
+) -> TrainResult:
     print_status = status_printer(config.quiet)
 
     device, device_reason = select_device(config.device)
@@ -122,22 +152,37 @@ def train(config: TrainConfig | None = None, *, progress: Callable[[int, float],
         dtype=getattr(torch, config.dtype),
     )
     optimizer = _make_optimizer(config, model)
-    recorder = _make_recorder(config, model, optimizer, corpus, _metadata(config, corpus, device, engine_name))
+    metadata = _metadata(config, corpus, device, engine_name)
+    metadata = earlier.metadata(metadata) if earlier else metadata
+    recorder = _make_recorder(config, model, optimizer, corpus, metadata, is_resumed=earlier is not None)
+    start = earlier.checkpoint.step if earlier else 0
 
     with deferred_signals() as signals, recorder:
         print_status(f"storage  {recorder.description}")
         _record_start(recorder, config, center, corpus, model)
-        engine = make_engine(engine_name, _make_run(config, model, optimizer, recorder, corpus))
-        steps, seconds = _run(engine, config, signals, progress)
+        if earlier:
+            print_status(f"resumes  after step {start:,} of {config.steps:,}")
+            earlier.checkpoint.restore(model, optimizer)
+            assert isinstance(recorder, Recorder)
+            carry_over(recorder.slots, earlier.trace, start, lambda: bool(signals))
+        engine = make_engine(engine_name, _make_run(config, model, optimizer, recorder, corpus, start))
+        if earlier:
+            engine.losses[:start] = earlier.checkpoint.losses
+        checkpoints = Checkpoints(config, model, optimizer, recorder, engine, metadata)
+        steps, seconds = _run(engine, config, signals, progress, checkpoints)
 
+    path = checkpoints.leave(steps, earlier)
+    done = steps - start
     if signals:
         print_status(f"interrupted by {signals[0].name} at step {steps:,} of {config.steps:,}")
-    print_status(f"{steps:,} steps in {seconds:.1f} s: {steps / seconds:.1f} steps/s")
-    _report_recording(recorder, print_status)
+        if config.checkpoint_every:
+            print_status(f"to go on: python -m bhfast.train --resume {config.path}")
+    print_status(f"{done:,} steps in {seconds:.1f} s: {done / seconds:.1f} steps/s")
+    _report_recording(recorder, path, print_status)
     return TrainResult(
-        path=recorder.path,
+        path=path,
         steps=steps,
-        steps_per_second=steps / seconds,
+        steps_per_second=done / seconds,
         losses=engine.losses[:steps].cpu(),
         model=model,
         signal=signals[0] if signals else None,
@@ -163,6 +208,7 @@ def _make_run(
     optimizer: torch.optim.Optimizer,
     recorder: Recorder | NullRecorder,
     corpus: Corpus,
+    start: int,
 ) -> TrainingRun:
     seed = config.seed if config.data_seed is None else config.data_seed
     windows = config.steps * config.grad_accum * config.batch_size
@@ -187,6 +233,7 @@ def _make_run(
         hidden=config.hidden_statistics,
         frozen=None if frozen is None else frozen.to(device),
         thermal=thermal,
+        start=start,
     )
 
 
@@ -221,10 +268,12 @@ def _make_recorder(
     optimizer: torch.optim.Optimizer,
     corpus: Corpus,
     metadata: dict[str, str],
+    *,
+    is_resumed: bool,
 ) -> Recorder | NullRecorder:
     if not config.record_every:
         return NullRecorder()
-    if config.path.is_file() and not config.overwrite:
+    if config.path.is_file() and not config.overwrite and not is_resumed:
         require_same_experiment(config.path, metadata)
     params: dict[str, Tensor] = {TOKENS: model.wte.weight}
     if config.recorded_params:
@@ -239,13 +288,13 @@ def _make_recorder(
         path=config.path,
         every=config.record_every,
         keyframes=config.keyframes or None,
-        storage=config.storage,
+        storage=config.wanted_storage,
         rows={TOKENS: chosen_tokens("rows", config.rows, corpus.counts)} if config.rows else None,
         fields=config.recorded_fields,
         unclipped=config.optimizer == "sgd",
         keys={TOKENS: TENSOR_NAMES},
         metadata=metadata,
-        overwrite=config.overwrite or config.path.is_file(),
+        overwrite=config.overwrite or is_resumed or config.path.is_file(),
     )
 
 
@@ -285,24 +334,29 @@ def _run(
     config: TrainConfig,
     signals: Sequence[signal.Signals],
     progress: Callable[[int, float], None] | None,
+    checkpoints: Checkpoints,
 ) -> tuple[int, float]:
-    """Run all steps, or stop when a signal arrives; return how many were done, and the seconds they took.
+    """Run all steps, or stop when a signal arrives; return how many are done, and the seconds this took.
 
-    Steps run in bursts, whose length doubles until one takes about ``BURST_SECONDS``.
+    Steps run in bursts, whose length doubles until one takes about ``BURST_SECONDS``. They end at checkpoints.
     """
-    step, burst = 0, 1
+    step, burst = engine.done, 1
     start = time.perf_counter()
-    with _frozen_heap(), tqdm(total=config.steps, unit="step", disable=True if config.quiet else None) as bar:
+    with (
+        _frozen_heap(),
+        tqdm(total=config.steps, initial=step, unit="step", disable=True if config.quiet else None) as bar,
+    ):
         monitor = ProgressMonitor(engine, bar, progress)
         while step < config.steps and not signals:
-            burst = min(burst, config.steps - step)
+            count = min(burst, config.steps - step, checkpoints.steps_to_next(step))
             begun = time.perf_counter()
-            engine.run(burst)
-            step += burst
-            bar.update(burst)
+            engine.run(count)
+            step += count
+            bar.update(count)
             monitor.update(step)
             if time.perf_counter() - begun < BURST_SECONDS / 2:
                 burst = min(2 * burst, PROGRESS_EVERY)
+            checkpoints.update(step)
         monitor.update(step, wait=True)
     return step, time.perf_counter() - start
 
@@ -323,13 +377,15 @@ def _frozen_heap() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _report_recording(recorder: Recorder | NullRecorder, print_status: Callable[[str], None]) -> None:
+def _report_recording(
+    recorder: Recorder | NullRecorder, path: Path | None, print_status: Callable[[str], None]
+) -> None:
     if waits := recorder.stats().waits:
         print_status(f"the run had to wait for the recording {waits:,} times")
-    if recorder.path is not None:
-        size = format_bytes(recorder.path.stat().st_size)
-        print_status(f"saved steps 0 to {recorder.saved_steps:,}, {size}: {recorder.path}")
-        print_status(verification_figures(open_trace(recorder.path)))
+    if path is not None:
+        trace, size = open_trace(path), format_bytes(path.stat().st_size)
+        print_status(f"saved steps 0 to {int(trace.steps[-1]):,}, {size}: {path}")
+        print_status(verification_figures(trace))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -341,21 +397,28 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="bhfast train",
         description="Train a small GPT from a black hole and record every step, bit for bit.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # to tell what is given, which an earlier run's settings must agree with
+    )
+    parser.add_argument(
+        "--resume",
+        metavar="TRACE",
+        help="go on with the run that recorded this trace with --checkpoint-every, and was interrupted or killed; its "
+        "settings stay as they were, and need not be given",
     )
     for entry in fields(TrainConfig):
         flag, text, value_type = f"--{entry.name.replace('_', '-')}", entry.metadata["help"], setting_type(entry.name)
         if value_type is bool:
             parser.add_argument(flag, action="store_true", help=text)
         else:
-            default = entry.default if entry.default is not None else argparse.SUPPRESS
-            choices = entry.metadata.get("choices")
-            parser.add_argument(flag, type=value_type, default=default, choices=choices, help=text)
+            text += "" if entry.default is None else f" (default: {entry.default})"
+            parser.add_argument(flag, type=value_type, choices=entry.metadata.get("choices"), help=text)
     return run_program(parser, _train_with_flags, argv)
 
 
 def _train_with_flags(args: argparse.Namespace) -> int:
-    result = train(TrainConfig(**vars(args)))
+    given = vars(args)
+    trace = given.pop("resume", None)
+    result = train(TrainConfig(**given)) if trace is None else resume(trace, **given)
     return 128 + result.signal if result.signal else 0
 
 

@@ -167,7 +167,7 @@ void check_corpus(const TrainingRun& run, int64_t tokens, int64_t offsets) {
 
 PyEngine make_engine(const Tensors& parameters, int64_t heads, const std::vector<GroupArgument>& groups,
                      const std::string& rounding, float max_grad_norm, int64_t target_offset, const Tensor& corpus,
-                     const Tensor& offsets, const Tensor& learning_rates, int64_t every,
+                     const Tensor& offsets, const Tensor& learning_rates, int64_t start, int64_t every,
                      const std::vector<RowsArgument>& recorded_rows, const std::optional<Tensor>& frozen,
                      const std::map<std::string, Tensor>& logs, const Tensor& losses, const Tensor& grad_norms,
                      std::optional<int> threads, const std::string& instruction_set) {
@@ -175,6 +175,7 @@ PyEngine make_engine(const Tensors& parameters, int64_t heads, const std::vector
   TORCH_CHECK_VALUE(!threads || *threads >= 1, "threads must be at least 1, got ", *threads);
   TORCH_CHECK_VALUE(every >= 1, "every must be at least 1, got ", every);
   const int64_t steps = offsets.size(0), windows = offsets.size(1);
+  TORCH_CHECK_VALUE(0 <= start && start <= steps, "start must be 0 to ", steps, ", got ", start);
   PyEngine result;
   TensorOwner& owner = result.owner;
 
@@ -194,6 +195,7 @@ PyEngine make_engine(const Tensors& parameters, int64_t heads, const std::vector
   run.every = every;
   if (frozen) run.frozen = owner.pointer<const bool>("frozen", *frozen, at::kBool, {run.shape.vocab});
   for (const RowsArgument& rows : recorded_rows) run.recorded_rows.push_back(take_rows(owner, rows));
+  run.start = start;
   run.losses = take_log<bfloat16>(owner, logs, "losses", at::kBFloat16, {});
   run.logits = take_log<bfloat16>(owner, logs, "logits", at::kBFloat16, {run.shape.vocab});
   run.logged_learning_rates = take_log<double>(owner, logs, "learning_rates", at::kDouble, {});
@@ -225,8 +227,9 @@ void bind_engine(py::module_& m) {
   py::class_<PyEngine>(m, "NativeEngine", "Runs the training steps of a TiedGPT, on the tensors it is given.")
       .def(py::init(&make_engine), py::kw_only(), py::arg("parameters"), py::arg("heads"), py::arg("groups"),
            py::arg("rounding"), py::arg("max_grad_norm"), py::arg("target_offset"), py::arg("corpus"),
-           py::arg("offsets"), py::arg("learning_rates"), py::arg("every"), py::arg("recorded_rows"), py::arg("frozen"),
-           py::arg("logs"), py::arg("losses"), py::arg("grad_norms"), py::arg("threads"), py::arg("instruction_set"))
+           py::arg("offsets"), py::arg("learning_rates"), py::arg("start"), py::arg("every"), py::arg("recorded_rows"),
+           py::arg("frozen"), py::arg("logs"), py::arg("losses"), py::arg("grad_norms"), py::arg("threads"),
+           py::arg("instruction_set"))
       .def(
           "run", [](PyEngine& self, int64_t steps) { self.engine->run(steps); }, py::arg("steps"),
           py::call_guard<py::gil_scoped_release>(), "Run and record the next `steps` steps.")

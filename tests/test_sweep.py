@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from children import Program
+from children import Program, fork, status_of
 
+from bhfast.checkpoint import Checkpoint
 from bhfast.config import TrainConfig
 from bhfast.errors import ConfigError
+from bhfast.recording.carried import carry_over
 from bhfast.sweep import main, pool, sweep, worker
 from bhfast.sweep.grid import expand_grid, parse_grid, rank_and_world, read_grid_file
 from bhfast.sweep.pool import divide_machine
@@ -469,6 +471,32 @@ def test_a_sweep_that_is_ended_goes_on(
     assert [run["state"] for run in entries(out).values()] == ["done", "done"]
     assert verify(cut).difference is None
     assert sorted(path.name for path in out.iterdir()) == sorted([done.name, cut.name, "sweep.json", "sweep.lock"])
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_killed_run_goes_on_from_its_checkpoint(flags: list[str], tmp_path: Path, monkeypatch) -> None:
+    out, file, checkpoints = tmp_path / "out", "sigma0_seed42.safetensors", ["--checkpoint-every", "5", "--quiet"]
+    assert main([*flags, "--quiet"]) == 0
+    wanted = traces(out)
+    (out / file).unlink()
+
+    def killed_at_the_third_checkpoint() -> None:
+        def write(self: Checkpoint, path: Path, write=Checkpoint.write) -> None:
+            write(self, path)
+            if self.step == 15:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        monkeypatch.setattr(Checkpoint, "write", write)
+        main([*flags, *checkpoints])
+
+    assert status_of(fork(killed_at_the_third_checkpoint)) == -signal.SIGKILL
+    starts = []
+    monkeypatch.setattr("bhfast.train.carry_over", lambda *args: (starts.append(args[2]), carry_over(*args)))
+    assert main([*flags, *checkpoints]) == 0
+    assert starts == [15]
+    assert traces(out) == wanted
+    assert main([*flags, *checkpoints]) == 0  # now it is kept
+    assert starts == [15]
 
 
 def test_a_worker_without_a_sweep_ends() -> None:

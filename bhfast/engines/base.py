@@ -38,6 +38,7 @@ class TrainingRun:
             the step: float32 ``[D]``. The variance is that of the positions, not an estimate for others.
         frozen: bool ``[V]``: tokens whose vectors get no gradient; None if there are none.
         thermal: noise to add to token vectors after each step; None: none.
+        start: how many of the steps are done already, if the run is resumed.
     """
 
     model: TiedGPT
@@ -51,6 +52,7 @@ class TrainingRun:
     hidden: Sequence[str] = ()
     frozen: Tensor | None = None
     thermal: ThermalNoise | None = None
+    start: int = 0
 
     def advance_optimizer(self, steps: int, done: int) -> None:
         """Update step counts and learning rates after an engine has performed ``steps`` more steps, ``done`` in all."""
@@ -94,11 +96,13 @@ class Engine(Protocol):
     """What ``train`` needs from an engine.
 
     Attributes:
-        losses, grad_norms: float32 ``[steps]`` on the model's device; filled in up to the last step done.
+        losses, grad_norms: float32 ``[steps]`` on the model's device; filled in for the steps that the engine has done.
+        done: how many steps are done, with those before :attr:`TrainingRun.start`.
     """
 
     losses: Tensor
     grad_norms: Tensor
+    done: int
 
     def run(self, steps: int) -> None:
         """Run and record the next ``steps`` training steps. On a GPU they may still be running when this returns."""

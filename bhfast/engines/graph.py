@@ -50,15 +50,15 @@ class GraphEngine:
         self.offsets = run.offsets.to(device)
         self.lrs = torch.tensor(run.lrs, dtype=torch.float64, device=device)
         self.losses, self.grad_norms = torch.empty(2, len(run.lrs), device=device).unbind()
-        self.step = torch.zeros((), dtype=torch.int64, device=device)  # the current step, counted from 1
+        self.step = torch.full((), run.start, device=device)  # the current step, counted from 1
         with run.recorder.counted_by(self.step):
             self._warm_up()
             self._replay = capture(self._step, device)
         self._guard = StorageGuard(run, "the CUDA graph")
-        self.done = 0
+        self.done = run.start
 
     def _warm_up(self) -> None:
-        """Run the first step a few times, then restore the initial state.
+        """Run the next step a few times, then restore the state before it.
 
         Libraries initialize, kernels load and the recorder allocates on first use. All of that must happen before the
         capture, and on a side stream. The run itself overwrites what is recorded here.
@@ -66,7 +66,7 @@ class GraphEngine:
         run = self.training_run
         with side_stream(self.step.device):
             gradients(run, self.windows[self.offsets[0]])
-            self.schedules = self.optimizer.schedule(run.lrs)
+            self.schedules = self.optimizer.schedule(run.lrs, run.start)
             state = [
                 x
                 for param in run.model.parameters()
@@ -79,7 +79,7 @@ class GraphEngine:
             before = [x.clone() for x in state]
             for _ in range(WARM_UP):
                 self._step()
-                self.step.zero_()
+                self.step.fill_(run.start)
             torch._foreach_copy_(state, before)
 
     def _step(self) -> None:

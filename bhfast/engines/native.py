@@ -51,7 +51,7 @@ class NativeEngine:
             heads=config.heads,
             groups=[
                 (own.params, own.exp_avgs, own.exp_avg_sqs, own.coefficients, list(own.rings), list(own.ring_of))
-                for own in optimizer.schedule(run.lrs)
+                for own in optimizer.schedule(run.lrs, run.start)
             ],
             rounding=optimizer.rounding,
             max_grad_norm=torch.inf if max_grad_norm is None else max_grad_norm,
@@ -59,6 +59,7 @@ class NativeEngine:
             corpus=run.corpus.int(),
             offsets=run.offsets.flatten(1).contiguous(),  # [steps, windows]: accumulation is a larger batch
             learning_rates=torch.tensor(run.lrs, dtype=torch.float64),
+            start=run.start,
             every=run.recorder.every,
             recorded_rows=run.recorder.by_hand(),
             frozen=run.frozen,
@@ -69,7 +70,7 @@ class NativeEngine:
             instruction_set=instruction_set or extension.native_instruction_sets()[0],
         )
         self._guard = StorageGuard(run, "the native engine")
-        self.done = 0
+        self.done = run.start
 
     def run(self, steps: int) -> None:
         self._guard.check()

@@ -65,7 +65,7 @@ class TorchEngine:
         self.offsets = run.offsets.to(self.windows.device)
         self.lrs = torch.tensor(run.lrs, dtype=torch.float64)
         self.losses, self.grad_norms = torch.empty(2, len(run.lrs), device=self.windows.device).unbind()
-        self.done = 0
+        self.done = run.start
 
     def run(self, steps: int) -> None:
         for _ in range(steps):

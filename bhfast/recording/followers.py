@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from bhfast.errors import ConfigError
 from bhfast.recording.cycle import StepCycle
@@ -77,7 +77,15 @@ class Followers:
             self._slots.on_by_hand = lambda: [own for follower in self.each for own in follower.by_hand()]
             self._slots.on_keyframe = self._record_keyframe
             self._slots.on_last = self._record_last_keyframe
+            self._slots.on_commit = self._cycle.record_changes
+            self._slots.on_carry = self._take_state
             yield
+
+    def _take_state(self) -> dict[str, Tensor]:
+        """Take parameters and state for what the last step has left; return them by the names that readers find."""
+        for follower in self.each:
+            follower.note_state()
+        return {key: value for follower in self.each for key, value in follower.state().items()}
 
     def _record_fused(self) -> None:
         for follower in self.each:

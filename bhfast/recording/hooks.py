@@ -275,10 +275,10 @@ class OptimizerFollower:
         self._end()
 
     def _end(self) -> None:
-        self._note_state()
+        self.note_state()
         self._cycle.end(self)
 
-    def _note_state(self) -> None:
+    def note_state(self) -> None:
         """Remember what may change before the record is complete, or before the next step."""
         self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         self._versions = self._current_versions()
@@ -311,7 +311,7 @@ class OptimizerFollower:
             self._look_for_changes(self._slots.step + 1)
         else:
             self.logged = {}
-            self._note_state()
+            self.note_state()
         if not self.has_stepped and self._slots.record is not None:
             self._by_hand = [*self._fused, *self._not_fused]
             self.description.mark_unknown(f"it did no step in record {self._slots.record}", self._slots.step)
@@ -379,6 +379,11 @@ class OptimizerFollower:
         if field.field == "grad":
             return field.of.param.grad
         return self.optimizer.state.get(field.of.param, {}).get(field.field)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what would be recorded now of parameters and state, by the name under which a reader finds it."""
+        values = {field: self._value_of(field) for field in self.fields.values() if field.field != "grad"}
+        return {field.key: field.of.part_of(value.detach()) for field, value in values.items() if value is not None}
 
     def _write_value(self, field: RecordedField) -> None:
         value = self._value_of(field)

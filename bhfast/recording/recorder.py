@@ -269,7 +269,7 @@ class Recorder:
             raise StorageError(f"{self.slots.failure}; nothing was saved")
         self.saved_steps = (saved - 1) * self.every
         path = self._partition.path
-        is_cut = self.slots.records is not None and saved < self.slots.records
+        is_cut = saved < (self.slots.records or 0) and not 0 < self.slots.carried <= saved
         if is_cut and path.exists() and not self._partition.is_sharded:
             path = path.with_name(f"{path.stem}.cut-at-{(self._start_step or 0) + self.saved_steps}{path.suffix}")
         metadata = {

@@ -46,6 +46,11 @@ class SlotMemory:
         self.on_last: Callable[[], bool] = lambda: (
             True
         )  # called to write the last one; returns whether that is possible
+        self.on_commit: Callable[[], None] = lambda: None  # called to record what was changed since the last step
+        self.on_carry: Callable[[], dict[str, Tensor]] = (
+            dict  # called when all state was replaced; returns what it is now
+        )
+        self.carried = 0  # how many records the earlier trace has that this recording goes on with, and may replace
         self.records = None if steps is None else steps // every + 1
         self.steps = math.inf if steps is None else steps
         self._storage: Storage

@@ -85,6 +85,19 @@ class RecordSlots(SlotMemory):
         if self.is_keyframe and not has_keyframe:
             self.on_keyframe()
 
+    def commit(self) -> None:
+        """Wait until all complete records are safe in the file, or, with the storage in memory, on the host.
+
+        Raises:
+            StorageError: the disk filled up or failed.
+        """
+        self.on_commit()
+        self._keep_constants()
+        for ring in self._rings.values():
+            ring.drain(self.complete)
+        self._storage.submit(self.complete, [])
+        self._storage.flush()
+
     @contextmanager
     def counted_by(self, step: Tensor) -> Iterator[None]:
         """Inside the block, let a counter on a device choose the slots.

@@ -87,6 +87,14 @@ class Storage(Protocol):
         """
         ...
 
+    def flush(self) -> None:
+        """Wait until the records that were submitted are safe in the file; a storage in memory has nothing to wait for.
+
+        Raises:
+            StorageError: the disk filled up or failed.
+        """
+        ...
+
     def settle(self, records: int) -> int:
         """Wait until ``records`` records are stored; return how many can be saved, which is fewer after a failure."""
         ...

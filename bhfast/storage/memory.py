@@ -56,6 +56,9 @@ class MemoryStorage:
     def submit(self, records: int, tickets: Sequence[Ticket]) -> None:
         pass
 
+    def flush(self) -> None:
+        pass
+
     def settle(self, records: int) -> int:
         self._records = records
         return records

@@ -253,6 +253,13 @@ class StreamStorage:
             self._tickets = list(tickets)
             self._changed.notify_all()
 
+    def flush(self) -> None:
+        with self._changed:
+            while self.committed < self._submitted:
+                self._check()
+                self._changed.wait()
+            self._check()
+
     def _check(self) -> None:
         """Raise StorageError if the writer thread has failed."""
         if self._error is not None:

@@ -69,7 +69,7 @@ def divide_machine(runs: Sequence[Run], jobs: int | None) -> WorkerResources:
 class WorkerPool:
     """Workers, each with a thread that gives it one run after another.
 
-    Entering starts them. Leaving kills all workers at once, and removes the partial files of unfinished runs.
+    Entering starts them. Leaving kills all workers at once, and removes what unfinished runs cannot go on with.
 
     Args:
         first_worker: a worker that is already started.
@@ -155,7 +155,8 @@ class WorkerPool:
                         worker = self._workers[number] = stack.enter_context(Worker())
                 outcome = self._run(worker, number, run)
                 if self._is_closing and outcome["state"] != "done":  # killed with its worker: it stays waiting
-                    _remove_partial(run)
+                    if not run.config.checkpoint_every:  # else the next time goes on with it
+                        _remove_partial(run)
                     return
                 is_kept = outcome.pop("is_kept", False)
                 entry = self._results.update(run, **outcome)

@@ -68,7 +68,7 @@ def sweep(
     """Run a grid of experiments, or this process's share of it; keep complete traces.
 
     A run that fails does not stop the others. Ctrl-C, SIGTERM and SIGHUP stop all runs at once; the unfinished ones
-    start over the next time.
+    start over the next time, or go on from their last checkpoints if they write any.
 
     Args:
         grid: for each field of :class:`bhfast.TrainConfig` a value or several; not ``out``, ``overwrite``, ``quiet``.

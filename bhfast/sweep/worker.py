@@ -17,9 +17,15 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bhfast.config import TrainConfig
+    from bhfast.train import TrainResult
 
 
 class Worker:
@@ -105,7 +111,6 @@ def run_task(task: dict[str, Any], reply: Callable[..., None]) -> dict[str, Any]
 
     from bhfast.config import TrainConfig
     from bhfast.experiment import is_run_of
-    from bhfast.train import train
 
     torch.set_num_threads(task["threads"])
     if task["gpu"] is not None:
@@ -114,12 +119,23 @@ def run_task(task: dict[str, Any], reply: Callable[..., None]) -> dict[str, Any]
     if not config.overwrite and is_run_of(config.path, config):
         return {"state": "done", "is_kept": True, **_losses(config.path)}
     begun = time.monotonic()
-    # Overwrite the partial file of an interrupted run.
-    config = TrainConfig(**{**task["config"], "overwrite": config.overwrite or not config.path.exists()})
-    result = train(config, progress=lambda step, loss: reply(step=step, loss=loss))
+    result = _run(config, lambda step, loss: reply(step=step, loss=loss))
     seconds = time.monotonic() - begun
     speed = {"steps_per_second": result.steps_per_second, "seconds": seconds}
     return {"state": "done", "is_kept": False, **_losses(config.path), **speed}
+
+
+def _run(config: TrainConfig, progress: Callable[[int, float], None]) -> TrainResult:
+    """Run an experiment; go on with an interrupted one if that is possible."""
+    from bhfast.checkpoint import checkpoint_path
+    from bhfast.errors import ConfigError, TraceError
+    from bhfast.train import resume, train
+
+    if not config.overwrite and checkpoint_path(config.path).exists():
+        with suppress(ConfigError, TraceError):
+            return resume(config.path, progress=progress, **asdict(config))
+    # Overwrite the partial file of an interrupted run.
+    return train(replace(config, overwrite=config.overwrite or not config.path.exists()), progress=progress)
 
 
 def _losses(path: Path) -> dict[str, float | None]:

@@ -35,7 +35,7 @@ double peak_flops(const std::string& instruction_set, int threads) {
 // The caller's thread is worker 0. The others are a pool: they wait at the barrier between runs.
 struct Engine::State {
   State(TrainingRun r, int count, const InstructionSet& set)
-      : run(std::move(r)), barrier(count), step(set.make_step(run, count)) {
+      : run(std::move(r)), barrier(count), step(set.make_step(run, count)), steps_done(run.start) {
     for (int i = 0; i < count; ++i) workers.push_back({i, count, barrier, {}});
     for (int i = 1; i < count; ++i) {
       threads.emplace_back([this, i] {
@@ -63,7 +63,7 @@ struct Engine::State {
   Barrier barrier;
   std::unique_ptr<TrainingStep> step;
   std::vector<Worker> workers;
-  int64_t steps_done = 0, last_step = 0;  // last_step: of the current run
+  int64_t steps_done, last_step = 0;  // last_step: of the current run
   bool stop = false;
   std::vector<std::jthread> threads;  // declared last, so joined first: they use the rest
 };

@@ -68,6 +68,7 @@ struct TrainingRun {
   const double* learning_rates;  // [steps]
   int64_t every, slots;          // of the rings in `groups`
   std::vector<RecordedRows> recorded_rows;
+  int64_t start;                 // how many of the steps are done already
   Log<bfloat16> losses, logits;  // logits: [slots, vocab]
   Log<double> logged_learning_rates;
   Log<float> clip_coefs, grad_norms;
