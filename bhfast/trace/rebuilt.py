@@ -29,7 +29,7 @@ from bhfast.trace.tensors import TraceTensor
 from bhfast.trace.updates import STATE, Updates, differing, why_none_known
 from bhfast.transfer.host_memory import host_tensor
 
-BLOCK_BYTES = 2 << 20  # of the states that the cache keeps or drops together
+BLOCK_BYTES = 4 << 20  # of the states that the cache keeps or drops together
 CACHE_BYTES = 32 << 20  # of such blocks that are kept
 SHARED_BYTES = CACHE_BYTES // 2  # of the states of a read that keeps those of all three tensors
 
