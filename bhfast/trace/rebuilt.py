@@ -30,7 +30,8 @@ from bhfast.trace.updates import STATE, Updates, differing, why_none_known
 from bhfast.transfer.host_memory import host_tensor
 
 BLOCK_BYTES = 4 << 20  # of the states that the cache keeps or drops together
-CACHE_BYTES = 32 << 20  # of such blocks that are kept
+CACHE_BYTES = 32 << 20  # of such blocks, from which on old ones make room for new ones
+HUGE_PAGE = 2 << 20  # bytes
 SHARED_BYTES = CACHE_BYTES // 2  # of the states of a read that keeps those of all three tensors
 
 
@@ -308,14 +309,17 @@ class KeyframedParam:
         if record >= known:
             self._require_known(known, record + 1)
         is_proven = frame in self._proven and bool(self._proven[frame][low:high].all())
-        count = 1 if is_proven or frame + 1 == len(self._starts) else max(1, SHARED_BYTES // BLOCK_BYTES)
+        count = max(1, SHARED_BYTES // (length * self._state_bytes(low, high)))
+        if is_proven or frame + 1 == len(self._starts):
+            count = 1
         before = self._cache.get((self._name, start - length, low, high)) if start > first else None
         state = self._keyframe(frame, low, high) if before is None else [own[-1].clone() for own in before]
         at = first if before is None else start - 1
         blocks: list[tuple[Any, Tensor, Sequence[Tensor]]] = []
         for begin in range(start, min(start + count * length, known), length):
             stop = min(begin + length, known)
-            memory = self._cache.memory((len(STATE), length, *state[0].shape), state[0].dtype)
+            shape = (len(STATE), min(length, end - first), *state[0].shape)
+            memory = self._cache.memory(shape, state[0].dtype)
             states = memory[:, : stop - begin].unbind()
             at = self._replay(state, at, begin, stop, low, high, states)
             blocks.append(((self._name, begin, low, high), memory, states))
@@ -350,12 +354,13 @@ class _Cache(threading.local):
     def memory(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Return memory for a block: that of an old one, which is dropped, if it fits, as new pages are dear."""
         self.latest = (None, 0, ())
-        while self._size > CACHE_BYTES - math.prod(shape) * dtype.itemsize and self._blocks:
+        size = math.prod(shape) * dtype.itemsize
+        while self._size > CACHE_BYTES - size and self._blocks:
             _, (old, _) = self._blocks.popitem(last=False)
             self._size -= old.nbytes
             if old.shape == shape and old.dtype == dtype:
                 return old
-        return host_tensor(shape, dtype)
+        return host_tensor(shape, dtype) if size >= HUGE_PAGE else torch.empty(shape, dtype=dtype)
 
     def put(self, key: Any, memory: Tensor, states: Sequence[Tensor]) -> None:
         """Keep a block, and the memory that it lies in."""
