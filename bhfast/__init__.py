@@ -13,6 +13,12 @@ from bhfast.version import __version__ as __version__
 if TYPE_CHECKING:
     from bhfast.config import TrainConfig as TrainConfig
     from bhfast.errors import BhfastError as BhfastError
+    from bhfast.errors import ConfigError as ConfigError
+    from bhfast.errors import CorpusError as CorpusError
+    from bhfast.errors import DamageError as DamageError
+    from bhfast.errors import RecordingWarning as RecordingWarning
+    from bhfast.errors import StorageError as StorageError
+    from bhfast.errors import TraceError as TraceError
     from bhfast.optim import FusedAdam as FusedAdam
     from bhfast.recording.recorder import Recorder as Recorder
     from bhfast.trace import open_trace as open_trace
@@ -21,8 +27,14 @@ if TYPE_CHECKING:
 
 _HOME = {
     "BhfastError": "errors",
+    "ConfigError": "errors",
+    "CorpusError": "errors",
+    "DamageError": "errors",
     "FusedAdam": "optim",
     "Recorder": "recording.recorder",
+    "RecordingWarning": "errors",
+    "StorageError": "errors",
+    "TraceError": "errors",
     "TrainConfig": "config",
     "TrainResult": "train",
     "open_trace": "trace",

@@ -19,13 +19,14 @@ from torch import Tensor
 from bhfast.cli import run_program
 from bhfast.errors import ConfigError, TraceError
 from bhfast.replay import why_not
+from bhfast.storage.convert import convert, files_of, size_of
 from bhfast.storage.files import CHUNK
 from bhfast.storage.output import OutputFile
 from bhfast.storage.whole import write_trace
-from bhfast.trace import Trace, open_trace
-from bhfast.trace.checksums import without_checksums
+from bhfast.trace import Trace
 from bhfast.trace.format import KEYFRAME_STEPS, KEYFRAMES, bytes_of, format_bytes
 from bhfast.trace.opening import open_file
+from bhfast.trace.series import SERIES
 from bhfast.trace.updates import STATE
 
 
@@ -34,58 +35,69 @@ def compact(
 ) -> Path:
     """Write the compact trace ``out`` of a full one, and prove it before it gets its name.
 
+    Of a series, each part becomes compact; of an index, each file.
+
     Args:
-        full: one file.
-        out: may be ``full`` itself, with ``overwrite``.
+        full: one file, the first part of a series, or an index.
+        out: in the same form; of one file, it may be ``full`` itself, with ``overwrite``.
         keyframes: each record that is a multiple of this becomes a key frame, and the last one.
-        overwrite: whether to replace an existing file.
+        overwrite: whether to replace existing files.
 
     Returns:
         Its path.
 
     Raises:
         ConfigError: ``keyframes`` is out of range.
-        TraceError: ``full`` cannot be read or rebuilt, or is compact already.
+        TraceError: ``full`` cannot be read or rebuilt, or is compact already; or ``out`` is not in its form.
         StorageError: ``out`` exists, or the disk is too small or failed.
     """
+    full, out = Path(full), Path(out)
     if keyframes < 2:
         raise ConfigError(f"keyframes must be at least 2, got {keyframes}")
-    trace = open_trace(full)
-    reason = "it is compact already" if trace.keyframes else "its run goes on" if trace.is_live else None
-    if "optimizer" not in trace.metadata or "recorded_steps" not in trace or "shard" in trace.metadata:
-        reason = "it is not one file of a recording"
-    if reason := reason or why_not(trace, trace):
-        raise TraceError(f"{trace.path} cannot be made compact: {reason}")
+    for trace in files_of(full):
+        reason = "it is compact already" if trace.keyframes else "its run goes on" if trace.is_live else None
+        if "optimizer" not in trace.metadata or "recorded_steps" not in trace:
+            reason = "it is not the file of a recording"
+        if reason := reason or why_not(trace, trace.logged):
+            raise TraceError(f"{trace.path} cannot be made compact: {reason}")
+    convert(full, out, partial(_compact_file, keyframes, overwrite), _renamed, overwrite=overwrite)
+    return out
+
+
+def _renamed(trace: Trace) -> dict[str, str]:
+    keys = [param["keys"][field] for param in trace.optimizer["params"].values() for field in STATE]
+    return {key: key + KEYFRAMES for key in keys}
+
+
+def _compact_file(keyframes: int, overwrite: bool, trace: Trace, out: Path, metadata: dict[str, str]) -> None:
     frames = [*range(0, len(trace.steps), keyframes)]
     frames += [len(trace.steps) - 1] if frames[-1] != len(trace.steps) - 1 else []
-    states = [x["keys"][field] for x in trace.optimizer["params"].values() for field in STATE]
+    renamed = _renamed(trace)
     tensors: dict[str, Tensor] = {}
     for name, tensor in trace.items():
-        if name in states:
-            tensors[name + KEYFRAMES] = tensor[frames].contiguous()
-        else:
-            tensors[name] = tensor
+        tensors[renamed.get(name, name)] = tensor[frames].contiguous() if name in renamed else tensor
         if name == "recorded_steps":
             tensors[KEYFRAME_STEPS] = tensor[frames]
     with OutputFile(out, overwrite=overwrite) as output:
         output.reserve(sum(tensor.nbytes for tensor in tensors.values()))
-        check = partial(_require_same_states, trace, states)
-        write_trace(output, tensors, _metadata(trace, keyframes), output.path, check=check)
-    return output.path
+        check = partial(_require_same_states, trace, list(renamed))
+        write_trace(output, tensors, _with_keyframes(metadata, keyframes), output.path, check=check)
 
 
-def _metadata(trace: Trace, keyframes: int) -> dict[str, str]:
+def _with_keyframes(metadata: dict[str, str], keyframes: int) -> dict[str, str]:
     """Return the metadata of the compact trace, in the order in which a recorder writes them."""
-    metadata: dict[str, str] = {}
-    for key, text in without_checksums(trace.metadata).items():
-        metadata |= {"keyframes": str(keyframes)} if key == "optimizer" else {}
-        metadata[key] = text
-    return metadata
+    found: dict[str, str] = {}
+    for key, text in metadata.items():
+        if key in (SERIES, "optimizer"):
+            found.setdefault("keyframes", str(keyframes))
+        found[key] = text
+    return found
 
 
 def _require_same_states(full: Trace, states: list[str], written: Path) -> None:
     """Raise TraceError unless all states rebuilt from the file ``written`` have the bits of the full trace."""
     compact = open_file(written)
+    compact.logged = full.logged  # one of several files may have no learning rates
     for name in states:
         recorded, rebuilt = full[name], compact[name]
         each = max(1, CHUNK // max(1, recorded[:1].nbytes))
@@ -109,19 +121,23 @@ def main(argv: list[str] | None = None) -> int:
         description="Write the compact trace of a full one: gradients of every step, parameters and moments at key "
         "frames only. All that is left out is rebuilt and compared first.",
     )
-    parser.add_argument("file", metavar="FULL", help="a trace whose optimizer's arithmetic is known to the bit")
+    parser.add_argument(
+        "file", metavar="FULL", help="a trace whose optimizer's arithmetic is known to the bit, or the index of one"
+    )
     parser.add_argument(
         "--keyframes", metavar="K", type=int, default=256, help="steps between key frames (default: 256)"
     )
-    parser.add_argument("--out", metavar="COMPACT", required=True, help="the file to write; may be FULL")
+    parser.add_argument(
+        "--out", metavar="COMPACT", required=True, help="the file to write; may be FULL, if that is one file"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace COMPACT if it exists")
     return run_program(parser, _compact_and_say, argv)
 
 
 def _compact_and_say(args: argparse.Namespace) -> int:
-    before = os.path.getsize(args.file)
+    before = size_of(Path(args.file))
     path = compact(args.file, args.out, keyframes=args.keyframes, overwrite=args.overwrite)
-    after = os.path.getsize(path)
+    after = size_of(path)
     print(f"{path}: {format_bytes(after)}, {after / before:.3f} of the full trace; all states were rebuilt and agree")
     return 0
 

@@ -108,6 +108,7 @@ class Framework(NamedTuple):
     clips: bool = False
     compiles: bool = False
     wrap: str = ""
+    keyframes: int | None = None
 
 
 FRAMEWORKS = {
@@ -128,6 +129,10 @@ FRAMEWORKS = {
     "FSDP2": Framework(2, wrap="fsdp2"),
     "FSDP2, accumulation, clipping": Framework(2, micro_batches=2, clips=True, wrap="fsdp2"),
     "tensor parallel": Framework(2, wrap="tp"),
+    "`keyframes=`": Framework(keyframes=2),
+    "`keyframes=`, DDP": Framework(2, wrap="ddp", keyframes=2),
+    "`keyframes=`, FSDP2": Framework(2, wrap="fsdp2", keyframes=2),
+    "`keyframes=`, tensor parallel": Framework(2, wrap="tp", keyframes=2),
 }
 
 
@@ -224,7 +229,7 @@ def record(optimizer: str, framework: str, path: Path, rank: int = 0) -> list[di
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10) if how.scales else None
     steps = [torch.compile(own.step, backend="eager") if how.compiles else own.step for own in optimizers]
     generator = torch.Generator().manual_seed(1 + rank)  # different data in every process
-    options: Any = {"model": model, "steps": STEPS, "path": path, "unclipped": how.clips and optimizer != "nothing"}
+    options: Any = {"model": model, "steps": STEPS, "path": path, "unclipped": how.clips, "keyframes": how.keyframes}
     try:
         recorder = Recorder(optimizers, "*", **options)
         recorder.start()

@@ -8,17 +8,26 @@ from __future__ import annotations
 import torch
 from matrix_run import FRAMEWORKS, OPTIMIZERS
 
-DTENSOR = ("FSDP2", "FSDP2, accumulation, clipping", "tensor parallel")
+DTENSOR = [name for name, how in FRAMEWORKS.items() if how.wrap in ("fsdp2", "tp")]
+TENSOR_PARALLEL = [name for name, how in FRAMEWORKS.items() if how.wrap == "tp"]
+KNOWN = ("FusedAdam", "AdamW", "AdamW foreach", "AdamW fused")
 MIXED = "got mixed torch.Tensor and DTensor"  # torch's own messages
 IN_PLACE = "in-place operations that require placement changes"
 REFUSED = {
+    **{
+        (optimizer, framework): "keyframes need steps that can be rebuilt to the bit: "
+        for optimizer in OPTIMIZERS
+        for framework, how in FRAMEWORKS.items()
+        if how.keyframes and optimizer not in KNOWN
+    },
     **{(optimizer, "FSDP1"): "FullyShardedDataParallel keeps flat shards in place of par" for optimizer in OPTIMIZERS},
     **{("FusedAdam", framework): "FusedAdam does not take DTensor parameters" for framework in DTENSOR},
 }
 REFUSED_BY_TORCH = {
     **{("Adafactor", framework): IN_PLACE for framework in DTENSOR},
-    ("AdamW foreach", "tensor parallel"): MIXED,
-    ("AdamW fused", "tensor parallel"): MIXED,
+    **{
+        (optimizer, framework): MIXED for optimizer in ("AdamW foreach", "AdamW fused") for framework in TENSOR_PARALLEL
+    },
 }
 UNSCALED_INSIDE = ("AdamW fused", "AMP float16 + GradScaler")  # by the step itself
 NEEDS_EXACT_ROOTS = ("AdamW", "AdamW foreach")  # which torch's square root of float32 is not on every CPU
@@ -27,7 +36,7 @@ NEEDS_EXACT_ROOTS = ("AdamW", "AdamW foreach")  # which torch's square root of f
 def is_replayed(optimizer: str, framework: str, *, has_exact_roots: bool = False) -> bool:
     """Return whether ``verify`` replays a cell, where torch's square roots of float32 are exact, or not."""
     how = FRAMEWORKS[framework]
-    if optimizer not in ("FusedAdam", "AdamW", "AdamW foreach", "AdamW fused") or how.compiles:
+    if optimizer not in KNOWN or how.compiles:
         return False
     needs_roots = optimizer in NEEDS_EXACT_ROOTS and how.dtype == torch.float32
     return (optimizer, framework) != UNSCALED_INSIDE and (has_exact_roots or not needs_roots)

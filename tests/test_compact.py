@@ -120,7 +120,12 @@ def test_errors(both: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureF
             StorageError,
             "there exists; pass --overwrite",
         ),
-        (lambda: expand.expand(full, tmp_path / "c"), TraceError, "not one file of a recording with key frames"),
+        (
+            lambda: compact.compact(full, tmp_path / "c.index.json", keyframes=9),
+            TraceError,
+            "full is no index of several files: --out must not end with .index.json, got ",
+        ),
+        (lambda: expand.expand(full, tmp_path / "c"), TraceError, "it is not a recording with key frames"),
         (lambda: expand.expand(small, tmp_path / "there"), StorageError, "there exists; pass --overwrite"),
         (lambda: expand.expand(tmp_path / "none", tmp_path / "c"), BhfastError, "cannot open the trace"),
     ):

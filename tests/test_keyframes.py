@@ -107,6 +107,7 @@ def blocks(request: pytest.FixtureRequest) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rebuilt, "BLOCK_BYTES", request.param)
         patch.setattr(rebuilt, "CACHE_BYTES", 8 * request.param)
+        patch.setattr(rebuilt, "SHARED_BYTES", 4 * request.param)
         yield
 
 
@@ -153,7 +154,8 @@ def test_a_copy_of_a_trace_reads_the_same(full: Path, compact: Path) -> None:
 
 def test_threads_read_side_by_side(full: Path, compact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rebuilt, "CACHE_BYTES", 3000)
-    monkeypatch.setattr(rebuilt, "BLOCK_BYTES", 1500)
+    monkeypatch.setattr(rebuilt, "SHARED_BYTES", 1500)
+    monkeypatch.setattr(rebuilt, "BLOCK_BYTES", 500)
     trace = open_trace(compact)
     wanted = {name: open_trace(full)[name][:] for name in ("matrix", "cube", "vector", "tiny")}
 
@@ -161,7 +163,8 @@ def test_threads_read_side_by_side(full: Path, compact: Path, monkeypatch: pytes
         chance = random.Random(seed)
         for _ in range(100):
             name, record = chance.choice(list(wanted)), chance.randrange(STEPS + 1)
-            assert_same_bits(trace[name][record : record + 1], wanted[name][record : record + 1])
+            assert_same_bits(trace[name][record : record + 4], wanted[name][record : record + 4])
+            assert_same_bits(trace[name][record], wanted[name][record])
 
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(read, range(6)))

@@ -29,7 +29,7 @@ from bhfast.recover import recover
 from bhfast.storage import stream
 from bhfast.storage.files import journal_path
 from bhfast.storage.journal import Journal
-from bhfast.trace import open_trace
+from bhfast.trace import open_trace, rebuilt
 from bhfast.trace.format import KEYFRAME_STEPS
 from bhfast.verify import main, verify
 
@@ -73,6 +73,18 @@ def test_names_the_damaged_record(tensor: str, index: Any, said: str, clipped: P
     flip(clipped, tensor, *index, bit={"clip_coefs": 22, "learning_rates": 51}.get(tensor, 13))
     assert main([str(clipped)]) == 1
     assert re.search(said, capsys.readouterr().out)
+
+
+def test_a_read_that_fails_leaves_nothing_behind(clipped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    intact = open_trace(clipped)["matrix"][: KEYFRAME + 1].clone()
+    flip(clipped, "matrix.grad", 12, 3, 3, bit=13)
+    matrix = open_trace(clipped)["matrix"]
+    monkeypatch.setattr(rebuilt, "CACHE_BYTES", 3 * KEYFRAME * intact[0].nbytes)  # one block
+    assert_same_bits(matrix[3], intact[3])
+    for _ in range(2):
+        with pytest.raises(TraceError, match="steps 9 to 16 do not lead from one key frame of matrix to the next"):
+            _ = matrix[10]
+        assert_same_bits(matrix[3], intact[3])
 
 
 def change_settings(step: int, params: Params, optimizers: Any) -> None:

@@ -13,6 +13,7 @@ from deferred import Deferred
 from ranks import run_ranks
 from torch import Tensor, nn
 
+from bhfast.errors import ConfigError
 from bhfast.trace import open_trace
 from bhfast.verify import verify
 
@@ -75,6 +76,42 @@ def test_a_run_resumed_from_a_checkpoint(path: Path) -> None:
         assert torch.equal(rest[name], wanted[name][4:]), name
     for name in (f"{WEIGHT}.grad", "losses"):
         assert torch.equal(rest[name][1:], wanted[name][5:]), name
+
+
+def test_a_resumed_run_goes_on_with_its_trace(path: Path) -> None:
+    """From the step of the checkpoint, although the trace went further."""
+    whole = path.with_name("whole.safetensors")
+    run.make_trainer(path.parent, run.RecorderCallback("*", path=whole)).fit(run.Regression(), run.batches())
+    module = run.Regression()
+    trainer = run.make_trainer(path.parent, run.RecorderCallback("*", path=path), max_steps=4)
+    trainer.fit(module, run.batches())
+    trainer.save_checkpoint(path.parent / "at-4")
+    rest = torch.utils.data.DataLoader(run.batches().dataset[8:], batch_size=2)
+    for _ in range(2):  # the second time over the steps that the first one has done
+        callback = run.RecorderCallback("*", path=path, append=True)
+        run.make_trainer(path.parent, callback).fit(run.Regression(), rest, ckpt_path=path.parent / "at-4")
+    assert sorted(path.name for path in path.parent.glob("t.*")) == [
+        "t.part-00002.safetensors",
+        "t.part-00003.safetensors",
+        "t.safetensors",
+    ]
+    found, wanted = open_trace(path), open_trace(whole)
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        assert torch.equal(found[name][1:], wanted[name][1:]), name
+
+
+def test_another_state_than_that_of_the_trace_is_refused(path: Path) -> None:
+    trainer = run.make_trainer(path.parent, run.RecorderCallback("*", path=path), max_steps=4)
+    trainer.fit(run.Regression(), run.batches())
+    trainer.save_checkpoint(path.parent / "at-4")
+    checkpoint = torch.load(path.parent / "at-4", weights_only=False)
+    checkpoint["state_dict"][WEIGHT][1, 2] += 1
+    torch.save(checkpoint, path.parent / "changed")
+    callback = run.RecorderCallback("*", path=path, append=True)
+    with pytest.raises(ConfigError, match=f"{WEIGHT}"):
+        run.make_trainer(path.parent, callback).fit(run.Regression(), run.batches(), ckpt_path=path.parent / "changed")
+    assert open_trace(path).steps.tolist() == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("storage", ["memory", "stream"])

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bhfast.ops import kernels
 from bhfast.trace import open_trace
+from bhfast.trace.format import KEYFRAME_STEPS, KEYFRAMES
 from bhfast.verify import verify
 
 CELLS = [(optimizer, framework) for framework in FRAMEWORKS for optimizer in OPTIMIZERS]
@@ -32,6 +33,9 @@ def compare(path: Path, wanted: list[dict[str, Tensor]]) -> None:
     own = {"recorded_steps", "learning_rates", "more.step", "clip_coefs", "skipped"}
     if path.name.endswith(".index.json"):  # of what is sharded, only values of its shape are recorded
         names -= {name for name in names if name.endswith(".mu_product")}
+    if "keyframes" in trace.metadata:
+        own |= {KEYFRAME_STEPS, *(f"{name}{KEYFRAMES}" for name in names)}
+        assert trace[KEYFRAME_STEPS].tolist() == [0, 2, 4, 5]
     assert set(trace) - own == names
     assert trace.steps.tolist() == list(range(STEPS + 1))
     for name in names:

@@ -25,6 +25,7 @@ from bhfast.report.survey import Survey, left_out, survey_trace
 from bhfast.report.sweep import survey_sweep
 from bhfast.summary import final_loss, verification_figures, window_means
 from bhfast.trace import open_trace
+from bhfast.trace.checksums import without_checksums
 from bhfast.train import TrainResult, train
 
 
@@ -60,6 +61,31 @@ def test_program(run: TrainResult, tmp_path: Path, capsys: pytest.CaptureFixture
     save_file({"x": torch.ones(1)}, tmp_path / "foreign")
     assert main([str(tmp_path / "foreign")]) == 2
     assert "cannot be reported: it has no recorded_steps" in capsys.readouterr().err
+
+
+def test_of_several_files(run: TrainResult, tmp_path: Path) -> None:
+    whole = open_trace(run.path)
+    names = ("embeddings", "grads", "momentum", "variance")
+    first = {name: x[...].as_subclass(torch.Tensor) for name, x in whole.items()}
+    second = {name: first[name][:, 50:].contiguous() for name in names} | {"recorded_steps": first["recorded_steps"]}
+    first |= {name: first[name][:, :50].contiguous() for name in names}
+    for file, tensors in (("a", first), ("b", second)):
+        save_file(tensors, tmp_path / file, without_checksums(whole.metadata))
+    shards = {
+        name: {
+            "shape": list(whole[name].shape),
+            "parts": [
+                {"file": "a", "offset": [0, 0, 0], "shape": list(first[name].shape)},
+                {"file": "b", "offset": [0, 50, 0], "shape": list(second[name].shape)},
+            ],
+        }
+        for name in names
+    }
+    path = tmp_path / "run.index.json"
+    path.write_text(json.dumps({"weight_map": dict.fromkeys(first, "a"), "shards": shards}))
+    of_files, of_one = (survey_trace(open_trace(file)) for file in (path, run.path))
+    assert verification_figures(of_files.trace) == verification_figures(of_one.trace)
+    assert (of_files.summary(), of_files.table()) == (of_one.summary(), of_one.table())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from traces import flip, joined, raw, split
 
+from bhfast import compact, expand
 from bhfast.errors import BhfastError, ConfigError, StorageError, TraceError
 from bhfast.optim import FusedAdam
 from bhfast.recording.recorder import Recorder
@@ -153,6 +154,22 @@ def test_compact_parts(tmp_path: Path) -> None:
     assert torch.equal(trace["w.keyframes"][:], wanted["w"][[0, 8, 12, 15, 23, 30]])
     assert torch.equal(trace["w"][10:20, 2:4], wanted["w"][10:20, 2:4])
     assert verify(path).replayed == 30
+
+
+def test_parts_are_made_compact_and_expanded(tmp_path: Path) -> None:
+    paths = {form: tmp_path / form / "t.safetensors" for form in ("full", "small", "compact", "expanded")}
+    for form, keyframes in (("full", None), ("compact", 4)):
+        run = Run()
+        for steps in (9, 6):
+            run.train(paths[form], steps, keyframes=keyframes)
+    compact.compact(paths["full"], paths["small"], keyframes=4)
+    expand.expand(paths["small"], paths["expanded"])
+    assert len(open_trace(paths["small"]).steps) == 16
+    for one, other in (("small", "compact"), ("expanded", "full")):
+        for path in (paths[one], paths[one].with_name("t.part-00002.safetensors")):
+            assert path.read_bytes() == (paths[other].parent / path.name).read_bytes()
+    with pytest.raises(TraceError, match="has several files, which cannot replace themselves: choose another --out"):
+        compact.compact(paths["full"], paths["full"], keyframes=4, overwrite=True)
 
 
 def test_back_to_a_checkpoint(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ import torch
 from distributed_run import CASES, Case
 from keyframe_runs import assert_same_bits
 from safetensors.torch import load_file
+from traces import flip
 
-from bhfast.errors import TraceError
+from bhfast import compact, expand
+from bhfast.errors import StorageError, TraceError
 from bhfast.recording.shards import RankPartition
 from bhfast.trace import Trace, open_trace
 from bhfast.verify import verify
@@ -119,6 +122,48 @@ def test_a_file_without_the_learning_rates_has_key_frames_only(recorded: Path) -
     with pytest.raises(TraceError, match=r"steps 1 to 1 of head.weight cannot be rebuilt: learning_rates are not in"):
         trace["head.weight"][1]
     assert verify(trace.path).status == 2
+
+
+@needs_shards
+def test_an_index_is_made_compact_and_expanded(recorded: Path, tmp_path: Path) -> None:
+    full, small, expanded = (
+        folder / "run.safetensors.index.json" for folder in (recorded / "fsdp", tmp_path, tmp_path / "x")
+    )
+    assert compact.compact(full, small, keyframes=6) == small
+    assert json.loads(small.read_text()) == json.loads((recorded / "fsdp-compact" / small.name).read_text())
+    assert verify(small).status == 0
+    expand.expand(small, expanded)
+    assert files(expanded.parent) == files(full.parent)
+    assert json.loads(expanded.read_text()) == json.loads(full.read_text())
+    for name in files(full.parent)[:-1]:
+        assert (expanded.parent / name).read_bytes() == (full.parent / name).read_bytes()
+
+
+@needs_shards
+def test_what_of_an_index_is_not_made_compact(recorded: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "full"
+    shutil.copytree(recorded / "fsdp", folder)
+    full = folder / "run.safetensors.index.json"
+    out = tmp_path / full.name
+    for work, said in (
+        (lambda: compact.compact(full, full, keyframes=6, overwrite=True), "cannot replace themselves"),
+        (lambda: compact.compact(full, tmp_path / "c", keyframes=6), r"--out must end with .index.json, got .*/c"),
+        (
+            lambda: compact.compact(folder / "run-00001-of-00002.safetensors", tmp_path / "c", keyframes=6),
+            "is one of several files: name their .index.json",
+        ),
+        (lambda: expand.expand(full, out), "00001-of-00002.safetensors cannot be expanded: it is not a recording with"),
+    ):
+        with pytest.raises(TraceError, match=said):
+            work()
+    out.write_text("precious")
+    with pytest.raises(StorageError, match="exists; pass --overwrite to replace it"):
+        compact.compact(full, out, keyframes=6)
+    out.unlink()
+    flip(folder / "run-00002-of-00002.safetensors", "wte.weight", 9, 0, 3, bit=3)
+    with pytest.raises(TraceError, match=r"from step \d+ on, wte.weight does not follow from the gradients"):
+        compact.compact(full, out, keyframes=6)
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith("run-00001")] == ["full"]
 
 
 @needs_shards

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from bhfast.errors import BhfastError, ConfigError, StorageError
 from bhfast.recording.fields import RecordedField, RecordedParam, local
-from bhfast.trace.sharded import INDEX_FORMAT, INDEX_SUFFIX
+from bhfast.storage.convert import file_names, write_index
+from bhfast.trace.sharded import INDEX_SUFFIX
 
 
 class RankPartition:
@@ -68,17 +69,13 @@ class RankPartition:
         everyone: list[Any] = [None] * self.world
         torch.distributed.all_gather_object(everyone, None if self.is_empty else own)
         writers = [rank for rank, plan in enumerate(everyone) if plan is not None]
-        path = self.whole_path
-        files = {
-            rank: f"{path.stem}-{number:05}-of-{len(writers):05}{path.suffix}"
-            for number, rank in enumerate(writers, start=1)
-        }
+        files = dict(zip(writers, file_names(self.whole_path, len(writers)), strict=True))
         self._first_file = files[0]
         for rank, file in files.items():
             for key, part in everyone[rank].items():
                 self._parts.setdefault(key, []).append({"file": file, **part})
         if not self.is_empty:
-            self.path = path.with_name(files[self.rank])
+            self.path = self.whole_path.with_name(files[self.rank])
 
     def add(self, field: RecordedField) -> None:
         """Add a tensor that is sharded like its parameter, in every process that records a part of that parameter.
@@ -164,15 +161,7 @@ class RankPartition:
                         for part in parts
                     ],
                 }
-            content = {"metadata": {"format": INDEX_FORMAT}, "weight_map": weight_map, "shards": shards}
-            temporary = self.index.with_name(self.index.name + ".partial")
-            try:
-                temporary.write_text(json.dumps(content, indent=1))
-                temporary.replace(self.index)
-            except OSError as error:
-                raise StorageError(
-                    f"{path} is saved, but writing the index {self.index} failed: {error.strerror}"
-                ) from error
+            write_index(self.index, weight_map, shards)
         return self.index
 
 

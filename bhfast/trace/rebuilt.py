@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import threading
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -27,9 +27,12 @@ from bhfast.trace.lazy import LazyTensor, wanted_records
 from bhfast.trace.reader import Trace
 from bhfast.trace.tensors import TraceTensor
 from bhfast.trace.updates import STATE, Updates, differing, why_none_known
+from bhfast.transfer.host_memory import host_tensor
 
-BLOCK_BYTES = 2 << 20  # of states that are rebuilt together when few are asked for
-CACHE_BYTES = 32 << 20  # of such blocks that are kept
+BLOCK_BYTES = 4 << 20  # of the states that the cache keeps or drops together
+CACHE_BYTES = 32 << 20  # of such blocks, from which on old ones make room for new ones
+HUGE_PAGE = 2 << 20  # bytes
+SHARED_BYTES = CACHE_BYTES // 2  # of the states of a read that keeps those of all three tensors
 
 
 class KeyframedParam:
@@ -89,9 +92,18 @@ class KeyframedParam:
             found[: len(known)] = known[: len(found)]
         return found
 
+    @cached_property
+    def _unknown(self) -> list[int]:
+        return (~self._is_known).nonzero()[:, 0].tolist()
+
+    def _known_until(self, start: int, stop: int) -> int:
+        """Return the first record from ``start`` on that does not follow from the one before it, at most ``stop``."""
+        at = bisect_left(self._unknown, start)
+        return min([stop, *self._unknown[at : at + 1]])
+
     def _require_known(self, start: int, stop: int) -> None:
         """Raise TraceError unless the records from ``start`` to ``stop`` follow from those before them."""
-        if self._is_known[start:stop].all():
+        if self._known_until(start, stop) == stop:
             return
         optimizer = self._trace.optimizer
         reason = self._why_none_known or optimizer["reason"]
@@ -138,7 +150,7 @@ class KeyframedParam:
         if not found.numel():
             return found
         runs = _runs(records)
-        if len(runs) == 1 and len(records) <= self._block_length(low, high):
+        if len(runs) == 1 and len(records) * self._state_bytes(low, high) <= SHARED_BYTES:
             self._read_cached(field, records[0], low, high, found)
             return found
         at, state = self._cache.take_cursor((self._name, low, high))
@@ -157,10 +169,9 @@ class KeyframedParam:
         return found
 
     def read_one(self, field: int, record: int) -> Tensor:
-        """Return one record, ``[...]``; soon if its block was read a moment ago. Raises as :meth:`read_checked`."""
-        start = self._block_start(record, 0, self._row_count)
-        states = self._cache.get((self._name, start, 0, self._row_count))
-        if states is None or record - start >= len(states[field]):
+        """Return one record, ``[...]``; soon if it is in the block read last. Raises as :meth:`read_checked`."""
+        name, start, states = self._cache.latest
+        if name != self._name or not 0 <= record - start < len(states[field]):
             return self.read_checked(field, [record], 0, self._row_count)[0]
         return states[field][record - start].clone()
 
@@ -227,7 +238,7 @@ class KeyframedParam:
         if frame + 1 == len(self._starts) or proven[low:high].all():
             return
         at, end = max(at, self._starts[frame]), self._starts[frame + 1] + 1
-        if not self._is_known[at + 1 : end].all():
+        if self._known_until(at + 1, end) < end:
             return
         state = [value.clone() for value in state]
         self._replay(state, at, end, end, low, high, [None] * len(STATE))
@@ -250,9 +261,13 @@ class KeyframedParam:
     # -----------------------------------------------------------------------------------------------------------------
     # The cache
 
+    def _state_bytes(self, low: int, high: int) -> int:
+        """Return the bytes of parameter and moments of some rows."""
+        return max(1, len(STATE) * self._row_bytes * (high - low))
+
     def _block_length(self, low: int, high: int) -> int:
-        """Return how many records of some rows are rebuilt together."""
-        return max(1, BLOCK_BYTES // max(1, len(STATE) * self._row_bytes * (high - low)))
+        """Return how many records of some rows make a block."""
+        return max(1, BLOCK_BYTES // self._state_bytes(low, high))
 
     def _read_cached(self, field: int, record: int, low: int, high: int, found: Tensor) -> None:
         """Fill ``found`` with the records from ``record`` on."""
@@ -273,57 +288,90 @@ class KeyframedParam:
         """Return the first record of the block that has ``record``."""
         return record - (record - self._starts[self._frame_of(record)]) % self._block_length(low, high)
 
-    def _block(self, record: int, low: int, high: int) -> tuple[int, list[Tensor]]:
+    def _block(self, record: int, low: int, high: int) -> tuple[int, Sequence[Tensor]]:
         """Return the first record of the block that has ``record``, and its states: ``[n, rows, ...]`` each."""
+        start = self._block_start(record, low, high)
+        states = self._cache.get((self._name, start, low, high))
+        if states is None or record - start >= len(states[0]):
+            states = self._rebuild_blocks(record, start, low, high)
+        if high - low == self._row_count:
+            self._cache.latest = self._name, start, states
+        return start, states
+
+    def _rebuild_blocks(self, record: int, start: int, low: int, high: int) -> Sequence[Tensor]:
+        """Rebuild the block that starts at ``start`` and has ``record``, and return its states.
+
+        The proof needs all steps up to the next key frame, so the first time the blocks on the way are kept as well.
+        """
         frame, length = self._frame_of(record), self._block_length(low, high)
-        first, start = self._starts[frame], self._block_start(record, low, high)
-        end = min(start + length, self._end_of(frame))
-        known = first + 1 + int(self._is_known[first + 1 : end].int().cumprod(0).sum())
+        first, end = self._starts[frame], self._end_of(frame)
+        known = self._known_until(first + 1, end)
         if record >= known:
             self._require_known(known, record + 1)
-        end = min(end, known)
-        found = self._cache.get((self._name, start, low, high))
-        if found is None:
-            before = self._cache.get((self._name, start - length, low, high)) if start > first else None
-            state = self._keyframe(frame, low, high) if before is None else [own[-1].clone() for own in before]
-            found = [torch.empty(end - start, *own.shape, dtype=own.dtype) for own in state]
-            at = self._replay(state, first if before is None else start - 1, start, end, low, high, found)
-            self._prove(frame, state, at, low, high)
-            self._cache.put((self._name, start, low, high), found)
-        return start, found
+        is_proven = frame in self._proven and bool(self._proven[frame][low:high].all())
+        count = max(1, SHARED_BYTES // (length * self._state_bytes(low, high)))
+        if is_proven or frame + 1 == len(self._starts):
+            count = 1
+        before = self._cache.get((self._name, start - length, low, high)) if start > first else None
+        state = self._keyframe(frame, low, high) if before is None else [own[-1].clone() for own in before]
+        at = first if before is None else start - 1
+        blocks: list[tuple[Any, Tensor, Sequence[Tensor]]] = []
+        for begin in range(start, min(start + count * length, known), length):
+            stop = min(begin + length, known)
+            shape = (len(STATE), min(length, end - first), *state[0].shape)
+            memory = self._cache.memory(shape, state[0].dtype)
+            states = memory[:, : stop - begin].unbind()
+            at = self._replay(state, at, begin, stop, low, high, states)
+            blocks.append(((self._name, begin, low, high), memory, states))
+        self._prove(frame, state, at, low, high)
+        for block in blocks:
+            self._cache.put(*block)
+        return blocks[0][-1]
 
 
-class _Cache:
-    """The states that were rebuilt last, all of one file. Several threads may use it.
+class _Cache(threading.local):
+    """The states that were rebuilt last, all of one file. Each thread has its own.
 
-    It has blocks of records that were read one by one, and a cursor: the state at which the last long read ended.
+    It has blocks of records, and a cursor: the state at which the last long read ended.
+
+    Attributes:
+        latest: the block of whole records that was read last: its parameter, first record, and states.
     """
 
     def __init__(self) -> None:
-        self._blocks: OrderedDict[Any, list[Tensor]] = OrderedDict()
+        self.latest: tuple[str | None, int, Sequence[Tensor]] = (None, 0, ())
+        self._blocks: OrderedDict[Any, tuple[Tensor, Sequence[Tensor]]] = OrderedDict()
         self._size = 0
         self._cursor: tuple[Any, int, list[Tensor]] | None = None
-        self._lock = threading.Lock()
 
-    def get(self, key: Any) -> list[Tensor] | None:
-        with self._lock:
-            if key in self._blocks:
-                self._blocks.move_to_end(key)
-            return self._blocks.get(key)
+    def get(self, key: Any) -> Sequence[Tensor] | None:
+        """Return the states of a block, ``[n, ...]`` each; they are valid until :meth:`memory` is called."""
+        if (found := self._blocks.get(key)) is None:
+            return None
+        self._blocks.move_to_end(key)
+        return found[1]
 
-    def put(self, key: Any, states: list[Tensor]) -> None:
-        with self._lock:
-            self._size -= sum(own.nbytes for own in self._blocks.pop(key, ()))
-            self._blocks[key] = states
-            self._size += sum(own.nbytes for own in states)
-            while self._size > CACHE_BYTES and len(self._blocks) > 1:
-                _, old = self._blocks.popitem(last=False)
-                self._size -= sum(own.nbytes for own in old)
+    def memory(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return memory for a block: that of an old one, which is dropped, if it fits, as new pages are dear."""
+        self.latest = (None, 0, ())
+        size = math.prod(shape) * dtype.itemsize
+        while self._size > CACHE_BYTES - size and self._blocks:
+            _, (old, _) = self._blocks.popitem(last=False)
+            self._size -= old.nbytes
+            if old.shape == shape and old.dtype == dtype:
+                return old
+        return host_tensor(shape, dtype) if size >= HUGE_PAGE else torch.empty(shape, dtype=dtype)
+
+    def put(self, key: Any, memory: Tensor, states: Sequence[Tensor]) -> None:
+        """Keep a block, and the memory that it lies in."""
+        if key in self._blocks:
+            self._size -= self._blocks.pop(key)[0].nbytes
+        self._blocks[key] = memory, states
+        self._size += memory.nbytes
 
     def take_cursor(self, key: Any) -> tuple[int, list[Tensor]]:
         """Return the record of the cursor and its state, which the caller may change; -1 if it is not of ``key``."""
-        with self._lock:
-            cursor, self._cursor = self._cursor, None
+        cursor, self._cursor = self._cursor, None
         return (-1, []) if cursor is None or cursor[0] != key else cursor[1:]
 
     def put_cursor(self, key: Any, record: int, state: list[Tensor]) -> None:
