@@ -11,7 +11,7 @@ from torch import nn
 from traces import flip, record
 
 from bhfast.accounting import predicted_shares
-from bhfast.errors import TraceError
+from bhfast.errors import RecordingWarning, TraceError
 from bhfast.optim import FusedAdam
 from bhfast.recording.recorder import Recorder
 from bhfast.trace import open_trace
@@ -56,7 +56,8 @@ def test_a_vector_is_one_row(tmp_path: Path) -> None:
 def test_without_a_gradient_nothing_should_move(tmp_path: Path) -> None:
     w = nn.Parameter(torch.ones(4, 2).bfloat16())
     optimizer = FusedAdam([w], lr=0.1)
-    with Recorder(optimizer, {"w": w}, steps=3, path=tmp_path / "t") as recorder:
+    recorder = Recorder(optimizer, {"w": w}, steps=3, path=tmp_path / "t")
+    with pytest.warns(RecordingWarning, match="w has no gradient at step 2"), recorder:
         for step in range(3):
             w.grad = None if step == 1 else torch.ones(4, 2).bfloat16()
             optimizer.step()

@@ -105,11 +105,9 @@ def test_radial_and_tangential(x: torch.Tensor, values: int) -> None:
 
 
 def test_there_is_no_direction_from_the_centroid_to_itself() -> None:
-    w = torch.tensor([[0.1, 0.2]] * 3 + [[0.3, 0.1]] * 3).bfloat16()
-    w = torch.cat([w, 2 * w.mean(0, dtype=torch.float32).bfloat16()[None] - w])  # the mean is rounded
-    centered = lattice.centered(torch.ones(1, 3, 2) * 0.1)
-    assert (centered == 0).all()
-    assert lattice.radial_and_tangential(torch.ones(1, 3, 2), centered).radial.isnan().all()
+    found = lattice.radial_and_tangential(torch.ones(1, 3, 2), lattice.centered(torch.full((1, 3, 2), 0.1)))
+    assert found.radial.isnan().all()
+    assert found.tangential.isnan().all()
 
 
 @settings(deadline=None)
@@ -373,11 +371,9 @@ def test_components_within(x: torch.Tensor, distance: float, of_steps: bool, row
 
 
 def test_identical_vectors_are_no_distance_apart(generator: torch.Generator) -> None:
-    """As products of matrices they would be 6e-5 apart."""
-    x = torch.randn(64, generator=generator).bfloat16().expand(300, 64).clone()
-    assert (lattice.components_within(x, 0.0) == 0).all()
-    x[150:] += 1
-    assert lattice.components_within(x, 1e-3).tolist() == [0] * 150 + [150] * 150
+    """As products of matrices they would be 6e-5 apart in float32."""
+    x = torch.randn(300, 64, generator=generator).bfloat16()
+    assert lattice.components_within(torch.cat([x, x]), 0.0).tolist() == [*range(300), *range(300)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -53,13 +53,9 @@ def centroid(vectors: Tensor) -> Tensor:
 
 
 def centered(vectors: Tensor) -> Tensor:
-    """Return vectors relative to their centroid, float64 ``[..., V, D]``; exactly 0 for those at the centroid.
-
-    Computed as (V x - Σ x) / V, because the mean itself would be rounded.
-    """
+    """Return vectors relative to their centroid, float64 ``[..., V, D]``."""
     x = vectors.double()
-    tokens = x.shape[-2]
-    return (tokens * x - x.sum(-2, keepdim=True)) / tokens
+    return x - x.mean(-2, keepdim=True)
 
 
 def radii(vectors: Tensor, about: Tensor | None = None) -> Tensor:
@@ -183,7 +179,6 @@ def cosine_histogram(vectors: Tensor, bins: int = 40) -> Histogram:
         bins: how many.
     """
     x = vectors.double()
-    x = x / x.abs().amax(1, keepdim=True)  # so that no square is lost
     units = x / torch.linalg.vector_norm(x, dim=1, keepdim=True)
     units = units[units.isfinite().all(1)]
     histogram = empty_histogram(-1, 1, bins)

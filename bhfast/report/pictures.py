@@ -284,14 +284,20 @@ def motion(survey: Survey) -> Picture:
         warm.plot(steps, values.where(values > 0, math.nan), color=color, lw=0.8, label=name)
     if (found.total > 0).any():
         warm.set_yscale("log")
-    warm.set(xscale="log", xlabel="step", ylabel="mean squared displacement per record")
+    else:
+        warm.text(0.5, 0.5, "no velocity above 0", transform=warm.transAxes, ha="center")
+    warm.set(xscale="log", xlim=(1, survey.last_step + 1), xlabel="step", ylabel="mean squared displacement per record")
     warm.set_title("All tokens: together and apart", fontsize=10)
     for name, rho in survey.correlation.items():
         time = lattice.correlation_time(rho)
         label = name if math.isnan(time) else f"{name}: τ = {time:.1f}"
         keep.plot(rho, color=GROUP_COLORS[name], lw=1.5, label=label)
     keep.axhline(0, color="0.6", lw=0.8)
-    keep.set(xlabel="lag (records)", ylim=(min(-0.1, keep.get_ylim()[0]), 1.05))
+    keep.set(
+        xlabel="lag (records)",
+        xlim=(0, len(next(iter(survey.correlation.values()), "1"))),
+        ylim=(min(-0.1, keep.get_ylim()[0]), 1.05),
+    )
     keep.set_title("Autocorrelation of the velocity", fontsize=10)
     for ax in (warm, keep):
         ax.grid(alpha=0.25)
