@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from bhfast.errors import MALFORMED, TraceError
-from bhfast.lattice import pairwise_distances
+from bhfast.lattice import centroid, pairwise_distances, radii
 from bhfast.trace import Trace
 
+MAX_VECTORS_IN_PAIRS = 20_000  # all distances between so many take 8 s of CPU
 WINDOW = 1000  # steps whose losses are averaged
 EMBEDDINGS = {"param": "embeddings", "grad": "grads", "exp_avg": "momentum", "exp_avg_sq": "variance"}
 LOSSES = ("losses", "loss")  # names of the tensor with the loss of each step
@@ -194,9 +195,12 @@ def _vector_figures(found: Vectors) -> list[str]:
     lines = []
     for step in dict.fromkeys((min(at), max(at))):
         vectors = found.vectors[at[step]]
-        centroid = vectors.float().mean(dim=0).norm().item()
-        distance = pairwise_distances(vectors).largest
-        lines.append(f"step {step:,}: centroid norm {centroid:.6f}, largest pairwise distance {distance:.6f}")
+        if len(vectors) > MAX_VECTORS_IN_PAIRS:
+            kind, distance = "distance from it", radii(vectors, centroid(vectors)).max().item()
+        else:
+            kind, distance = "pairwise distance", pairwise_distances(vectors).largest
+        norm = vectors.float().mean(dim=0).norm().item()
+        lines.append(f"step {step:,}: centroid norm {norm:.6f}, largest {kind} {distance:.6f}")
     fields = found.fields
     if 1 in at and "grad" in fields:
         norms = fields["grad"][at[1]].float().norm(dim=1)

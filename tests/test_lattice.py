@@ -283,3 +283,15 @@ def test_the_cloud(generator) -> None:
     spread = torch.stack([(record.double() - m).square().mean() for record, m in zip(x, middle, strict=True)])
     torch.testing.assert_close(lattice.temperature(x), spread)
     assert lattice.temperature(x[:, :1].expand(3, 50, 8)).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("copies", [1, 40])
+def test_pairwise_distances_count_every_pair(copies: int) -> None:
+    torch.manual_seed(0)
+    vectors = torch.randn(1100, 3).bfloat16()  # more than one block of rows
+    vectors[:copies] = vectors[-1]
+    found = lattice.pairwise_distances(vectors)
+    x = vectors.double()
+    exact = (x[:, None] - x).norm(dim=-1)
+    assert found.largest == pytest.approx(exact.max().item(), rel=1e-6)
+    assert found.mean == pytest.approx(exact.sum().item() / (1100 * 1099), rel=1e-6)

@@ -85,13 +85,16 @@ def pairwise_distances(vectors: Tensor) -> PairwiseDistances:
     Distances are computed from differences, not from products, so that identical vectors are exactly 0 apart. Both are
     NaN if any value is.
     """
-    x = vectors.float()
+    x, counts = torch.unique(vectors.float(), dim=0, return_counts=True)  # black holes count once
     maxima, total = [], 0.0
-    for rows in x.split(ROWS):
-        distances = torch.cdist(rows, x, compute_mode="donot_use_mm_for_euclid_dist")
+    for first in range(0, len(x), ROWS):
+        rows = slice(first, first + ROWS)
+        distances = torch.cdist(x[rows], x[first:], compute_mode="donot_use_mm_for_euclid_dist")
         maxima.append(distances.max())
-        total += distances.sum(dtype=torch.float64).item()
-    return PairwiseDistances(torch.stack(maxima).max().item(), total / max(1, len(x) * (len(x) - 1)))
+        pairs = counts[rows, None] * counts[first:]
+        pairs[:, len(x[rows]) :] *= 2  # and of the later vectors with these
+        total += (distances.double() * pairs).sum().item()
+    return PairwiseDistances(torch.stack(maxima).max().item(), total / max(1, len(vectors) * (len(vectors) - 1)))
 
 
 def temperature(vectors: Tensor) -> Tensor:
