@@ -381,7 +381,7 @@ def _report_recording(
     recorder: Recorder | NullRecorder, path: Path | None, print_status: Callable[[str], None]
 ) -> None:
     if waits := recorder.stats().waits:
-        print_status(f"the run had to wait for the recording {waits:,} times")
+        print_status(f"times the run had to wait for the recording: {waits:,}")
     if path is not None:
         trace, size = open_trace(path), format_bytes(path.stat().st_size)
         print_status(f"saved steps 0 to {int(trace.steps[-1]):,}, {size}: {path}")

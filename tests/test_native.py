@@ -50,11 +50,13 @@ def instruction_set(request: pytest.FixtureRequest) -> str:
 def make_run(
     *, steps: int = 1, sigma: float = 0.02, batch: int = 1, grad_accum: int = 1, target_offset: int = 2, **sizes: int
 ) -> TrainingRun:
-    """A run on random bytes, without a recorder."""
+    """A run on random tokens, without a recorder."""
     generator = torch.Generator().manual_seed(3)
     config = GPTConfig(**sizes)
     model, _ = build_model(config, Start(sigma=sigma), seed=1)
-    corpus = torch.randint(min(config.vocab_size, 79), (5000,), dtype=torch.uint8, generator=generator)
+    tokens = config.vocab_size if config.vocab_size > 256 else min(config.vocab_size, 79)
+    dtype = torch.int32 if tokens > 256 else torch.uint8
+    corpus = torch.randint(tokens, (5000,), dtype=dtype, generator=generator)
     last = len(corpus) - config.context - 1
     return TrainingRun(
         model=model,
