@@ -82,8 +82,9 @@ sanitize: sanitize-address sanitize-threads
 # Without what is in pure torch, and what takes long and reads and writes as others do. LESS='or NAME' leaves out more.
 sanitize-address: setup
 	$(call sanitize,sanitize,address$(COMMA)undefined -fno-sanitize-recover=all,__asan_report,libasan.so libstdc++.so, \
-	    tests/test_ops.py tests/test_optim.py tests/test_recorder.py tests/test_graph.py tests/test_native.py \
-	    -k 'not (torch-cpu or many_steps or never_occur or other_threads $(LESS))')
+	    tests/test_ops.py tests/test_ops_checks.py tests/test_optim.py tests/test_recorder.py tests/test_graph.py \
+	    tests/test_native.py tests/test_variants.py tests/test_keyframes.py::test_both_kernels_of_many_steps_agree \
+	    -k '(not test_variants or native) and not (torch-cpu or test_many_steps or never_occur or other_threads or beyond_bytes $(LESS))')
 
 # Threads share their work in the same code for every instruction set: two of them will do.
 sanitize-threads: setup
