@@ -24,7 +24,7 @@ from bhfast.storage.files import CHUNK
 from bhfast.storage.output import OutputFile
 from bhfast.storage.whole import write_trace
 from bhfast.trace import Trace
-from bhfast.trace.format import KEYFRAME_STEPS, KEYFRAMES, bytes_of, format_bytes
+from bhfast.trace.format import CHANGED, KEYFRAME_STEPS, KEYFRAMES, bytes_of, format_bytes
 from bhfast.trace.opening import open_file
 from bhfast.trace.series import SERIES
 from bhfast.trace.updates import STATE
@@ -58,6 +58,8 @@ def compact(
         reason = "it is compact already" if trace.keyframes else "its run goes on" if trace.is_live else None
         if "optimizer" not in trace.metadata or "recorded_steps" not in trace:
             reason = "it is not the file of a recording"
+        elif changed := next((key for key in _renamed(trace) if key + CHANGED in trace), None):
+            reason = f"the loop changed {changed} after a step ({changed + CHANGED} says in which records)"
         if reason := reason or why_not(trace, trace.logged):
             raise TraceError(f"{trace.path} cannot be made compact: {reason}")
     convert(full, out, partial(_compact_file, keyframes, overwrite), _renamed, overwrite=overwrite)

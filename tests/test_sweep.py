@@ -518,3 +518,17 @@ def test_a_worker_that_dies_fails_its_run_alone(flags: list[str], tmp_path: Path
     assert errors == f"bhfast sweep: error: sigma0_seed42_steps{LONG}: the process ended by signal 9\n"
     assert [run["state"] for run in entries(out).values()] == ["done", "failed", "done"]
     assert len(traces(out)) == 2
+
+
+def test_a_grid_may_have_switches() -> None:
+    assert parse_grid({"untied": [True, False], "norm": "rmsnorm"}, "grid") == {
+        "untied": [True, False],
+        "norm": ["rmsnorm"],
+    }
+    for grid, message in (
+        ({"untied": 1}, "untied must be true, false or a list of them, got 1"),
+        ({"steps": True}, "steps must be an integer or a list of integers, got True"),
+        ({"init_seed": "x"}, "init_seed must be an integer or a list of integers, got 'x'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            parse_grid(grid, "grid")

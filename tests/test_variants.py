@@ -12,8 +12,9 @@ import torch
 from test_graph import emulate
 from traces import assert_same_data
 
+from bhfast.compact import compact
 from bhfast.config import TrainConfig
-from bhfast.errors import BhfastError, ConfigError, StorageError
+from bhfast.errors import BhfastError, ConfigError, StorageError, TraceError
 from bhfast.experiment import is_run_of
 from bhfast.trace import open_trace
 from bhfast.train import train
@@ -243,6 +244,12 @@ def test_thermal_noise_moves_only_its_rows(config: TrainConfig) -> None:
     assert not torch.equal(
         traced(config, thermal_noise=0.01, thermal_rows="5-20", lr=0.0, seed=1)["embeddings"][:], kept
     )
+
+
+def test_a_run_with_noise_cannot_be_made_compact(config: TrainConfig, tmp_path: Path) -> None:
+    path = train(replace(config, thermal_noise=0.01)).path
+    with pytest.raises(TraceError, match=r"the loop changed embeddings after a step \(embeddings\.changed says"):
+        compact(path, tmp_path / "compact.safetensors", keyframes=4)
 
 
 @pytest.mark.usefixtures("extension")
