@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import math
 import os
 import signal
 import sys
@@ -26,42 +24,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from tqdm import tqdm
 
+from bhfast.assemble import make_optimizer, make_recorder, make_run, record_start, run_metadata
 from bhfast.cli import run_program
 from bhfast.config import TrainConfig, setting_type
-from bhfast.engines.base import HIDDEN, Engine, TrainingRun
+from bhfast.engines.base import Engine
 from bhfast.engines.choose import make_engine, select_engine
-from bhfast.engines.thermal import ThermalNoise
-from bhfast.errors import ConfigError
-from bhfast.experiment import corpus_of, experiment_metadata, machine_metadata, require_same_experiment
+from bhfast.experiment import corpus_of
 from bhfast.machine import select_device
 from bhfast.model import TiedGPT, build_model
 from bhfast.ops import extension
-from bhfast.optim import FusedAdam
 from bhfast.progress import PROGRESS_EVERY, ProgressMonitor, status_printer
 from bhfast.recording.carried import carry_over
 from bhfast.recording.null import NullRecorder
 from bhfast.recording.recorder import Recorder
-from bhfast.recording.selection import named_params
 from bhfast.resume import Checkpoints, EarlierRun, find_run
 from bhfast.signals import deferred_signals
 from bhfast.summary import verification_figures
-from bhfast.tokens import Corpus, chosen_tokens, window_offsets
 from bhfast.trace import open_trace
 from bhfast.trace.format import format_bytes
-from bhfast.version import __version__
 
-# In the trace, of the token vectors.
-TENSOR_NAMES = {
-    "param": "embeddings",
-    "grad": "grads",
-    "exp_avg": "momentum",
-    "exp_avg_sq": "variance",
-    "momentum_buffer": "momentum",
-}
-TOKENS = "wte"  # the parameter of the token vectors
 BURST_SECONDS = 0.05  # how long the engine runs between two checks for signals
 
 
@@ -151,21 +134,21 @@ def _train(
         device=device,
         dtype=getattr(torch, config.dtype),
     )
-    optimizer = _make_optimizer(config, model)
-    metadata = _metadata(config, corpus, device, engine_name)
+    optimizer = make_optimizer(config, model)
+    metadata = run_metadata(config, corpus, device, engine_name)
     metadata = earlier.metadata(metadata) if earlier else metadata
-    recorder = _make_recorder(config, model, optimizer, corpus, metadata, is_resumed=earlier is not None)
+    recorder = make_recorder(config, model, optimizer, corpus, metadata, is_resumed=earlier is not None)
     start = earlier.checkpoint.step if earlier else 0
 
     with deferred_signals() as signals, recorder:
         print_status(f"storage  {recorder.description}")
-        _record_start(recorder, config, center, corpus, model)
+        record_start(recorder, config, center, corpus, model)
         if earlier:
             print_status(f"resumes  after step {start:,} of {config.steps:,}")
             earlier.checkpoint.restore(model, optimizer)
             assert isinstance(recorder, Recorder)
             carry_over(recorder.slots, earlier.trace, start, lambda: bool(signals))
-        engine = make_engine(engine_name, _make_run(config, model, optimizer, recorder, corpus, start))
+        engine = make_engine(engine_name, make_run(config, model, optimizer, recorder, corpus, start))
         if earlier:
             engine.losses[:start] = earlier.checkpoint.losses
         checkpoints = Checkpoints(config, model, optimizer, recorder, engine, metadata)
@@ -186,146 +169,6 @@ def _train(
         losses=engine.losses[:steps].cpu(),
         model=model,
         signal=signals[0] if signals else None,
-    )
-
-
-def _make_optimizer(config: TrainConfig, model: TiedGPT) -> torch.optim.Optimizer:
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(model.parameters(), lr=config.lr, momentum=config.momentum)
-    return FusedAdam(
-        _param_groups(model, config.weight_decay),
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        rounding=config.adam_rounding,
-        max_grad_norm=config.max_grad_norm,
-    )
-
-
-def _make_run(
-    config: TrainConfig,
-    model: TiedGPT,
-    optimizer: torch.optim.Optimizer,
-    recorder: Recorder | NullRecorder,
-    corpus: Corpus,
-    start: int,
-) -> TrainingRun:
-    seed = config.seed if config.data_seed is None else config.data_seed
-    windows = config.steps * config.grad_accum * config.batch_size
-    offsets = window_offsets(len(corpus.data), config.context + 1, windows, seed)
-    tokens, device = model.wte.weight, model.wte.weight.device
-    frozen = thermal = None
-    if config.frozen_rows:
-        frozen = torch.zeros(config.vocab_size, dtype=torch.bool)
-        frozen[chosen_tokens("frozen_rows", config.frozen_rows, corpus.counts)] = True
-    if config.thermal_noise:
-        rows = chosen_tokens("thermal_rows", config.thermal_rows, corpus.counts)
-        thermal = ThermalNoise(tokens, rows.to(device), config.thermal_noise, config.seed)
-    return TrainingRun(
-        model=model,
-        optimizer=optimizer,
-        recorder=recorder.slots,
-        corpus=corpus.data,
-        offsets=offsets.view(config.steps, config.grad_accum, config.batch_size),
-        lrs=[config.learning_rate(step) for step in range(1, config.steps + 1)],
-        target_offset=config.target_offset,
-        max_grad_norm=config.max_grad_norm,
-        hidden=config.hidden_statistics,
-        frozen=None if frozen is None else frozen.to(device),
-        thermal=thermal,
-        start=start,
-    )
-
-
-def _param_groups(model: TiedGPT, weight_decay: float) -> list[dict[str, Any]]:
-    """Return one group of all parameters; with weight decay, two groups, the second of which is exempt from it."""
-    if not weight_decay:
-        return [{"params": list(model.parameters()), "weight_decay": 0.0}]
-    decayed: list[Parameter] = []
-    exempt: list[Parameter] = []
-    for name, param in model.named_parameters():
-        (exempt if name.endswith("bias") or "ln_" in name else decayed).append(param)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
-
-
-def _metadata(config: TrainConfig, corpus: Corpus, device: torch.device, engine_name: str) -> dict[str, str]:
-    return {
-        "records": "record k: gradient (unclipped), loss and logits of step k; embeddings and moments after step k",
-        **experiment_metadata(config, corpus, device, engine_name),
-        "corpus": corpus.name,
-        "seed": str(config.seed),
-        **machine_metadata(engine_name),
-        **({} if config.optimizer == "sgd" else {"adam_rounding": config.adam_rounding}),
-        **({} if corpus.strings is None else {"token_strings": json.dumps(corpus.strings, ensure_ascii=False)}),
-        "bhfast_version": __version__,
-        "torch_version": torch.__version__,
-    }
-
-
-def _make_recorder(
-    config: TrainConfig,
-    model: TiedGPT,
-    optimizer: torch.optim.Optimizer,
-    corpus: Corpus,
-    metadata: dict[str, str],
-    *,
-    is_resumed: bool,
-) -> Recorder | NullRecorder:
-    if not config.record_every:
-        return NullRecorder()
-    if config.path.is_file() and not config.overwrite and not is_resumed:
-        require_same_experiment(config.path, metadata)
-    params: dict[str, Tensor] = {TOKENS: model.wte.weight}
-    if config.recorded_params:
-        named = named_params(config.recorded_params, model)
-        params = {TOKENS if param is model.wte.weight else name: param for name, param in named}
-    if config.rows and TOKENS not in params:
-        raise ConfigError(f"rows are those of the token vectors, which params={config.params} leave out")
-    return Recorder(
-        optimizer,
-        params,
-        steps=config.steps,
-        path=config.path,
-        every=config.record_every,
-        keyframes=config.keyframes or None,
-        storage=config.wanted_storage,
-        rows={TOKENS: chosen_tokens("rows", config.rows, corpus.counts)} if config.rows else None,
-        fields=config.recorded_fields,
-        unclipped=config.optimizer == "sgd",
-        keys={TOKENS: TENSOR_NAMES},
-        metadata=metadata,
-        overwrite=config.overwrite or is_resumed or config.path.is_file(),
-    )
-
-
-def _record_start(
-    recorder: Recorder | NullRecorder, config: TrainConfig, center: Tensor | None, corpus: Corpus, model: TiedGPT
-) -> None:
-    """Record what stays the same in all steps, and record 0: no loss yet, and zeros."""
-    scalars = {
-        "init_scale": config.init_scale,
-        "sigma": config.sigma,
-        "learning_rate": config.lr,
-        "weight_decay": config.weight_decay,
-        **({} if config.optimizer == "sgd" else {"adam_beta1": config.beta1, "adam_beta2": config.beta2}),
-    }
-    recorder.constants.update(
-        **({} if center is None else {"bh_center": center}),
-        **{name: torch.tensor(value, dtype=torch.float32) for name, value in scalars.items()},
-        **({} if config.optimizer == "sgd" else {"adam_epsilon": torch.tensor(config.eps, dtype=torch.float64)}),
-        token_counts=corpus.counts,
-    )
-    device, dtype = model.wte.weight.device, model.wte.weight.dtype
-    zero = torch.zeros((), device=device)
-    recorder.slots.log(
-        losses=torch.full((), math.nan, dtype=dtype, device=device),
-        logits=torch.zeros(config.vocab_size, dtype=dtype, device=device),
-        **{
-            HIDDEN[name]: torch.full((config.hidden_dim,), math.nan, device=device) for name in config.hidden_statistics
-        },
-        learning_rates=torch.zeros((), dtype=torch.float64),
-        clip_coefs=zero,
-        grad_norms=zero,
     )
 
 

@@ -55,9 +55,12 @@ ROOMS: dict[str, set[str]] = {
     "experiment": {"config", "engines", "errors", "machine", "ops", "tokens", "trace"},
     "resume": {"checkpoint", "config", "engines", "errors", "experiment", "recording", "recover", "trace"},
     "progress": {"engines"},
+    "assemble": {
+        *("config", "engines", "errors", "experiment", "model", "optim", "recording", "tokens", "version"),
+    },
     "train": {
-        *("cli", "config", "engines", "errors", "experiment", "machine", "model", "ops", "optim"),
-        *("progress", "recording", "resume", "signals", "summary", "tokens", "trace", "version"),
+        *("assemble", "cli", "config", "engines", "experiment", "machine", "model", "ops", "progress"),
+        *("recording", "resume", "signals", "summary", "trace"),
     },
     "bhfast": {"config", "errors", "optim", "recording", "trace", "train", "version"},
     "sweep": {

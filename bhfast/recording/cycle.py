@@ -91,7 +91,7 @@ class StepCycle:
 
     def record_changes(self) -> None:
         """Record again what the loop has changed since the last step, unless a step is under way."""
-        if not self.is_begun and self.slots.record is not None:
+        if not self.is_begun and not self.is_off and self.slots.record is not None:
             for follower in self.followers:
                 follower.record_changes()
 

@@ -179,10 +179,23 @@ class FieldPlan:
             if key not in known and (self._chosen is None or key in self._chosen)
         ]
 
-    def missing(self, of: RecordedParam) -> list[str]:
-        """Return the fields that the user asked for but the optimizer's state does not have."""
+    def require_chosen(self, of: RecordedParam) -> None:
+        """Raise BhfastError if the state of a parameter that has a gradient lacks a field the user asked for."""
         state = self._state(of)
-        return [field for field in self._chosen or () if field not in ("param", "grad") and field not in state]
+        missing = [field for field in self._chosen or () if field not in ("param", "grad") and field not in state]
+        if missing and of.param.grad is not None:
+            raise BhfastError(
+                f"{type(self.optimizer).__name__} keeps no {', '.join(missing)} for parameter {of.name}; "
+                "leave it out of fields="
+            )
+
+    def value_of(self, field: RecordedField) -> Tensor | None:
+        """Return the current value of a field; None if it has none."""
+        if field.field == "param":
+            return field.of.param
+        if field.field == "grad":
+            return field.of.param.grad
+        return self.optimizer.state.get(field.of.param, {}).get(field.field)
 
     def _state(self, of: RecordedParam) -> dict[str, Tensor]:
         state = self.optimizer.state.get(of.param, {})

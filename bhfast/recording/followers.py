@@ -85,7 +85,12 @@ class Followers:
         """Take parameters and state for what the last step has left; return them by the names that readers find."""
         for follower in self.each:
             follower.note_state()
-        return {key: value for follower in self.each for key, value in follower.state().items()}
+        return {
+            field.key: field.of.part_of(value.detach())
+            for follower in self.each
+            for field in follower.fields.values()
+            if field.field != "grad" and (value := follower.plan.value_of(field)) is not None
+        }
 
     def _record_fused(self) -> None:
         for follower in self.each:

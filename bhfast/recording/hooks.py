@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -15,15 +14,13 @@ from torch.amp.grad_scaler import GradScaler
 
 from bhfast.errors import BhfastError
 from bhfast.ops import checks
+from bhfast.recording.changes import LoopChanges
 from bhfast.recording.cycle import StepCycle
-from bhfast.recording.fields import FieldPlan, RecordedField, local
+from bhfast.recording.fields import FieldPlan, RecordedField
 from bhfast.recording.gradients import BackwardWatch, GradientRecorder
 from bhfast.recording.loss_scaling import scaled_steps
 from bhfast.recording.optimizer_description import OptimizerDescription
 from bhfast.recording.protocols import RecordsItself
-from bhfast.trace.format import AFTER_STEP, CHANGED
-from bhfast.trace.recorded import RecordedTensor
-from bhfast.trace.updates import bits
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -78,12 +75,14 @@ class OptimizerFollower:
         on_new_field: makes room for a field that has appeared in the optimizer's state; returns False if it cannot.
 
     Attributes:
+        plan: what to record.
         optimizer: without wrappers.
         params: what this process records of its parameters.
         fields: what is recorded, by name in the file.
         description: what the trace says of the optimizer.
         rates: the learning rates of its groups in its last step.
         logged: values of the current step that a replay needs.
+        plan: what to record.
         has_stepped: whether it did a step in the last complete record.
     """
 
@@ -96,13 +95,13 @@ class OptimizerFollower:
         on_new_field: Callable[[RecordedField], bool],
     ) -> None:
         self.optimizer = plan.optimizer
+        self.plan = plan
         self.params = plan.params
         self.fields = {field.name: field for field in plan.at_start}
         self.description = OptimizerDescription(plan.optimizer)
         self.rates: list[float] = []
         self.logged: dict[str, Tensor] = {}
         self.has_stepped = False
-        self._plan = plan
         self._cycle = cycle
         self._slots = cycle.slots
         self._unclipped = unclipped
@@ -119,7 +118,7 @@ class OptimizerFollower:
         self._fused = [field for field in plan.at_start if self._is_fused(field)]
         self._not_fused = [field for field in plan.at_start if field not in (*self._keyframed, *self._fused)]
         self._grads = [field for field in plan.at_start if field.field == "grad"]
-        self._versions: dict[str, tuple[int, int]] = {}  # of what is recorded besides gradients, after the last step
+        self._changes = LoopChanges(self._slots, self.fields, self.plan.value_of)
         self._by_hand: list[RecordedField] = []  # what the optimizer does not record itself in this step
         self.end_fused: Callable[[], None] = lambda: None
 
@@ -210,43 +209,17 @@ class OptimizerFollower:
 
     def was_changed(self) -> bool:
         """Return whether something other than a step has changed what is recorded at key frames."""
-        return self._is_hooked and any(field.is_keyframed for field in self._changed_fields())
+        return self._is_hooked and any(field.is_keyframed for field in self._changes.since())
 
     @property
     def _is_hooked(self) -> bool:
         """Whether steps are performed by the optimizer's ``step()``, not by an engine."""
         return not self._slots.step or self._steps_seen > 0
 
-    def _current_versions(self) -> dict[str, tuple[int, int]]:
-        """Return, by the name of its field, what changes if somebody writes to a tensor or replaces it."""
-        values = {name: self._value_of(field) for name, field in self.fields.items() if field.field != "grad"}
-        return {name: (id(value), local(value)._version) for name, value in values.items() if value is not None}
-
-    def _changed_fields(self) -> list[RecordedField]:
-        """Return what something other than a step has changed since the last one."""
-        now = self._current_versions()
-        return [self.fields[name] for name, version in self._versions.items() if now.get(name) != version]
-
     def record_changes(self) -> None:
         """Record again what something other than a step has changed since; keep what the step had left."""
-        if not self._is_hooked:
-            return
-        for field in self._changed_fields():
-            if not field.is_keyframed:
-                self._record_change(field)
-
-    def _record_change(self, field: RecordedField) -> None:
-        recorded = self._slots.slot(field.name).clone()
-        self._write_value(field)
-        if torch.equal(bits(self._slots.slot(field.name)), bits(recorded)):
-            return  # tensors that are views of one share a version
-        device = local(field.of.param).device
-        changed, after_step = field.name + CHANGED, field.name + AFTER_STEP
-        if changed not in self._slots.tensors:
-            self._slots.add(RecordedTensor(changed, (), torch.bool, fill=0), device)
-            self._slots.add(replace(field.tensor, name=after_step, fill=0.0), device)
-        self._slots.slot(changed).fill_(True)
-        self._slots.slot(after_step).copy_(recorded)
+        if self._is_hooked:
+            self._changes.record()
 
     def _before_update(self) -> None:
         """Record the gradients, and determine which fields the optimizer does not record itself in this step."""
@@ -281,7 +254,7 @@ class OptimizerFollower:
     def note_state(self) -> None:
         """Remember what may change before the record is complete, or before the next step."""
         self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
-        self._versions = self._current_versions()
+        self._changes.note()
 
     def _scaled_step(self, scaler: GradScaler, proceed: Callable[[], Any]) -> Any:
         """Perform ``scaler.step(optimizer)``; if that skips the optimizer's step, record it as skipped."""
@@ -353,11 +326,11 @@ class OptimizerFollower:
                 self._slots.slot(field.name).zero_()
             else:
                 self._write_value(field)
-        self._versions = self._current_versions()
+        self._changes.note()
 
     def by_hand(self) -> list[tuple[RecordedField, Tensor]]:
         """Return what the optimizer does not record itself at every step, with its values."""
-        values = [(field, self._value_of(field)) for field in self._not_fused]
+        values = [(field, self.plan.value_of(field)) for field in self._not_fused]
         return [(field, value.detach()) for field, value in values if value is not None]
 
     def _record_state(self) -> None:
@@ -373,21 +346,8 @@ class OptimizerFollower:
         for field in self._keyframed:
             self._write_value(field)
 
-    def _value_of(self, field: RecordedField) -> Tensor | None:
-        if field.field == "param":
-            return field.of.param
-        if field.field == "grad":
-            return field.of.param.grad
-        return self.optimizer.state.get(field.of.param, {}).get(field.field)
-
-    def state(self) -> dict[str, Tensor]:
-        """Return what would be recorded now of parameters and state, by the name under which a reader finds it."""
-        values = {field: self._value_of(field) for field in self.fields.values() if field.field != "grad"}
-        return {field.key: field.of.part_of(value.detach()) for field, value in values.items() if value is not None}
-
     def _write_value(self, field: RecordedField) -> None:
-        value = self._value_of(field)
-        if value is None:
+        if (value := self.plan.value_of(field)) is None:
             self._slots.slot(field.name).zero_()
         else:
             self._slots.write(field, value.detach())
@@ -399,12 +359,8 @@ class OptimizerFollower:
             if size == self._state_sizes.get(of.name):
                 continue
             self._state_sizes[of.name] = size
-            if of.param.grad is not None and (missing := self._plan.missing(of)):
-                raise BhfastError(
-                    f"{type(self.optimizer).__name__} keeps no {', '.join(missing)} for parameter {of.name}; "
-                    "leave it out of fields="
-                )
-            for field in self._plan.discover(of, {own.field for own in self.fields.values() if own.of is of}):
+            self.plan.require_chosen(of)
+            for field in self.plan.discover(of, {own.field for own in self.fields.values() if own.of is of}):
                 if self._on_new_field(field):
                     self.fields[field.name] = field
                     self._not_fused.append(field)

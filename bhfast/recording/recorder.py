@@ -62,7 +62,7 @@ class Recorder:
     Under ``torch.distributed`` every process opens a recorder with the same arguments. Rank 0 records replicated
     parameters, and what it logs. Each rank records its own shards (DTensor), to
     ``STEM-0000K-of-0000N.safetensors``, and rank 0 writes ``PATH.index.json``, which :func:`bhfast.open_trace` opens.
-    Nothing is gathered during the run. After a fork, only the process that opened the recorder records.
+    Nothing is gathered. After a fork, only the process that opened the recorder records.
 
     Args:
         optimizer: any ``torch.optim.Optimizer``, or several. The steps of several make one step of the recording
@@ -106,7 +106,7 @@ class Recorder:
 
     Attributes:
         path: where the file is, once it is written.
-        saved_steps: the last recorded step in it, counted from record 0.
+        saved_steps, every: the last recorded step in it, counted from record 0; how many steps records are apart.
         constants: tensors of the whole run, by name, written as they are; you may add some anywhere inside the block.
         slots: where engines that perform steps without the optimizer's ``step()`` begin and end them.
 
@@ -154,6 +154,7 @@ class Recorder:
         self.metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, **(metadata or {}), **own}
         self.path = Path(path)
         self.saved_steps = 0
+        self.every = every
         self.slots = self._slots_class(steps=steps, every=every, keyframes=keyframes)
         self.constants = self.slots.constants
         self._model = model
@@ -174,11 +175,6 @@ class Recorder:
         self._followers = Followers(plans, self._cycle, self._partition, tied, unclipped=unclipped)
         self._row_indices = {of.name: of.all_rows for of in self._partition.params if of.all_rows is not None}
 
-    @property
-    def every(self) -> int:
-        """Each step that is a multiple of this, counted from record 0, is recorded."""
-        return self.slots.every
-
     # -----------------------------------------------------------------------------------------------------------------
     # Start and end
 
@@ -187,11 +183,7 @@ class Recorder:
         return self
 
     def start(self) -> None:
-        """Open the file and begin to record, as entering the ``with`` block does.
-
-        Raises:
-            ConfigError, StorageError: see :class:`Recorder`.
-        """
+        """Open the file and begin to record, as entering the ``with`` block does; see :class:`Recorder` for errors."""
         try:
             with self._partition.agreement():
                 self._open()
@@ -262,8 +254,7 @@ class Recorder:
     def _save(self) -> Exception | None:
         """Turn the records so far into the trace; return the error that lost the remaining records, if any."""
         self._closed_at = time.monotonic()
-        if not self._cycle.is_off:
-            self._cycle.record_changes()
+        self._cycle.record_changes()
         saved, fault = self.slots.settle()
         if saved == 0:
             raise StorageError(f"{self.slots.failure}; nothing was saved")
@@ -331,11 +322,12 @@ class Recorder:
         """Return figures of the recording so far; of the whole recording once it is closed."""
         if self._partition.is_empty:
             return Stats(0, 0, 0, 0, 0, 0.0)
+        records = self.slots.complete
         return Stats(
-            steps=max(0, self.slots.complete - 1) * self.every,
-            records=self.slots.complete,
+            steps=max(0, records - 1) * self.every,
+            records=records,
             committed=self.slots.committed,
-            bytes=self.slots.complete * self.slots.nbytes,
+            bytes=records * self.slots.nbytes,
             waits=self.slots.waits,
             seconds=(self._closed_at or time.monotonic()) - self._started_at,
         )

@@ -372,7 +372,9 @@ class StreamStorage:
     def _commit(self, records: int, events: Sequence[dict[str, Any]], tensors: Mapping[str, _BufferedTensor]) -> None:
         for event in events:
             if event.get("offset") is not None:
-                self._write_unwritten(tensors[event["tensor"]])
+                own = tensors[event["tensor"]]
+                if own.offset is not None:
+                    _write_unwritten(self.output.fd, own, self._header + own.offset, self.committed, self._buffer_bytes)
             self._journal.append(event)
         if records == self.committed:
             return
@@ -397,12 +399,13 @@ class StreamStorage:
             self.committed = records
             self._changed.notify_all()
 
-    def _write_unwritten(self, own: _BufferedTensor) -> None:
-        """Write the records that were committed before the tensor existed, unless they are zeros, as the file is."""
-        tensor = own.tensor
-        if own.offset is None or tensor.is_zero_at_first:
-            return
-        each = max(1, self._buffer_bytes // tensor.nbytes)
-        for low in range(0, self.committed, each):
-            records = tensor.unwritten(low, min(low + each, self.committed))
-            write_at(self.output.fd, bytes_of(records), self._header + own.offset + low * tensor.nbytes)
+
+def _write_unwritten(fd: int, own: _BufferedTensor, offset: int, records: int, buffer_bytes: int) -> None:
+    """Write the records that were committed before the tensor existed, unless they are zeros, as the file is."""
+    tensor = own.tensor
+    if tensor.is_zero_at_first:
+        return
+    each = max(1, buffer_bytes // tensor.nbytes)
+    for low in range(0, records, each):
+        unwritten = tensor.unwritten(low, min(low + each, records))
+        write_at(fd, bytes_of(unwritten), offset + low * tensor.nbytes)
