@@ -241,9 +241,9 @@ def test_thermal_noise_moves_only_its_rows(config: TrainConfig) -> None:
     assert abs(torch.corrcoef(torch.stack([one, two]))[0, 1]) < 0.15
     kept = trace["embeddings"][:].clone()
     assert torch.equal(traced(config, thermal_noise=0.01, thermal_rows="5-20", lr=0.0)["embeddings"][:], kept)
-    assert not torch.equal(
-        traced(config, thermal_noise=0.01, thermal_rows="5-20", lr=0.0, seed=1)["embeddings"][:], kept
-    )
+    seeds = {"seed": 1, "init_seed": config.seed, "data_seed": config.seed}
+    other = traced(config, thermal_noise=0.01, thermal_rows="5-20", lr=0.0, **seeds)
+    assert not torch.equal(other["embeddings"][:], kept)
 
 
 def test_a_run_with_noise_cannot_be_made_compact(config: TrainConfig, tmp_path: Path) -> None:
