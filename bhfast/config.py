@@ -191,7 +191,13 @@ class TrainConfig:
 
     def demands(self) -> Demands:
         """Return what the run demands of an engine."""
-        return Demands(self.model_config(), self.optimizer, self.dtype, has_thermal_noise=bool(self.thermal_noise))
+        return Demands(
+            self.model_config(),
+            self.optimizer,
+            self.dtype,
+            has_thermal_noise=bool(self.thermal_noise),
+            has_hidden_statistics=bool(self.hidden_statistics),
+        )
 
     @property
     def hidden_statistics(self) -> list[str]:

@@ -10,6 +10,8 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from functools import partial, wraps
+from importlib.machinery import ExtensionFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -65,7 +67,7 @@ OPERATIONS = ("clip_coefficient", "adam_", "record_")
 
 @pytest.fixture(scope="session")
 def cuda_on_cpu(extension: ModuleType) -> SimpleNamespace:
-    """The operations with their CUDA kernels, which the CPU executes.
+    """The operations with their CUDA kernels, which the CPU executes; and ``module``, with the resident engine.
 
     The kernels get a step's scalars by address, or by value after ``by_value(True)``. ``seed(n)`` seeds the order in
     which threads run.
@@ -80,9 +82,15 @@ def cuda_on_cpu(extension: ModuleType) -> SimpleNamespace:
     stand_in = ctypes.CDLL(library)
     by_value = ctypes.c_bool.in_dll(stand_in, "scalars_by_value")
     stand_in.cuda_on_cpu_seed.argtypes = (ctypes.c_uint64,)
+    loader = ExtensionFileLoader("kernels", str(library))
+    module_on_cpu = module_from_spec(spec_from_loader("kernels", loader))
+    loader.exec_module(module_on_cpu)
     operations = {name: _with_signature(name, getattr(torch.ops.bhfast_cuda_on_cpu, name)) for name in OPERATIONS}
     return SimpleNamespace(
-        by_value=lambda value: setattr(by_value, "value", value), seed=stand_in.cuda_on_cpu_seed, **operations
+        module=module_on_cpu,
+        by_value=lambda value: setattr(by_value, "value", value),
+        seed=stand_in.cuda_on_cpu_seed,
+        **operations,
     )
 
 

@@ -11,7 +11,7 @@ from bhfast.errors import ConfigError
 from bhfast.model import GPTConfig
 from bhfast.ops import extension
 
-ENGINES = ("auto", "torch", "graph", "native")
+ENGINES = ("auto", "torch", "graph", "native", "resident")
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,14 @@ class Demands:
         optimizer: ``adam``, ``adamw`` or ``sgd``.
         dtype: of the parameters.
         has_thermal_noise: whether token vectors are changed between steps.
+        has_hidden_statistics: whether statistics of the final hidden state are logged.
     """
 
     model: GPTConfig = field(default_factory=GPTConfig)
     optimizer: str = "adamw"
     dtype: str = "bfloat16"
     has_thermal_noise: bool = False
+    has_hidden_statistics: bool = False
 
 
 def select_engine(name: str, device: torch.device, demands: Demands | None = None) -> tuple[str, str]:
@@ -53,7 +55,8 @@ def select_engine(name: str, device: torch.device, demands: Demands | None = Non
     if wanted == "torch":
         return wanted, f"the only engine for {device.type}"
     demands = demands or Demands()
-    obstacle = {"graph": _graph_obstacle, "native": _native_obstacle}[wanted](device, demands)
+    obstacles = {"graph": _graph_obstacle, "native": _native_obstacle, "resident": _resident_obstacle}
+    obstacle = obstacles[wanted](device, demands)
     if obstacle is None:
         return wanted, "as asked" if wanted == name else _reason_for_auto(wanted, demands)
     if wanted == name:
@@ -85,18 +88,41 @@ def _common_obstacle(engine: str, demands: Demands) -> str | None:
     return f"the {engine} engine adds no thermal noise" if demands.has_thermal_noise else None
 
 
+def _compiled_obstacle(engine: str, demands: Demands) -> str | None:
+    """Return what the engines without torch do not do."""
+    model = demands.model
+    if demands.dtype != "bfloat16":
+        return f"the {engine} engine trains in bfloat16, not in {demands.dtype}"
+    if model.untied:
+        return f"the {engine} engine needs tied embeddings"
+    if model.norm != "layernorm":
+        return f"the {engine} engine has layer normalization, not {model.norm}"
+    return _common_obstacle(engine, demands)
+
+
 def _native_obstacle(device: torch.device, demands: Demands) -> str | None:
     if device.type != "cpu":
         return f"the native engine runs on the CPU, not on {device.type}"
     model = demands.model
-    if demands.dtype != "bfloat16":
-        return f"the native engine trains in bfloat16, not in {demands.dtype}"
-    if model.untied:
-        return "the native engine needs tied embeddings"
-    if model.norm != "layernorm":
-        return f"the native engine has layer normalization, not {model.norm}"
-    return _common_obstacle("native", demands) or extension.native_unsupported(
+    return _compiled_obstacle("native", demands) or extension.native_unsupported(
         model.hidden_dim, model.heads, model.mlp_width
+    )
+
+
+def _resident_obstacle(device: torch.device, demands: Demands) -> str | None:
+    reason = extension.resident_unavailable(device) or _compiled_obstacle("resident", demands)
+    if reason is None and demands.has_hidden_statistics:
+        reason = "the resident engine logs no statistics of the hidden state"
+    model = demands.model
+    return reason or extension.resident_unsupported(
+        vocab_size=model.vocab_size,
+        hidden_dim=model.hidden_dim,
+        mlp_dim=model.mlp_width,
+        layers=model.layers,
+        heads=model.heads,
+        context=model.context,
+        blocks=1,
+        shared_bytes=0,
     )
 
 
@@ -110,6 +136,10 @@ def make_engine(name: str, run: TrainingRun) -> Engine:
         from bhfast.engines.native import NativeEngine
 
         return NativeEngine(run)
+    if name == "resident":
+        from bhfast.engines.resident import ResidentEngine
+
+        return ResidentEngine(run)
     from bhfast.engines.torch import TorchEngine
 
     return TorchEngine(run)

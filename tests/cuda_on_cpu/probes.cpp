@@ -11,8 +11,8 @@
 #include <vector>
 
 #include "cuda/kernels.h"
+#include "cuda/ptx.h"
 #include "instructions.h"
-#include "ptx.h"
 #include "ring.h"
 
 using namespace bhfast;
