@@ -50,7 +50,9 @@ class ResidentEngine {
     TORCH_CHECK_VALUE(!runs_.empty(), "runs must be at least one, got none");
     const at::Device device = runs_[0]->device;
     const c10::DeviceGuard guard(device);
-    if (shared_bytes == 0) shared_bytes = cuda::resident_shared_bytes();
+    const cuda::ResidentLimits limits = cuda::resident_limits();
+    TORCH_CHECK_VALUE(blocks == 1 || limits.has_clusters, "this GPU has no clusters: blocks must be 1, got ", blocks);
+    if (shared_bytes == 0) shared_bytes = limits.shared_bytes;
     std::vector<Tensor> tables;
     for (const auto& own : runs_) {
       TORCH_CHECK_VALUE(own->device == device, "all runs must be on ", device, ", got one on ", own->device);

@@ -13,7 +13,7 @@ from test_ops import coefficients, same_bits, tensors
 
 from bhfast.ops import kernels as torch_kernels
 
-RIGHT = ["adam", "norm", "record", "warps", "barriers", "product", "launches"]
+RIGHT = ["adam", "norm", "record", "resident", "warps", "barriers", "product", "launches"]
 FAULTS = {
     "missing_barrier": "the result is wrong",
     "divergent_barrier": "threads of one group wait at different barriers",
@@ -27,13 +27,16 @@ FAULTS = {
 }
 OVERFLOW = "AddressSanitizer: heap-buffer-overflow"
 BROKEN = [  # file, an expression, a wrong one, the probe that must fail with it, its message
-    ("adam.cu", "i + P::kSize <= t.numel", "i < t.numel", "adam", OVERFLOW),
+    ("adam_pack.h", "i + P::kSize <= t.numel", "i < t.numel", "adam", OVERFLOW),
     ("adam.cu", "all_aligned<T>(tensors[i])", "true", "adam", "misaligned address"),
-    ("adam.cu", "slot * numel + i", "slot * numel + i + 1", "adam", OVERFLOW),
+    ("adam_pack.h", "slot * numel + i", "slot * numel + i + 1", "adam", OVERFLOW),
     ("norm.cu", "begin + kNormBlock <= grads.first[index + 1]", "begin < grads.first[index + 1]", "norm", OVERFLOW),
-    ("norm.cu", "is_aligned(block)", "true", "norm", "misaligned"),
-    ("norm.cu", "kWarp / 2", "kWarp / 4", "norm", "the result is wrong"),
+    ("halving.h", "is_aligned(block)", "true", "norm", "misaligned"),
+    ("halving.h", "kWarp / 2", "kWarp / 4", "norm", "the result is wrong"),
     ("record.cu", "min(begin + kBlockBytes, t.bytes)", "begin + kBlockBytes", "record", OVERFLOW),
+    ("resident/product.h", "lane / 2 >= t.rows", "false", "resident", OVERFLOW),
+    ("resident/weight_gradients.h", "token + i >= run.vocab", "false", "resident", OVERFLOW),
+    ("resident/pass.h", "cluster_wait()", "(void)0", "resident", ""),
     ("launch.h", "high - low > 1", "high - low > 2", "adam", ""),
 ]
 

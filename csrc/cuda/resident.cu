@@ -8,13 +8,23 @@ namespace {
 
 using namespace resident;
 
-// runs: one after the other, run_bytes each.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kHasClusters = false;
+#else
+constexpr bool kHasClusters = true;
+#endif
+
+struct Arguments {
+  const uint4* runs;  // one after the other, run_bytes each
+  int64_t run_bytes;
+  int blocks_log2;
+  int64_t first_step, steps;
+};
+
 template <bool kClustered>
-__global__ void __launch_bounds__(kThreads, 1)
-    resident_kernel(const uint4* runs, int64_t run_bytes, int blocks_log2, int64_t first_step, int64_t steps) {
-  extern __shared__ uint4 memory[];
-  const int64_t words = run_bytes / sizeof(uint4);
-  const uint4* const own = runs + (blockIdx.x >> blocks_log2) * words;
+__device__ __forceinline__ void run_steps(const Arguments& a, uint4* memory) {
+  const int64_t words = a.run_bytes / sizeof(uint4);
+  const uint4* const own = a.runs + (blockIdx.x >> a.blocks_log2) * words;
   for (int64_t i = threadIdx.x; i < words; i += kThreads) memory[i] = own[i];
   __syncthreads();
 
@@ -23,7 +33,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   const auto* const updates = reinterpret_cast<const Update*>(blocks + run.layers);
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   uint4* const staged = memory + words;
-  auto* const sums = reinterpret_cast<float*>(staged + kWarps * kWarp);
   int rank = 0;
   if constexpr (kClustered) rank = cluster_rank();
   const Pass<kClustered> pass{run,
@@ -32,12 +41,18 @@ __global__ void __launch_bounds__(kThreads, 1)
                               reinterpret_cast<const RecordedRows*>(updates + run.update_count),
                               reinterpret_cast<char*>(memory),
                               staged + warp * kWarp,
-                              sums,
+                              reinterpret_cast<float*>(staged + kWarps * kWarp),
                               warp,
                               lane,
                               rank,
-                              blocks_log2};
-  for (int64_t step = first_step; step < first_step + steps; ++step) run_step(pass, step);
+                              a.blocks_log2};
+  for (int64_t step = a.first_step; step < a.first_step + a.steps; ++step) run_step(pass, step);
+}
+
+template <bool kClustered>
+__global__ void __launch_bounds__(kThreads, 1) resident_kernel(const __grid_constant__ Arguments arguments) {
+  extern __shared__ uint4 memory[];
+  if constexpr (!kClustered || kHasClusters) run_steps<kClustered>(arguments, memory);
 }
 
 void check(cudaError_t error) {
@@ -46,11 +61,12 @@ void check(cudaError_t error) {
 
 }  // namespace
 
-int64_t resident_shared_bytes() {
-  int device, bytes;
+ResidentLimits resident_limits() {
+  int device, shared_bytes, clusters;
   check(cudaGetDevice(&device));
-  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  return bytes;
+  check(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  check(cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, device));
+  return {shared_bytes, clusters != 0};
 }
 
 void run_resident(const ResidentLaunch& l, cudaStream_t stream) {
@@ -67,8 +83,8 @@ void run_resident(const ResidentLaunch& l, cudaStream_t stream) {
   config.stream = stream;
   config.attrs = &cluster;
   config.numAttrs = l.blocks_log2 ? 1 : 0;  // older GPUs have no clusters
-  check(cudaLaunchKernelEx(&config, kernel, static_cast<const uint4*>(l.runs), l.run_bytes, l.blocks_log2, l.first_step,
-                           l.steps));
+  const Arguments arguments{static_cast<const uint4*>(l.runs), l.run_bytes, l.blocks_log2, l.first_step, l.steps};
+  check(cudaLaunchKernelEx(&config, kernel, arguments));
 }
 
 }  // namespace bhfast::cuda

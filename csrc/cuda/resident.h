@@ -7,8 +7,12 @@
 
 namespace bhfast::cuda {
 
-// The shared memory that a block may use on the current device, in bytes.
-int64_t resident_shared_bytes();
+// What the current device allows.
+struct ResidentLimits {
+  int64_t shared_bytes;  // of a block
+  bool has_clusters;     // of more than one block
+};
+ResidentLimits resident_limits();
 
 struct ResidentLaunch {
   const void* runs;  // on the device: Plan::run of each run, one after the other

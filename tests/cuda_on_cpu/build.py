@@ -68,7 +68,8 @@ def library() -> Path:
 
 def probes(csrc: Path = ROOT / "csrc") -> Path:
     """Build probes.cpp with the kernels in ``csrc``, under sanitizers."""
-    own = [HERE / "probes.cpp", HERE / "instructions.cu", HERE / "machine.cpp"]
+    plan = ROOT / "csrc/cuda/resident/plan.cpp"
+    own = [HERE / "probes.cpp", HERE / "instructions.cu", HERE / "machine.cpp", plan]
     return _build("probes", own, csrc, ["-O0", *SANITIZERS])
 
 

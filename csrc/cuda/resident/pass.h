@@ -26,6 +26,7 @@ struct Pass {
   // Wait for the threads of the cluster.
   __device__ void sync_cluster() const {
     if constexpr (kClustered) {
+      __syncwarp();  // the barrier wants whole warps
       cluster_arrive();
       cluster_wait();
     } else {

@@ -111,6 +111,7 @@ __device__ __attribute__((noinline)) Sums multiply(Place place, int steps, Facto
       a[i] = fetch(tile<kClustered>(place, left, first + i), left.stride, place.lane);
       b[i] = fetch(tile<kClustered>(place, right, first + i), right.stride, place.lane);
     }
+    __syncwarp();  // ldmatrix and mma want whole warps
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       if (first + i >= steps) continue;
