@@ -39,7 +39,7 @@ REQUIRE_CUDA = os.environ.get("BHFAST_REQUIRE_CUDA") == "1"
 REQUIRE_EXTENSION = os.environ.get("BHFAST_REQUIRE_EXTENSION") == "1"
 
 
-def _require(device: str) -> torch.device:
+def require(device: str) -> torch.device:
     """Skip the test where the device is missing; but with BHFAST_REQUIRE_CUDA=1 the tests of CUDA run, and fail."""
     there = {"cpu": True, "cuda": torch.cuda.is_available() or REQUIRE_CUDA, "mps": torch.backends.mps.is_available()}
     if not there[device]:
@@ -50,7 +50,7 @@ def _require(device: str) -> torch.device:
 @pytest.fixture(params=["cpu", "cuda", "mps"])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Every device."""
-    return _require(request.param)
+    return require(request.param)
 
 
 @pytest.fixture(scope="session")
@@ -117,7 +117,7 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[SimpleNamespace]:
     That is pure torch on every device, and what the extension brings: on the CPU one for each instruction set; besides,
     the CUDA kernels executed by the CPU.
     """
-    name, device = request.param[0], _require(request.param[1])
+    name, device = request.param[0], require(request.param[1])
     operations = {name: getattr(torch_kernels, name) for name in OPERATIONS}
     if name == "cuda-on":
         operations = {**vars(request.getfixturevalue("cuda_on_cpu"))}

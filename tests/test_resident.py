@@ -34,7 +34,7 @@ SHAPES = [
     pytest.param({}, marks=pytest.mark.slow),
     pytest.param({"vocab_size": 300, "hidden_dim": 256, "layers": 1, "context": 40}, marks=pytest.mark.slow),
 ]
-LITTLE_MEMORY = 24 << 10  # of shared memory: most matrices are in the workspace
+LITTLE_MEMORY = 48 << 10  # of shared memory: most matrices are in the workspace
 
 
 @pytest.fixture(autouse=True)
@@ -266,7 +266,7 @@ def test_it_records_chosen_rows(settings: TrainConfig, tmp_path: Path) -> None:
 
 def test_it_is_taken_only_by_name() -> None:
     cpu = torch.device("cpu")
-    assert select_engine("resident", cpu) == ("resident", "as asked")
+    assert select_engine("resident", cpu) == ("resident", "as asked; not measured on a GPU yet")
     assert select_engine("auto", cpu)[0] == "native"
     assert isinstance(make_engine("resident", make_run(**SMALL)), ResidentEngine)
 

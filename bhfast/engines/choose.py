@@ -58,10 +58,14 @@ def select_engine(name: str, device: torch.device, demands: Demands | None = Non
     obstacles = {"graph": _graph_obstacle, "native": _native_obstacle, "resident": _resident_obstacle}
     obstacle = obstacles[wanted](device, demands)
     if obstacle is None:
-        return wanted, "as asked" if wanted == name else _reason_for_auto(wanted, demands)
+        return wanted, _reason_as_asked(wanted) if wanted == name else _reason_for_auto(wanted, demands)
     if wanted == name:
         raise ConfigError(f"engine {name} cannot run here: {obstacle}; use --engine torch")
     return "torch", obstacle
+
+
+def _reason_as_asked(engine: str) -> str:
+    return "as asked; not measured on a GPU yet" if engine == "resident" else "as asked"
 
 
 def _reason_for_auto(engine: str, demands: Demands) -> str:

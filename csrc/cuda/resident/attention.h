@@ -68,7 +68,7 @@ __device__ void mix_queries(const Pass<kClustered>& pass, const Matrix& matrix, 
 template <bool kClustered>
 __device__ void causal_softmax(const Pass<kClustered>& pass, const Matrix& scores) {
   const int rows_per_window = pass.run.rows_per_window;
-  pass.each_own(kRowBlock * pass.run.heads, [&](int row_block, int item) {
+  pass.each_row(kRowBlock * pass.run.heads, [&](int row_block, int item) {
     const int i = item % kRowBlock, begin = pass.position(row_block), query = begin + i;
     bfloat16* const row = pass.row(scores, row_block, i) + item / kRowBlock * rows_per_window;
     float largest = -INFINITY, sum = 0;
@@ -77,13 +77,13 @@ __device__ void causal_softmax(const Pass<kClustered>& pass, const Matrix& score
       largest = fmaxf(largest, x.first);
       if (c < query) largest = fmaxf(largest, x.second);
     });
-    largest = warp_max(largest);
+    largest = row_max(largest);
     pass.each_pair(query + 1, [&](int c) {
       const Pair x = load_pair(row + c);
       sum += expf(x.first - largest);
       if (c < query) sum += expf(x.second - largest);
     });
-    const float inverse_sum = 1 / warp_sum(sum);
+    const float inverse_sum = 1 / row_sum(sum);
     pass.each_pair(begin + kRowBlock, [&](int c) {
       const Pair x = load_pair(row + c);
       store_pair(row + c, c <= query ? expf(x.first - largest) * inverse_sum : 0,
@@ -95,7 +95,7 @@ __device__ void causal_softmax(const Pass<kClustered>& pass, const Matrix& score
 // Replace d_weights, the rounded gradient of the attention weights, by the gradient of the scores.
 template <bool kClustered>
 __device__ void softmax_backward(const Pass<kClustered>& pass, const Matrix& weights, const Matrix& d_weights) {
-  pass.each_own(kRowBlock * pass.run.heads, [&](int row_block, int item) {
+  pass.each_row(kRowBlock * pass.run.heads, [&](int row_block, int item) {
     const int i = item % kRowBlock, first = item / kRowBlock * pass.run.rows_per_window;
     const int keys = pass.position(row_block) + kRowBlock;
     const bfloat16* const w = pass.row(weights, row_block, i) + first;
@@ -106,7 +106,7 @@ __device__ void softmax_backward(const Pass<kClustered>& pass, const Matrix& wei
       sum = fmaf(x.first, y.first, sum);
       sum = fmaf(x.second, y.second, sum);
     });
-    const float mean = warp_sum(sum);  // of d_weights, weighted by the attention weights
+    const float mean = row_sum(sum);  // of d_weights, weighted by the attention weights
     pass.each_pair(keys, [&](int c) {
       const Pair x = load_pair(d + c), y = load_pair(w + c);
       store_pair(d + c, y.first * (x.first - mean), y.second * (x.second - mean));

@@ -19,7 +19,7 @@ __device__ int token_at(const Pass<kClustered>& pass, int64_t step, int row, int
 template <bool kClustered>
 __device__ void embed(const Pass<kClustered>& pass, int64_t step, const Matrix& to) {
   const Run& run = pass.run;
-  pass.each_row([&](int row_block, int i) {
+  pass.each_row(kRowBlock, [&](int row_block, int i) {
     const int row = row_block * kRowBlock + i, position = row % run.rows_per_window;
     const int token = max(token_at(pass, step, row), 0);
     const bfloat16* const token_vector = run.wte.weight.value + int64_t{token} * run.hidden;

@@ -1,4 +1,4 @@
-// Layer normalization, a warp for each row: see native/layernorm.h.
+// Layer normalization, half a warp for each row: see native/layernorm.h.
 #pragma once
 
 #include "pass.h"
@@ -12,7 +12,7 @@ template <bool kClustered>
 __device__ void layer_norm(const Pass<kClustered>& pass, const Norm& norm, const Matrix& x, const Matrix& to) {
   const int width = pass.run.hidden;
   const float inverse_width = 1.0f / width;
-  pass.each_row([&](int row_block, int i) {
+  pass.each_row(kRowBlock, [&](int row_block, int i) {
     const bfloat16* const from = pass.row(x, row_block, i);
     float sum = 0, squares = 0;
     pass.each_pair(width, [&](int c) {
@@ -20,20 +20,20 @@ __device__ void layer_norm(const Pass<kClustered>& pass, const Norm& norm, const
       sum += v.first;
       sum += v.second;
     });
-    const float mean = warp_sum(sum) * inverse_width;
+    const float mean = row_sum(sum) * inverse_width;
     pass.each_pair(width, [&](int c) {
       const Pair v = load_pair(from + c);
       squares = fmaf(v.first - mean, v.first - mean, squares);
       squares = fmaf(v.second - mean, v.second - mean, squares);
     });
-    const float inverse_deviation = 1 / sqrtf(warp_sum(squares) * inverse_width + kNormEpsilon);
+    const float inverse_deviation = 1 / sqrtf(row_sum(squares) * inverse_width + kNormEpsilon);
     bfloat16* const result = pass.row(to, row_block, i);
     pass.each_pair(width, [&](int c) {
       const Pair v = load_pair(from + c), w = load_pair(norm.weight.value + c), b = load_pair(norm.bias.value + c);
       store_pair(result + c, fmaf((v.first - mean) * inverse_deviation, w.first, b.first),
                  fmaf((v.second - mean) * inverse_deviation, w.second, b.second));
     });
-    if (pass.lane == 0) {
+    if (pass.lane % kHalf == 0) {
       float* const statistics = norm.statistics + 2 * (int64_t{row_block} * kRowBlock + i);
       statistics[0] = mean;
       statistics[1] = inverse_deviation;
@@ -57,7 +57,7 @@ __device__ void row_backward(const Pass<kClustered>& pass, const Norm& norm, con
     sum_dx = fmaf(first, normalized(v.first), sum_dx);
     sum_dx = fmaf(second, normalized(v.second), sum_dx);
   });
-  const float mean_d = warp_sum(sum_d) * inverse_width, mean_dx = warp_sum(sum_dx) * inverse_width;
+  const float mean_d = row_sum(sum_d) * inverse_width, mean_dx = row_sum(sum_dx) * inverse_width;
   const auto gradient = [&](float d, float w, float v) {
     return (fmaf(d, w, -mean_d) - normalized(v) * mean_dx) * inverse_deviation;
   };
@@ -99,15 +99,13 @@ __device__ void partial_gradient(const Pass<kClustered>& pass, const Norm& norm,
 template <bool kClustered>
 __device__ void layer_norm_backward(const Pass<kClustered>& pass, const Norm& norm, const Matrix& d_y, const Matrix& x,
                                     const Matrix* residual, const Matrix& to) {
-  const int groups = (pass.run.hidden + 2 * kWarp - 1) / (2 * kWarp);  // of columns, for the partial sums
-  pass.each_own(kRowBlock + groups, [&](int row_block, int i) {
-    if (i < kRowBlock) {
-      const float* const statistics = norm.statistics + 2 * (int64_t{row_block} * kRowBlock + i);
-      row_backward(pass, norm, pass.row(d_y, row_block, i), pass.row(x, row_block, i), statistics,
-                   residual ? pass.row(*residual, row_block, i) : nullptr, pass.row(to, row_block, i));
-      return;
-    }
-    const int column = (i - kRowBlock) * 2 * kWarp + 2 * pass.lane;
+  pass.each_row(kRowBlock, [&](int row_block, int i) {
+    const float* const statistics = norm.statistics + 2 * (int64_t{row_block} * kRowBlock + i);
+    row_backward(pass, norm, pass.row(d_y, row_block, i), pass.row(x, row_block, i), statistics,
+                 residual ? pass.row(*residual, row_block, i) : nullptr, pass.row(to, row_block, i));
+  });
+  pass.each_own((pass.run.hidden + 2 * kWarp - 1) / (2 * kWarp), [&](int row_block, int i) {
+    const int column = 2 * (i * kWarp + pass.lane);
     if (column < pass.run.hidden) partial_gradient(pass, norm, row_block, d_y, x, column);
   });
 }

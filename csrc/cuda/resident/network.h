@@ -47,9 +47,10 @@ struct alignas(16) Update {
   int64_t first_chunk;               // of all chunks of kChunk elements: its own first
 };
 
-constexpr int kChunk = 256;               // elements that a warp updates at once
-constexpr int kMaxSums = 64;              // second sums of squared gradients; each stands for kNormBlock^2 gradients
-constexpr int kStagedBytes = kWarp * 16;  // memory of a warp for a tile on its way from elsewhere
+constexpr int kChunk = 256;                  // elements that a warp updates at once
+constexpr int kMaxSums = 64;                 // second sums of squared gradients; each stands for kNormBlock^2 gradients
+constexpr int kAhead = 4;                    // tiles of each factor of a product that a warp loads before it needs them
+constexpr int kStaged = 2 * kAhead * kWarp;  // uint4 values: where a warp puts tiles that come from elsewhere
 
 struct alignas(16) Run {
   char* workspace;

@@ -78,7 +78,9 @@ __device__ void log(const Pass<kClustered>& pass, int64_t step, const Clipping& 
   const Run& run = pass.run;
   double sum = 0;
   for (int row = pass.lane; row < run.row_blocks * kRowBlock; row += kWarp) sum += run.row_losses[row];
-  const auto loss = static_cast<float>(warp_sum(sum) * run.loss_scale);
+#pragma unroll
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) sum += __shfl_xor_sync(kAllLanes, sum, mask);
+  const auto loss = static_cast<float>(sum * run.loss_scale);
   if (pass.lane != 0) return;
   const auto write = [&](const auto& log, auto value) {
     const int64_t slot = log.ring ? slot_of(step, run.every, log.slots) : -1;

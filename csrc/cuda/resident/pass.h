@@ -6,6 +6,9 @@
 
 namespace bhfast::cuda::resident {
 
+constexpr int kHalf = kWarp / 2;  // threads that work on a row
+static_assert(kRowBlock % (2 * kWarps) == 0, "or some halves of warps have fewer rows");
+
 // kClustered: whether the cluster has more than one block.
 template <bool kClustered>
 struct Pass {
@@ -14,7 +17,7 @@ struct Pass {
   const Update* updates;         // [run.update_count]
   const RecordedRows* recorded;  // [run.recorded_count]
   char* shared;
-  uint4* staged;  // kStagedBytes, the warp's own
+  uint4* staged;  // kStaged of them, the warp's own
   float* sums;    // [kMaxSums]: see clip
   int warp, lane;
   int rank;         // of the block in its cluster
@@ -82,10 +85,14 @@ struct Pass {
     each_own(columns / kRowBlock, [&](int row_block, int i) { work(row_block, i * kRowBlock); });
   }
 
-  // Call work(row block, row in it).
+  // The same, but each item is half a warp's. per_block is a multiple of kRowBlock, so both halves have as many.
   template <class Work>
-  __device__ void each_row(Work work) const {
-    each_own(kRowBlock, work);
+  __device__ void each_row(int per_block, Work work) const {
+    const int count = own_row_blocks() * per_block;
+#pragma unroll 1
+    for (int i = 2 * warp + lane / kHalf; i < count; i += 2 * kWarps) {
+      work((i / per_block << blocks_log2) + rank, i % per_block);
+    }
   }
 
   // Call work(item) for the warp's share of `count` items that the whole cluster divides, beginning with item `first`
@@ -97,11 +104,12 @@ struct Pass {
     for (int64_t i = (own - first) & (warps - 1); i < count; i += warps) work(i);
   }
 
-  // Call work(column) for the thread's share of `columns`, an even number; work takes a column and the next.
-  template <class Work>
+  // Call work(column) for the thread's share of `columns`, which kLanes threads divide; work takes a column
+  // and the next.
+  template <int kLanes = kHalf, class Work>
   __device__ void each_pair(int columns, Work work) const {
 #pragma unroll 1
-    for (int c = 2 * lane; c < columns; c += 2 * kWarp) work(c);
+    for (int c = 2 * (lane % kLanes); c < columns; c += 2 * kLanes) work(c);
   }
 };
 
@@ -121,17 +129,16 @@ __device__ inline void store_pair(bfloat16* to, float first, float second) {
 
 __device__ inline float rounded_bfloat16(float x) { return __builtin_bit_cast(float, pack_bfloat16(x, 0) << 16); }
 
-// The sum over a warp, in all of its threads. The order of the sum is fixed.
-template <class T>
-__device__ T warp_sum(T x) {
+// The sum over the threads of a row, in all of them. The order of the sum is fixed.
+__device__ inline float row_sum(float x) {
 #pragma unroll
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) x += __shfl_xor_sync(kAllLanes, x, mask);
+  for (int mask = kHalf / 2; mask > 0; mask /= 2) x += __shfl_xor_sync(kAllLanes, x, mask);
   return x;
 }
 
-__device__ inline float warp_max(float x) {
+__device__ inline float row_max(float x) {
 #pragma unroll
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, mask));
+  for (int mask = kHalf / 2; mask > 0; mask /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, mask));
   return x;
 }
 

@@ -17,7 +17,7 @@ int64_t padded(int64_t n) { return (n + kRowBlock - 1) / kRowBlock * kRowBlock; 
 int64_t fixed_bytes(int64_t layers, int64_t updates, int64_t recorded) {
   const int64_t tables =
       sizeof(Run) + layers * sizeof(Block) + updates * sizeof(Update) + recorded * sizeof(RecordedRows);
-  return aligned(tables) + kWarps * kStagedBytes + kMaxSums * sizeof(float);
+  return aligned(tables) + kWarps * kStaged * kAlignment + kMaxSums * sizeof(float);
 }
 
 int64_t parameter_tensors(int64_t layers) { return 4 + 12 * layers; }

@@ -7,8 +7,6 @@
 namespace bhfast::cuda::resident {
 
 constexpr int kTile = kRowBlock;
-constexpr int kAhead = 4;  // tiles of each factor that a warp loads before it needs them
-
 // A factor of a product: tiles of 16 by 16 values, one for each step of the sum.
 struct Factor {
   const bfloat16* at;  // of the first tile
@@ -76,19 +74,22 @@ __device__ inline uint4 fetch(const Tile& t, int stride, int lane) {
   return *reinterpret_cast<const uint4*>(t.at + int64_t{lane / 2} * stride + lane % 2 * 8);
 }
 
+// Where a thread's part of a staged tile lies, without bank conflicts. half: of the row.
+__device__ inline int staged_at(int row, int half) { return 2 * row + (half ^ (row / 4 % 2)); }
+
+__device__ inline void stage(const Tile& t, uint4* staged, uint4 part, int lane) {
+  if (!t.is_near) staged[staged_at(lane / 2, lane % 2)] = part;
+}
+
 // The four 8 by 8 quarters of a tile, as ldmatrix distributes them: upper left, lower left, upper right, lower right.
 template <bool kTransposed>
-__device__ void load_quarters(const Place& place, const Tile& t, int stride, uint4 part, uint32_t (&quarters)[4]) {
-  const int row = place.lane % kTile, right = place.lane / kTile;
+__device__ void load_quarters(const Tile& t, int stride, const uint4* staged, int lane, uint32_t (&quarters)[4]) {
+  const int row = lane % kTile, half = lane / kTile;
   if (t.is_near) {
-    ldmatrix_x4<kTransposed>(quarters, t.at + row * stride + right * 8);
-    return;
+    ldmatrix_x4<kTransposed>(quarters, t.at + row * stride + half * 8);
+  } else {
+    ldmatrix_x4<kTransposed>(quarters, staged + staged_at(row, half));
   }
-  const auto position = [](int r, int half) { return 2 * r + (half ^ (r / 4 % 2)); };  // without bank conflicts
-  place.staged[position(place.lane / 2, place.lane % 2)] = part;
-  __syncwarp();
-  ldmatrix_x4<kTransposed>(quarters, place.staged + position(row, right));
-  __syncwarp();
 }
 
 struct Sums {
@@ -103,21 +104,34 @@ constexpr uint32_t kPairOfOnes = 0x3f803f80;
 template <bool kTransposeLeft, bool kTransposeRight, bool kClustered>
 __device__ __attribute__((noinline)) Sums multiply(Place place, int steps, Factor left, Factor right) {
   Sums sums{};
-  for (int first = 0; first < steps; first += kAhead) {
-    uint4 a[kAhead], b[kAhead];
+  uint4* const staged_right = place.staged + kAhead * kWarp;
+  uint4 a[kAhead], b[kAhead];
+  const auto fetch_from = [&](int first) {
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       if (first + i >= steps) continue;
       a[i] = fetch(tile<kClustered>(place, left, first + i), left.stride, place.lane);
       b[i] = fetch(tile<kClustered>(place, right, first + i), right.stride, place.lane);
     }
-    __syncwarp();  // ldmatrix and mma want whole warps
+  };
+  fetch_from(0);
+  for (int first = 0; first < steps; first += kAhead) {
+    __syncwarp();  // all have read what was staged before
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       if (first + i >= steps) continue;
+      stage(tile<kClustered>(place, left, first + i), place.staged + i * kWarp, a[i], place.lane);
+      stage(tile<kClustered>(place, right, first + i), staged_right + i * kWarp, b[i], place.lane);
+    }
+    fetch_from(first + kAhead);  // while the warp computes
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (first + i >= steps) continue;
+      const Tile l_tile = tile<kClustered>(place, left, first + i), r_tile = tile<kClustered>(place, right, first + i);
       uint32_t l[4], r[4];
-      load_quarters<kTransposeLeft>(place, tile<kClustered>(place, left, first + i), left.stride, a[i], l);
-      load_quarters<!kTransposeRight>(place, tile<kClustered>(place, right, first + i), right.stride, b[i], r);
+      load_quarters<kTransposeLeft>(l_tile, left.stride, place.staged + i * kWarp, place.lane, l);
+      load_quarters<!kTransposeRight>(r_tile, right.stride, staged_right + i * kWarp, place.lane, r);
       const uint32_t factor[4] = {l[0], l[kTransposeLeft ? 2 : 1], l[kTransposeLeft ? 1 : 2], l[3]};
       mma_m16n8k16(sums.tile[0], factor, {r[0], r[kTransposeRight ? 2 : 1]});
       mma_m16n8k16(sums.tile[1], factor, {r[kTransposeRight ? 1 : 2], r[3]});

@@ -60,7 +60,7 @@ __device__ void token_gradient(const Pass<kClustered>& pass, int64_t step, int t
 template <bool kClustered>
 __device__ void position_gradient(const Pass<kClustered>& pass, int position) {
   const Run& run = pass.run;
-  pass.each_pair(run.hidden, [&](int c) {
+  pass.template each_pair<kWarp>(run.hidden, [&](int c) {
     Pair sum{0, 0};
     for (int window = 0; window < run.windows; ++window) {
       const int row = window * run.rows_per_window + position;
@@ -80,7 +80,7 @@ __device__ void norm_gradient(const Pass<kClustered>& pass, const Norm& norm) {
     for (int b = 0; b < pass.run.row_blocks; ++b) total += partial[int64_t{b} * 2 * width];
     return total;
   };
-  pass.each_pair(width, [&](int c) {
+  pass.template each_pair<kWarp>(width, [&](int c) {
     store_pair(norm.weight.grad + c, sum(norm.partial + c), sum(norm.partial + c + 1));
     store_pair(norm.bias.grad + c, sum(norm.partial + width + c), sum(norm.partial + width + c + 1));
   });
