@@ -3,8 +3,7 @@
     python benchmarks/resident_floor.py [--blocks 8] [--hidden-dim 64 ...]
 
 Nothing here is measured. Items, products, bytes and barriers are counted as csrc/cuda/resident has them. The latencies
-are round figures, assumed from what is published about the H100, such as Luo et al., arXiv 2402.13499; where nothing is,
-guesses.
+are round figures, assumed from what is published about the H100 (such as Luo et al., arXiv 2402.13499), or guesses.
 """
 
 from __future__ import annotations

@@ -191,13 +191,7 @@ class TrainConfig:
 
     def demands(self) -> Demands:
         """Return what the run demands of an engine."""
-        return Demands(
-            self.model_config(),
-            self.optimizer,
-            self.dtype,
-            has_thermal_noise=bool(self.thermal_noise),
-            has_hidden_statistics=bool(self.hidden_statistics),
-        )
+        return Demands(self.model_config(), self.optimizer, self.dtype, has_thermal_noise=bool(self.thermal_noise))
 
     @property
     def hidden_statistics(self) -> list[str]:

@@ -84,7 +84,6 @@ class ResidentEngine {
   Tensor add(const TrainingRun& run, int blocks, int64_t shared_bytes, at::Device device) {
     const std::string reason = cuda::resident::unsupported(run.shape, blocks, shared_bytes);
     TORCH_CHECK_VALUE(reason.empty(), reason);
-    TORCH_CHECK_VALUE(!run.hidden_means.ring && !run.hidden_vars.ring, "the resident engine logs no hidden statistics");
     check_memory(run);
     const auto bytes = at::TensorOptions().dtype(at::kByte);
     const int64_t size = cuda::resident::make_plan(run, blocks, shared_bytes, nullptr).workspace_bytes;

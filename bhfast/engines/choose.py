@@ -23,14 +23,12 @@ class Demands:
         optimizer: ``adam``, ``adamw`` or ``sgd``.
         dtype: of the parameters.
         has_thermal_noise: whether token vectors are changed between steps.
-        has_hidden_statistics: whether statistics of the final hidden state are logged.
     """
 
     model: GPTConfig = field(default_factory=GPTConfig)
     optimizer: str = "adamw"
     dtype: str = "bfloat16"
     has_thermal_noise: bool = False
-    has_hidden_statistics: bool = False
 
 
 def select_engine(name: str, device: torch.device, demands: Demands | None = None) -> tuple[str, str]:
@@ -114,10 +112,8 @@ def _native_obstacle(device: torch.device, demands: Demands) -> str | None:
 
 
 def _resident_obstacle(device: torch.device, demands: Demands) -> str | None:
-    reason = extension.resident_unavailable(device) or _compiled_obstacle("resident", demands)
-    if reason is None and demands.has_hidden_statistics:
-        reason = "the resident engine logs no statistics of the hidden state"
     model = demands.model
+    reason = extension.resident_unavailable(device) or _compiled_obstacle("resident", demands)
     return reason or extension.resident_unsupported(
         vocab_size=model.vocab_size,
         hidden_dim=model.hidden_dim,

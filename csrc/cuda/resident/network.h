@@ -80,7 +80,7 @@ struct alignas(16) Run {
   const double* learning_rates;
   Log<bfloat16> losses, logits_log;
   Log<double> logged_learning_rates;
-  Log<float> clip_coefs, grad_norms;
+  Log<float> clip_coefs, grad_norms, hidden_means, hidden_vars;
   float* step_losses;
   float* step_grad_norms;
 

@@ -200,6 +200,8 @@ class Planner {
     to.logged_learning_rates = run_.logged_learning_rates;
     to.clip_coefs = run_.clip_coefs;
     to.grad_norms = run_.grad_norms;
+    to.hidden_means = run_.hidden_means;
+    to.hidden_vars = run_.hidden_vars;
     to.step_losses = run_.step_losses;
     to.step_grad_norms = run_.step_grad_norms;
   }

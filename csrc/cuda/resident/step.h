@@ -4,6 +4,7 @@
 #include "backward.h"
 #include "forward.h"
 #include "optimizer.h"
+#include "statistics.h"
 #include "weight_gradients.h"
 
 namespace bhfast::cuda::resident {
@@ -36,6 +37,7 @@ __device__ __forceinline__ void run_step(const Pass<kClustered>& pass, int64_t s
   pass.sync_cluster();
 
   weight_gradients(pass, step);
+  log_hidden_statistics(pass, step);
   pass.sync_cluster();
   sum_squares(pass);
   pass.sync_cluster();
