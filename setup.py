@@ -139,7 +139,7 @@ def options() -> dict[str, object]:
         return {}
     extension = CppExtension(
         "bhfast._C",
-        SOURCES,
+        SOURCES + CUDA_ONLY * (what == "cuda"),
         depends=[*HEADERS, *CUDA_SOURCES, *CUDA_ONLY],
         extra_compile_args=[
             *CXX_FLAGS,
@@ -155,7 +155,6 @@ def options() -> dict[str, object]:
                 if what == "cuda":
                     objects, architectures = compile_cuda(self.build_temp)
                     toolkit = cuda_toolkit()
-                    extension.sources += CUDA_ONLY
                     extension.extra_objects = objects
                     extension.include_dirs.append(str(toolkit / "include"))
                     extension.library_dirs += [str(toolkit / "lib64"), str(toolkit / "lib")]

@@ -157,6 +157,18 @@ def test_neither_blocks_nor_memory_nor_order_change_the_bits(shape, steps: int, 
     assert_same_state(*engines)
 
 
+def test_a_resumed_run_has_the_same_bits() -> None:
+    whole, begun = done(make_run(steps=4, **SMALL), 4), done(make_run(steps=4, **SMALL), 2)
+    resumed = ResidentEngine(TrainingRun(**{**vars(begun.training_run), "start": 2}))
+    resumed.run(2)
+    assert resumed.done == 4
+    assert same_bits(whole.losses[2:], resumed.losses[2:])
+    for p, q in zip(whole.training_run.model.parameters(), resumed.training_run.model.parameters(), strict=True):
+        assert same_bits(p.detach(), q.detach())
+    with pytest.raises(ValueError, match="all runs must have done as many steps"):
+        extension.resident_engine([whole.arguments, resumed.arguments], blocks=1)
+
+
 def test_clipping_and_adam_are_those_of_the_operations() -> None:
     engine, before = ResidentEngine(make_run(**SMALL)), make_run(**SMALL)
     engine.run(1)
