@@ -180,8 +180,8 @@ void bind_run(py::module_& m) {
                                             "What an engine runs: a TiedGPT and the tensors that its steps need.")
       .def(py::init(&make_run), py::kw_only(), py::arg("parameters"), py::arg("heads"), py::arg("groups"),
            py::arg("rounding"), py::arg("max_grad_norm"), py::arg("target_offset"), py::arg("corpus"),
-           py::arg("offsets"), py::arg("learning_rates"), py::arg("start"), py::arg("every"), py::arg("recorded_rows"), py::arg("frozen"),
-           py::arg("logs"), py::arg("losses"), py::arg("grad_norms"));
+           py::arg("offsets"), py::arg("learning_rates"), py::arg("start"), py::arg("every"), py::arg("recorded_rows"),
+           py::arg("frozen"), py::arg("logs"), py::arg("losses"), py::arg("grad_norms"));
 }
 
 }  // namespace bhfast

@@ -7,6 +7,7 @@
 namespace bhfast::cuda::resident {
 
 constexpr int kTile = kRowBlock;
+
 // A factor of a product: tiles of 16 by 16 values, one for each step of the sum.
 struct Factor {
   const bfloat16* at;  // of the first tile
