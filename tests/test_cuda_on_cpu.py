@@ -41,6 +41,15 @@ BROKEN = [  # file, an expression, a wrong one, the probe that must fail with it
 ]
 
 
+BARRIERS = [  # of the resident engine: file, line, the barrier, a weaker one
+    (path.name, number, *barrier)
+    for path in sorted((build.ROOT / "csrc/cuda/resident").glob("*.h"))
+    for number, line in enumerate(path.read_text().splitlines(), 1)
+    for barrier in (("pass.sync();", "(void)0;"), ("pass.sync_cluster();", "pass.sync();"))
+    if line.strip() == barrier[0]
+]
+
+
 def run(program: Path, *names: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([program, *names], capture_output=True, text=True, timeout=60)
 
@@ -72,6 +81,11 @@ def broken_probes(probes: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         text = (copy / "cuda" / file).read_text()
         assert text.count(right) == 1
         (copy / "cuda" / file).write_text(text.replace(right, f"(fault == {number} ? ({wrong}) : ({right}))"))
+    for number, (file, line, right, wrong) in enumerate(BARRIERS, len(BROKEN)):
+        path = copy / "cuda/resident" / file
+        lines = path.read_text().splitlines(keepends=True)
+        lines[line - 1] = lines[line - 1].replace(right, f"if (fault == {number}) {{ {wrong} }} else {{ {right} }}")
+        path.write_text("".join(lines))
     header = copy / "cuda/launch.h"
     fault = '#include <cstdlib>\ninline const int fault = std::atoi(std::getenv("FAULT"));\n'
     header.write_text(header.read_text().replace("#pragma once\n", "#pragma once\n" + fault))
@@ -85,6 +99,13 @@ def test_broken_kernels_are_noticed(fault: int, broken_probes: Path, monkeypatch
     done = run(broken_probes, probe)
     assert done.returncode != 0
     assert message in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("barrier", range(len(BARRIERS)), ids=[f"{file}:{line}" for file, line, *_ in BARRIERS])
+def test_a_missing_barrier_is_noticed(barrier: int, broken_probes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAULT", str(len(BROKEN) + barrier))
+    assert run(broken_probes, "barriers_of_resident").returncode != 0
 
 
 def test_nothing_is_noticed_without_a_fault(broken_probes: Path, monkeypatch: pytest.MonkeyPatch) -> None:

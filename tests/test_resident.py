@@ -31,7 +31,7 @@ SHAPES = [
     {"vocab_size": 40, "hidden_dim": 32, "layers": 1, "context": 1, "target_offset": 1},
     {"vocab_size": 97, "hidden_dim": 48, "heads": 3, "layers": 3, "context": 33},
     {"vocab_size": 130, "hidden_dim": 64, "layers": 2, "context": 16, "batch": 3, "target_offset": 5, "mlp_dim": 80},
-    pytest.param({}, marks=pytest.mark.slow),
+    {},
     pytest.param({"vocab_size": 300, "hidden_dim": 256, "layers": 1, "context": 40}, marks=pytest.mark.slow),
 ]
 LITTLE_MEMORY = 48 << 10  # of shared memory: most matrices are in the workspace

@@ -27,7 +27,8 @@ namespace {
 
 constexpr size_t kStack = 256 << 10;
 constexpr unsigned kWarp = 32;
-constexpr int kPoison = 0xff;  // a NaN in every floating-point type
+constexpr unsigned kRest = 40;  // turns that a slow warp misses
+constexpr int kPoison = 0xff;   // a NaN in every floating-point type
 
 struct Block {
   unsigned index;  // in the grid
@@ -167,17 +168,26 @@ void run_cluster(unsigned first_block, unsigned size, size_t shared) {
   }
   std::vector<unsigned> order(count);
   std::iota(order.begin(), order.end(), 0);
-  for (unsigned left = count; left > 0;) {
+  std::vector<bool> rests(size * warps);  // whether a warp is slow for now: the others get ahead as far as they can
+  for (unsigned left = count, turn = 0; left > 0; ++turn) {
+    if (turn % kRest == 0) {
+      for (unsigned i = 0; i < rests.size(); ++i) rests[i] = random_order() % 2;
+    }
     std::shuffle(order.begin(), order.end(), random_order);
-    unsigned ran = 0;
+    unsigned ran = 0, resting = 0;
     for (const unsigned i : order) {
       Fiber& fiber = *fibers[i];
       if (fiber.done || fiber.waits) continue;
+      if (rests[i / blockDim.x * warps + i % blockDim.x / kWarp]) {
+        ++resting;
+        continue;
+      }
       resume(fiber);
       ++ran;
       left -= fiber.done;
     }
-    if (ran == 0) die("threads wait for each other forever");
+    if (ran + resting == 0) die("threads wait for each other forever");
+    if (ran == 0) rests.assign(rests.size(), false);
     for (unsigned i = 0; i < count; ++i) {
       if (!fibers[i]->done && fibers[i]->waits) release(i, count);
     }

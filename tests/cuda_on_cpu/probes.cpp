@@ -133,25 +133,28 @@ bool record_is_right() {
   return true;
 }
 
-// What a step of the resident engine writes: parameters, state, gradients, rings and losses.
-std::vector<uint16_t> state_after_step(int blocks_log2, int64_t shared_bytes) {
-  constexpr int64_t kSteps = 1, kSlots = 2;
-  const Shape shape{19, 16, 16, 1, 1, 17, 1};
+// What steps of the resident engine write: parameters, state, gradients, rings and losses.
+std::vector<uint16_t> state_after_steps(const Shape& shape, int64_t steps, int blocks_log2, int64_t shared_bytes) {
+  constexpr int64_t kSlots = 2;
   const int64_t d = shape.hidden;
-  std::vector<int64_t> sizes{shape.context * d, d, d, 3 * d * d, 3 * d, d * d, d, d, d, shape.mlp * d, shape.mlp,
-                             d * shape.mlp,     d, d, d};
+  std::vector<int64_t> sizes{shape.context * d};
+  for (int64_t layer = 0; layer < shape.layers; ++layer) {
+    const int64_t wide = shape.mlp * d;
+    sizes.insert(sizes.end(), {d, d, 3 * d * d, 3 * d, d * d, d, d, d, wide, shape.mlp, wide, d});
+  }
+  sizes.insert(sizes.end(), 2, d);
   sizes.push_back(shape.vocab * d);  // last, so that its gradients and state end where memory ends
   int64_t count = 0;
   for (const int64_t n : sizes) count += n;
   generator.seed(1);
   std::vector<bfloat16> params = random_values<bfloat16>(count), grads(count), exp_avgs(count), exp_avg_sqs(count);
   std::vector<bfloat16> ring(kSlots * sizes.back()), logits(kSlots * shape.vocab);
-  std::vector<int32_t> corpus(40);
+  std::vector<int32_t> corpus(99);
   for (size_t i = 0; i < corpus.size(); ++i) corpus[i] = static_cast<int32_t>(i * 7 % shape.vocab);
-  const std::vector<int64_t> offsets{3}, rows{18, 0};
-  const std::vector<double> rates(kSteps, 1e-3);
-  const std::vector<Coefficients> coefficients(kSteps, {1, 0.3f, -1e-3f, 0.1f, 0.001f, 0.999f, 1e-8f});
-  std::vector<float> losses(kSteps), norms(kSteps);
+  const std::vector<int64_t> offsets{3, 40, 17, 8}, rows{18, 0};
+  const std::vector<double> rates(steps, 1e-3);
+  const std::vector<Coefficients> coefficients(steps, {1, 0.3f, -1e-3f, 0.1f, 0.001f, 0.999f, 1e-8f});
+  std::vector<float> losses(steps), norms(steps);
   std::vector<char> row_ring(kSlots * rows.size() * 2 * d);
 
   TrainingRun run{};
@@ -183,7 +186,7 @@ std::vector<uint16_t> state_after_step(int blocks_log2, int64_t shared_bytes) {
   std::vector<char> workspace(make_plan(run, 1 << blocks_log2, shared_bytes, nullptr).workspace_bytes);
   const auto plan = make_plan(run, 1 << blocks_log2, shared_bytes, workspace.data());
   const auto size = static_cast<int64_t>(plan.run.size());
-  cuda::run_resident({plan.run.data(), size, 1, blocks_log2, plan.shared_bytes, 1, kSteps}, nullptr);
+  cuda::run_resident({plan.run.data(), size, 1, blocks_log2, plan.shared_bytes, 1, steps}, nullptr);
 
   std::vector<uint16_t> state;
   const auto add = [&](const void* from, size_t bytes) {
@@ -197,7 +200,9 @@ std::vector<uint16_t> state_after_step(int blocks_log2, int64_t shared_bytes) {
 }
 
 // Whether neither the number of blocks nor the place of matrices change its bits. (test_resident.py looks at values.)
-bool resident_is_right() { return state_after_step(1, 0) == state_after_step(0, 40 << 10); }
+bool resident_is_right(const Shape& shape, int64_t steps) {
+  return state_after_steps(shape, steps, 1, 0) == state_after_steps(shape, steps, 0, 40 << 10);
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // What the stand-in must do right
@@ -338,7 +343,8 @@ const std::map<std::string, std::function<bool()>> kProbes = {
      }},
     {"norm", norm_is_right},
     {"record", record_is_right},
-    {"resident", resident_is_right},
+    {"resident", [] { return resident_is_right({19, 16, 16, 1, 1, 17, 1}, 1); }},
+    {"barriers_of_resident", [] { return resident_is_right({99, 32, 64, 2, 2, 33, 1}, 2); }},
     {"warps", warps_are_right},
     {"barriers", barriers_are_right},
     {"product", product_is_right},

@@ -14,8 +14,7 @@ template <bool kClustered>
 __device__ __forceinline__ void run_step(const Pass<kClustered>& pass, int64_t step) {
   const Run& run = pass.run;
 
-  embed(pass, step, pass.blocks[0].x);
-  pass.sync();
+  embed(pass, step, pass.blocks[0].x);  // each thread reads first what it has written itself
 #pragma unroll 1
   for (int layer = 0; layer < run.layers; ++layer) {
     const Block& block = pass.blocks[layer];
