@@ -61,8 +61,8 @@ endef
 # The C++ code unoptimized: `setup` has compiled it as it runs, `sanitize` with warnings as errors.
 cuda: setup
 	$(call copy,cuda)
-	cd build/cuda && CFLAGS='-O0 -Werror' NVCC_APPEND_FLAGS='-Werror all-warnings' BHFAST_BUILD=cuda $(PY_HERE) setup.py -q build_ext --inplace
-	nvcc -Werror all-warnings -std=c++20 -arch=sm_90 -c tests/cuda_on_cpu/instructions.cu -o build/cuda/instructions.o
+	cd build/cuda && CFLAGS='-O0 -Werror' NVCC_APPEND_FLAGS='-Werror all-warnings -Xptxas=-v,--warn-on-spills,--warning-as-error' BHFAST_BUILD=cuda $(PY_HERE) setup.py -q build_ext --inplace
+	nvcc -Werror all-warnings -std=c++20 -Icsrc -arch=sm_90 -c tests/cuda_on_cpu/instructions.cu -o build/cuda/instructions.o
 	$(PY) -c 'import sys, torch; sys.path.insert(0, "build/cuda/bhfast"); import _C; print("linked for", _C.cuda_architectures)'
 
 # In a copy $(1), compiled in half the time, with sanitizers $(2), whose entry point is named like $(3), with libraries

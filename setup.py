@@ -23,7 +23,9 @@ from setuptools import setup
 SOURCES = [
     "csrc/module.cpp",
     "csrc/ops.cpp",
+    "csrc/python_run.cpp",
     "csrc/cpu/operations.cpp",
+    "csrc/cuda/resident/plan.cpp",
     "csrc/instruction_sets/avx2.cpp",
     "csrc/instruction_sets/avx512.cpp",
     "csrc/instruction_sets/avx512bf16.cpp",
@@ -32,7 +34,8 @@ SOURCES = [
     "csrc/native/engine.cpp",
     "csrc/native/optimizer_step.cpp",
 ]
-CUDA_SOURCES = ["csrc/cuda/adam.cu", "csrc/cuda/norm.cu", "csrc/cuda/record.cu"]
+CUDA_SOURCES = ["csrc/cuda/adam.cu", "csrc/cuda/norm.cu", "csrc/cuda/record.cu", "csrc/cuda/resident.cu"]
+CUDA_ONLY = ["csrc/python_resident.cpp"]  # C++ that only a build for CUDA has
 HEADERS = sorted(map(str, Path("csrc").rglob("*.h")))
 ARCHITECTURES = ("80", "90", "100")  # the last one also as PTX, for the GPUs to come
 OLDEST_FOR_CUDA = (2, 11)  # the first torch whose streams tell their CUDA handle: c10::Stream::native_handle
@@ -136,8 +139,8 @@ def options() -> dict[str, object]:
         return {}
     extension = CppExtension(
         "bhfast._C",
-        SOURCES,
-        depends=[*HEADERS, *CUDA_SOURCES],
+        SOURCES + CUDA_ONLY * (what == "cuda"),
+        depends=[*HEADERS, *CUDA_SOURCES, *CUDA_ONLY],
         extra_compile_args=[
             *CXX_FLAGS,
             *(f"-isystem{path}" for path in include_paths()),

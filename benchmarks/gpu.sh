@@ -57,19 +57,24 @@ section() { # NAME SECONDS COMMAND...
 
 : >"$log" >"$summary"
 tests=("$python" -m pytest -q -p no:cacheprovider)
-train=("$python" -m bhfast.train --device cuda --engine graph)
+train=("$python" -m bhfast.train --device cuda)
 sanitizer=(compute-sanitizer --kernel-regex kns=bhfast --report-api-errors no --error-exitcode 1)
 
 # Up to the figures the limits add up to less than 570: nothing can take their time.
 section build 130 env BHFAST_BUILD=cuda "$python" setup.py -q build_ext --inplace
 section doctor 20 "$python" -m bhfast.doctor
 section kernels 80 "${tests[@]}" tests -k cuda
-section train 30 "${train[@]}" --out "$scratch/t.safetensors"
-section verify 30 "$python" -m bhfast.verify "$scratch/t.safetensors"
+for engine in graph resident; do
+  section "train-$engine" 25 "${train[@]}" --engine $engine --out "$scratch/$engine.safetensors"
+  section "verify-$engine" 20 "$python" -m bhfast.verify "$scratch/$engine.safetensors"
+done
 section engines 180 "${tests[@]}" benchmarks/test_bench_gpu.py --benchmark-json "$folder/gpu-engines.json"
 section adam 60 "${tests[@]}" benchmarks/test_bench_adam.py -k cuda --benchmark-json "$folder/gpu-adam.json"
-for tool in memcheck racecheck; do
-  section "$tool" 60 "${sanitizer[@]}" --tool "$tool" "${train[@]}" --steps 20 --quiet --out "$scratch/$tool.safetensors"
+for engine in graph resident; do
+  for tool in memcheck racecheck; do
+    section "$tool-$engine" 60 "${sanitizer[@]}" --tool "$tool" "${train[@]}" --engine $engine --steps 20 --quiet \
+      --out "$scratch/$tool-$engine.safetensors"
+  done
 done
 section tests 570 "${tests[@]}" tests
 

@@ -24,7 +24,9 @@ from bhfast.engines.choose import make_engine
 from bhfast.tokens import Corpus
 from bhfast.train import train
 
+BLOCKS = {f"resident-{blocks}": blocks for blocks in (1, 2, 4, 8)}  # engine, and blocks of threads for the run
 STEPS = {"trainer": 200, "torch": 300, "native": 3000, "graph": 3000}  # a second or two each
+STEPS.update(dict.fromkeys(BLOCKS, 10_000))
 ROUNDS = 5
 
 trainer_speeds: list[float] = []  # with recording, once it has run
@@ -64,7 +66,7 @@ def followed(work: Callable[[], None], tick: Callable[[], None]) -> Callable[[],
 
 
 def make_ticking_engine(tick: Callable[[], None], name: str, run: TrainingRun) -> Engine:
-    """Make an engine that calls ``tick`` after each step; the native one then runs them one at a time."""
+    """Make an engine that calls ``tick`` after each step; those without torch then run them one at a time."""
     engine = make_engine(name, run)
     if name == "graph":
         engine._replay = followed(engine._replay, tick)
@@ -77,10 +79,11 @@ def make_ticking_engine(tick: Callable[[], None], name: str, run: TrainingRun) -
 
 
 def ours(engine: str, device: str, steps: int, settings: dict) -> Contestant:
-    config = TrainConfig(steps=steps, device=device, engine=engine, **settings)
+    config = TrainConfig(steps=steps, device=device, engine=engine.split("-")[0], **settings)
 
     def run(recording: bool, tick: Callable[[], None] | None) -> tuple[float, int]:
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("bhfast.engines.resident.default_blocks", lambda run: BLOCKS[engine])
             if tick is not None:
                 patch.setattr("bhfast.train.make_engine", partial(make_ticking_engine, tick))
             result = train(replace(config, record_every=int(recording)))

@@ -65,6 +65,7 @@ def _report(args: argparse.Namespace) -> int:
         "engine": f"{engine} ({engine_reason})",
         "operations": f"{backend} ({backend_reason})",
         "native": ", ".join(extension.native_instruction_sets()) or "not built",
+        "resident": extension.resident_unavailable(device) or "--engine resident runs here; not measured on a GPU yet",
         "packages": ", ".join(f"{name} {_version(name)}" for name in PACKAGES),
         "self-test": fault or "FusedAdam equals torch.optim.AdamW bit for bit",
     }

@@ -63,6 +63,8 @@ def machine_metadata(engine: str) -> dict[str, str]:
     """Return the properties of this machine that change the order of summation, and therefore bits."""
     if engine == "native":
         return {"instruction_set": extension.native_instruction_sets()[0]}
+    if engine == "resident":
+        return {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {"threads": str(torch.get_num_threads())}
 
 

@@ -4,12 +4,12 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>
 
 #include "cpu/operations.h"
 #ifdef BHFAST_CUDA
 #include "cuda/kernels.h"
+#include "cuda/launch_stream.h"
 #endif
 #ifdef BHFAST_CUDA_ON_CPU  // the CUDA kernels, executed by the CPU on its own tensors: tests/cuda_on_cpu
 #include <machine.h>
@@ -24,18 +24,13 @@ namespace {
 using at::Tensor;
 using at::TensorList;
 
-// Whether the CUDA kernels handle the tensor, whether the host can read a scalar, and the stream to launch on.
+// Whether the CUDA kernels handle the tensor, and whether the host can read a scalar.
 #if defined(BHFAST_CUDA_ON_CPU)
 bool for_cuda(const Tensor&) { return true; }
 bool host_can_read(const Tensor&) { return cuda_on_cpu::scalars_by_value; }
-cudaStream_t stream_of(const Tensor&) { return nullptr; }
 #elif defined(BHFAST_CUDA)
 bool for_cuda(const Tensor& t) { return t.is_cuda(); }
 bool host_can_read(const Tensor& t) { return t.is_cpu(); }
-cudaStream_t stream_of(const Tensor& t) {
-  const c10::impl::VirtualGuardImpl guard(t.device().type());
-  return static_cast<cudaStream_t>(guard.getStream(t.device()).native_handle());
-}
 #else
 bool host_can_read(const Tensor&) { return true; }
 #endif
@@ -220,7 +215,7 @@ void adam_op(TensorList params, TensorList grads, TensorList exp_avgs, TensorLis
   const Rounding how = rounding == "per-op" ? Rounding::per_op : Rounding::opmath;
 #ifdef BHFAST_CUDA
   if (for_cuda(first)) {
-    cuda::adam(list, dtype, how, s, stream_of(first));
+    cuda::adam(list, dtype, how, s, cuda::stream_of(first));
   } else
 #endif
     cpu::adam(std::move(list), dtype, how, s);
@@ -257,7 +252,7 @@ std::tuple<Tensor, Tensor> clip_coefficient_op(TensorList grads, double max_norm
     }
     const Tensor sums = at::empty({cuda::norm_workspace(list)}, scalar);
     cuda::grad_norm(list, sums.mutable_data_ptr<float>(), norm_at, clip_coef_at, max_norm, any_bfloat16,
-                    stream_of(first));
+                    cuda::stream_of(first));
   } else
 #endif
   {
@@ -283,7 +278,7 @@ void record_op(TensorList values, TensorList rings, const Tensor& step, int64_t 
   }
 #ifdef BHFAST_CUDA
   if (for_cuda(values[0])) {
-    cuda::record(list, s, stream_of(values[0]));
+    cuda::record(list, s, cuda::stream_of(values[0]));
   } else
 #endif
     cpu::record(list, s);

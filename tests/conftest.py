@@ -10,6 +10,8 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from functools import partial, wraps
+from importlib.machinery import ExtensionFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -37,7 +39,7 @@ REQUIRE_CUDA = os.environ.get("BHFAST_REQUIRE_CUDA") == "1"
 REQUIRE_EXTENSION = os.environ.get("BHFAST_REQUIRE_EXTENSION") == "1"
 
 
-def _require(device: str) -> torch.device:
+def require(device: str) -> torch.device:
     """Skip the test where the device is missing; but with BHFAST_REQUIRE_CUDA=1 the tests of CUDA run, and fail."""
     there = {"cpu": True, "cuda": torch.cuda.is_available() or REQUIRE_CUDA, "mps": torch.backends.mps.is_available()}
     if not there[device]:
@@ -48,7 +50,7 @@ def _require(device: str) -> torch.device:
 @pytest.fixture(params=["cpu", "cuda", "mps"])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Every device."""
-    return _require(request.param)
+    return require(request.param)
 
 
 @pytest.fixture(scope="session")
@@ -65,7 +67,7 @@ OPERATIONS = ("clip_coefficient", "adam_", "record_")
 
 @pytest.fixture(scope="session")
 def cuda_on_cpu(extension: ModuleType) -> SimpleNamespace:
-    """The operations with their CUDA kernels, which the CPU executes.
+    """The operations with their CUDA kernels, which the CPU executes; and ``module``, with the resident engine.
 
     The kernels get a step's scalars by address, or by value after ``by_value(True)``. ``seed(n)`` seeds the order in
     which threads run.
@@ -80,9 +82,15 @@ def cuda_on_cpu(extension: ModuleType) -> SimpleNamespace:
     stand_in = ctypes.CDLL(library)
     by_value = ctypes.c_bool.in_dll(stand_in, "scalars_by_value")
     stand_in.cuda_on_cpu_seed.argtypes = (ctypes.c_uint64,)
+    loader = ExtensionFileLoader("kernels", str(library))
+    module_on_cpu = module_from_spec(spec_from_loader("kernels", loader))
+    loader.exec_module(module_on_cpu)
     operations = {name: _with_signature(name, getattr(torch.ops.bhfast_cuda_on_cpu, name)) for name in OPERATIONS}
     return SimpleNamespace(
-        by_value=lambda value: setattr(by_value, "value", value), seed=stand_in.cuda_on_cpu_seed, **operations
+        module=module_on_cpu,
+        by_value=lambda value: setattr(by_value, "value", value),
+        seed=stand_in.cuda_on_cpu_seed,
+        **operations,
     )
 
 
@@ -109,7 +117,7 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[SimpleNamespace]:
     That is pure torch on every device, and what the extension brings: on the CPU one for each instruction set; besides,
     the CUDA kernels executed by the CPU.
     """
-    name, device = request.param[0], _require(request.param[1])
+    name, device = request.param[0], require(request.param[1])
     operations = {name: getattr(torch_kernels, name) for name in OPERATIONS}
     if name == "cuda-on":
         operations = {**vars(request.getfixturevalue("cuda_on_cpu"))}

@@ -13,7 +13,7 @@ from test_ops import coefficients, same_bits, tensors
 
 from bhfast.ops import kernels as torch_kernels
 
-RIGHT = ["adam", "norm", "record", "warps", "barriers", "product", "launches"]
+RIGHT = ["adam", "norm", "record", "resident", "warps", "barriers", "product", "launches"]
 FAULTS = {
     "missing_barrier": "the result is wrong",
     "divergent_barrier": "threads of one group wait at different barriers",
@@ -27,14 +27,26 @@ FAULTS = {
 }
 OVERFLOW = "AddressSanitizer: heap-buffer-overflow"
 BROKEN = [  # file, an expression, a wrong one, the probe that must fail with it, its message
-    ("adam.cu", "i + P::kSize <= t.numel", "i < t.numel", "adam", OVERFLOW),
+    ("adam_pack.h", "i + P::kSize <= t.numel", "i < t.numel", "adam", OVERFLOW),
     ("adam.cu", "all_aligned<T>(tensors[i])", "true", "adam", "misaligned address"),
-    ("adam.cu", "slot * numel + i", "slot * numel + i + 1", "adam", OVERFLOW),
+    ("adam_pack.h", "slot * numel + i", "slot * numel + i + 1", "adam", OVERFLOW),
     ("norm.cu", "begin + kNormBlock <= grads.first[index + 1]", "begin < grads.first[index + 1]", "norm", OVERFLOW),
-    ("norm.cu", "is_aligned(block)", "true", "norm", "misaligned"),
-    ("norm.cu", "kWarp / 2", "kWarp / 4", "norm", "the result is wrong"),
+    ("halving.h", "is_aligned(block)", "true", "norm", "misaligned"),
+    ("halving.h", "kWarp / 2", "kWarp / 4", "norm", "the result is wrong"),
     ("record.cu", "min(begin + kBlockBytes, t.bytes)", "begin + kBlockBytes", "record", OVERFLOW),
+    ("resident/product.h", "lane / 2 >= t.rows", "false", "resident", OVERFLOW),
+    ("resident/weight_gradients.h", "token + i >= run.vocab", "false", "resident", OVERFLOW),
+    ("resident/pass.h", "cluster_wait()", "(void)0", "resident", ""),
     ("launch.h", "high - low > 1", "high - low > 2", "adam", ""),
+]
+
+
+BARRIERS = [  # of the resident engine: file, line, the barrier, a weaker one
+    (path.name, number, *barrier)
+    for path in sorted((build.ROOT / "csrc/cuda/resident").glob("*.h"))
+    for number, line in enumerate(path.read_text().splitlines(), 1)
+    for barrier in (("pass.sync();", "(void)0;"), ("pass.sync_cluster();", "pass.sync();"))
+    if line.strip() == barrier[0]
 ]
 
 
@@ -69,6 +81,11 @@ def broken_probes(probes: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         text = (copy / "cuda" / file).read_text()
         assert text.count(right) == 1
         (copy / "cuda" / file).write_text(text.replace(right, f"(fault == {number} ? ({wrong}) : ({right}))"))
+    for number, (file, line, right, wrong) in enumerate(BARRIERS, len(BROKEN)):
+        path = copy / "cuda/resident" / file
+        lines = path.read_text().splitlines(keepends=True)
+        lines[line - 1] = lines[line - 1].replace(right, f"if (fault == {number}) {{ {wrong} }} else {{ {right} }}")
+        path.write_text("".join(lines))
     header = copy / "cuda/launch.h"
     fault = '#include <cstdlib>\ninline const int fault = std::atoi(std::getenv("FAULT"));\n'
     header.write_text(header.read_text().replace("#pragma once\n", "#pragma once\n" + fault))
@@ -82,6 +99,13 @@ def test_broken_kernels_are_noticed(fault: int, broken_probes: Path, monkeypatch
     done = run(broken_probes, probe)
     assert done.returncode != 0
     assert message in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("barrier", range(len(BARRIERS)), ids=[f"{file}:{line}" for file, line, *_ in BARRIERS])
+def test_a_missing_barrier_is_noticed(barrier: int, broken_probes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAULT", str(len(BROKEN) + barrier))
+    assert run(broken_probes, "barriers_of_resident").returncode != 0
 
 
 def test_nothing_is_noticed_without_a_fault(broken_probes: Path, monkeypatch: pytest.MonkeyPatch) -> None:

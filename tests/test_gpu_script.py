@@ -14,17 +14,24 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SECTIONS = ["build", "doctor", "kernels", "train", "verify", "engines", "adam", "memcheck", "racecheck", "tests"]
+SECTIONS = [
+    "build", "doctor", "kernels", "train-graph", "verify-graph", "train-resident", "verify-resident", "engines", "adam",
+    "memcheck-graph", "racecheck-graph", "memcheck-resident", "racecheck-resident", "tests",
+]  # fmt: skip
 # In what each section runs, the part that tells it from the others. In order: a sanitizer's command trains too.
 STAND_IN = """#!/bin/sh
 case "$*" in
 *setup.py*) section=build ;;
 *bhfast.doctor*) section=doctor ;;
 *"tests -k cuda"*) section=kernels ;;
-*memcheck*) section=memcheck ;;
-*racecheck*) section=racecheck ;;
-*bhfast.train*) section=train ;;
-*bhfast.verify*) section=verify ;;
+*memcheck*engine\\ resident*) section=memcheck-resident ;;
+*memcheck*) section=memcheck-graph ;;
+*racecheck*engine\\ resident*) section=racecheck-resident ;;
+*racecheck*) section=racecheck-graph ;;
+*bhfast.train*engine\\ resident*) section=train-resident ;;
+*bhfast.train*) section=train-graph ;;
+*bhfast.verify*/resident.safetensors) section=verify-resident ;;
+*bhfast.verify*) section=verify-graph ;;
 *test_bench_gpu.py*) section=engines ;;
 *test_bench_adam.py*) section=adam ;;
 *" tests") section=tests ;;
@@ -114,16 +121,16 @@ def test_all_sections_pass(script, tmp_path: Path) -> None:
 
 
 def test_what_fails_hangs_or_leaves_something_stops_nothing_else(script, tmp_path: Path) -> None:
-    run = script(FAIL="build memcheck", HANG="train", LEAVE="doctor adam", SECTION_LIMIT="2")
+    run = script(FAIL="build memcheck-graph", HANG="train-graph", LEAVE="doctor adam", SECTION_LIMIT="2")
     printed, _ = run.communicate(timeout=60)
     assert run.returncode == 1
     assert verdicts(printed) == {
         **dict.fromkeys(SECTIONS, "passed"),
         "build": "failed, status 3",
-        "train": "out of time",
-        "memcheck": "failed, status 3",
+        "train-graph": "out of time",
+        "memcheck-graph": "failed, status 3",
     }
-    assert printed.splitlines()[-1] == "failed: build train memcheck"
+    assert printed.splitlines()[-1] == "failed: build train-graph memcheck-graph"
     out = tmp_path / "out"
     assert (out / "gpu-summary.txt").read_text() == printed
     for name in ("gpu-engines.json", "gpu-adam.json"):

@@ -384,7 +384,7 @@ def test_a_file_of_something_else_is_not_replaced(settings: TrainConfig) -> None
         ({"max_grad_norm": 0.0}, r"max_grad_norm must be above 0, got 0\.0; inf means no clipping"),
         ({"heads": 3}, "hidden_dim must be divisible by heads, got 64 and 3"),
         ({"device": "tpu"}, "device must be one of auto, cpu, cuda, mps, got 'tpu'"),
-        ({"engine": "warp"}, "engine must be one of auto, torch, graph, native, got 'warp'"),
+        ({"engine": "warp"}, "engine must be one of auto, torch, graph, native, resident, got 'warp'"),
         ({"storage": "cloud"}, "storage must be one of auto, memory, stream, got 'cloud'"),
         ({"lr_schedule": "cosine"}, "lr_schedule must be one of linear, constant, got 'cosine'"),
         ({"adam_rounding": "up"}, "adam_rounding must be one of per-op, opmath, got 'up'"),

@@ -11,7 +11,7 @@ from bhfast.errors import ConfigError
 from bhfast.model import GPTConfig
 from bhfast.ops import extension
 
-ENGINES = ("auto", "torch", "graph", "native")
+ENGINES = ("auto", "torch", "graph", "native", "resident")
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,17 @@ def select_engine(name: str, device: torch.device, demands: Demands | None = Non
     if wanted == "torch":
         return wanted, f"the only engine for {device.type}"
     demands = demands or Demands()
-    obstacle = {"graph": _graph_obstacle, "native": _native_obstacle}[wanted](device, demands)
+    obstacles = {"graph": _graph_obstacle, "native": _native_obstacle, "resident": _resident_obstacle}
+    obstacle = obstacles[wanted](device, demands)
     if obstacle is None:
-        return wanted, "as asked" if wanted == name else _reason_for_auto(wanted, demands)
+        return wanted, _reason_as_asked(wanted) if wanted == name else _reason_for_auto(wanted, demands)
     if wanted == name:
         raise ConfigError(f"engine {name} cannot run here: {obstacle}; use --engine torch")
     return "torch", obstacle
+
+
+def _reason_as_asked(engine: str) -> str:
+    return "as asked; not measured on a GPU yet" if engine == "resident" else "as asked"
 
 
 def _reason_for_auto(engine: str, demands: Demands) -> str:
@@ -85,18 +90,39 @@ def _common_obstacle(engine: str, demands: Demands) -> str | None:
     return f"the {engine} engine adds no thermal noise" if demands.has_thermal_noise else None
 
 
+def _compiled_obstacle(engine: str, demands: Demands) -> str | None:
+    """Return what the engines without torch do not do."""
+    model = demands.model
+    if demands.dtype != "bfloat16":
+        return f"the {engine} engine trains in bfloat16, not in {demands.dtype}"
+    if model.untied:
+        return f"the {engine} engine needs tied embeddings"
+    if model.norm != "layernorm":
+        return f"the {engine} engine has layer normalization, not {model.norm}"
+    return _common_obstacle(engine, demands)
+
+
 def _native_obstacle(device: torch.device, demands: Demands) -> str | None:
     if device.type != "cpu":
         return f"the native engine runs on the CPU, not on {device.type}"
     model = demands.model
-    if demands.dtype != "bfloat16":
-        return f"the native engine trains in bfloat16, not in {demands.dtype}"
-    if model.untied:
-        return "the native engine needs tied embeddings"
-    if model.norm != "layernorm":
-        return f"the native engine has layer normalization, not {model.norm}"
-    return _common_obstacle("native", demands) or extension.native_unsupported(
+    return _compiled_obstacle("native", demands) or extension.native_unsupported(
         model.hidden_dim, model.heads, model.mlp_width
+    )
+
+
+def _resident_obstacle(device: torch.device, demands: Demands) -> str | None:
+    model = demands.model
+    reason = extension.resident_unavailable(device) or _compiled_obstacle("resident", demands)
+    return reason or extension.resident_unsupported(
+        vocab_size=model.vocab_size,
+        hidden_dim=model.hidden_dim,
+        mlp_dim=model.mlp_width,
+        layers=model.layers,
+        heads=model.heads,
+        context=model.context,
+        blocks=1,
+        shared_bytes=0,
     )
 
 
@@ -110,6 +136,10 @@ def make_engine(name: str, run: TrainingRun) -> Engine:
         from bhfast.engines.native import NativeEngine
 
         return NativeEngine(run)
+    if name == "resident":
+        from bhfast.engines.resident import ResidentEngine
+
+        return ResidentEngine(run)
     from bhfast.engines.torch import TorchEngine
 
     return TorchEngine(run)

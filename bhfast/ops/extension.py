@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -50,7 +51,46 @@ def native_unsupported(hidden_dim: int, heads: int, mlp_dim: int) -> str | None:
 def native_engine(**arguments: Any) -> Any:
     """Return a new ``bhfast._C.NativeEngine``, which runs training steps; see :mod:`bhfast.engines.native`."""
     assert _extension is not None
-    return _extension.NativeEngine(**arguments)
+    own = {name: arguments.pop(name) for name in ("threads", "instruction_set")}
+    return _extension.NativeEngine(_extension.TrainingRun(**arguments), **own)
+
+
+def resident_unavailable(device: torch.device) -> str | None:
+    """Return why the resident engine cannot run on ``device``, whatever the network; None if it can."""
+    if device.type != "cuda":
+        return f"the resident engine needs a CUDA device, not {device.type}"
+    if backend(device)[0] != "CUDA":
+        return f"the resident engine needs the CUDA kernels: {backend(device)[1]}"
+    return None
+
+
+def resident_unsupported(**sizes: int) -> str | None:
+    """Return why the resident engine cannot run a network of these sizes; None if it can.
+
+    Args:
+        sizes: ``vocab_size``, ``hidden_dim``, ``mlp_dim``, ``layers``, ``heads``, ``context``; ``blocks``: that work on
+            a run; ``shared_bytes``: the shared memory that a block may use, 0 for that of an H200.
+    """
+    if _extension is None:
+        return f"the resident engine needs the CUDA kernels: {_unavailable}"
+    return _extension.resident_unsupported(**sizes) or None
+
+
+def resident_engine(runs: Sequence[dict[str, Any]], *, blocks: int, shared_bytes: int | None = None) -> Any:
+    """Return a new ``bhfast._C.ResidentEngine`` for runs of one shape; see :mod:`bhfast.engines.resident`.
+
+    Args:
+        runs: the arguments of each run's ``bhfast._C.TrainingRun``.
+        blocks, shared_bytes: see :class:`bhfast.engines.resident.ResidentEngine`.
+    """
+    module = _resident_module()
+    return module.ResidentEngine(
+        [module.TrainingRun(**own) for own in runs], blocks=blocks, shared_bytes=shared_bytes or 0
+    )
+
+
+def _resident_module() -> Any:
+    return _extension
 
 
 _extension, _unavailable = _load()

@@ -1,7 +1,6 @@
-// Adam over a list of tensors in one launch: clip, update, record. Each value is read once and each result written
-// once.
+// Adam over a list of tensors in one launch.
+#include "adam_pack.h"
 #include "kernels.h"
-#include "launch.h"
 
 namespace bhfast::cuda {
 namespace {
@@ -15,11 +14,6 @@ struct Item {
   bool aligned;  // to kAccessBytes: all tensors, and every slot of every ring
 };
 
-template <class T>
-__device__ T* ring_at(void* ring, int64_t slot, int64_t numel, int64_t i) {
-  return static_cast<T*>(ring) + slot * numel + i;
-}
-
 template <class T, class Op, int N>
 __global__ void __launch_bounds__(kThreads)
     adam_kernel(const __grid_constant__ List<Item, int, N> list, const __grid_constant__ StepScalars scalars) {
@@ -29,45 +23,9 @@ __global__ void __launch_bounds__(kThreads)
   const float clip_coef = scalars.device_clip_coef ? *scalars.device_clip_coef : scalars.clip_coef;
   const int64_t slot = slot_of_step(scalars);
 
-  using P = Pack<T>;
-  const int64_t i = (blockIdx.x - list.first[index]) * kBlockElements<T> + threadIdx.x * P::kSize;
+  const int64_t i = (blockIdx.x - list.first[index]) * kBlockElements<T> + threadIdx.x * Pack<T>::kSize;
   if (i >= t.numel) return;
-  T* const param = static_cast<T*>(t.param) + i;
-  const T* const grad = static_cast<const T*>(t.grad) + i;
-  T* const exp_avg = static_cast<T*>(t.exp_avg) + i;
-  T* const exp_avg_sq = static_cast<T*>(t.exp_avg_sq) + i;
-
-  if (list.items[index].aligned && i + P::kSize <= t.numel) {
-    P p = *reinterpret_cast<const P*>(param), m = *reinterpret_cast<const P*>(exp_avg);
-    P v = *reinterpret_cast<const P*>(exp_avg_sq);
-    const P g = *reinterpret_cast<const P*>(grad);
-#pragma unroll
-    for (int k = 0; k < P::kSize; ++k) {
-      adam_element<T, Op>(p.x[k], g.x[k], m.x[k], v.x[k], clip_coef, c);
-    }
-    *reinterpret_cast<P*>(param) = p;
-    *reinterpret_cast<P*>(exp_avg) = m;
-    *reinterpret_cast<P*>(exp_avg_sq) = v;
-    if (slot < 0) return;
-    const P* const values[kFields] = {&p, &g, &m, &v};
-#pragma unroll
-    for (int field = 0; field < kFields; ++field) {
-      if (!t.rings[field]) continue;
-      // A streaming store, because the kernel does not read it again; as uint4, because the compiler would split a P.
-      __stcs(reinterpret_cast<uint4*>(ring_at<T>(t.rings[field], slot, t.numel, i)),
-             __builtin_bit_cast(uint4, *values[field]));
-    }
-    return;
-  }
-  for (int k = 0; k < P::kSize && i + k < t.numel; ++k) {
-    adam_element<T, Op>(param[k], grad[k], exp_avg[k], exp_avg_sq[k], clip_coef, c);
-    const T values[kFields] = {param[k], grad[k], exp_avg[k], exp_avg_sq[k]};
-    if (slot < 0) continue;
-#pragma unroll
-    for (int field = 0; field < kFields; ++field) {
-      if (t.rings[field]) *ring_at<T>(t.rings[field], slot, t.numel, i + k) = values[field];
-    }
-  }
+  adam_pack<T, Op>(t, list.items[index].aligned, i, clip_coef, c, slot);
 }
 
 template <class T>

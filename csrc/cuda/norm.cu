@@ -1,22 +1,15 @@
 // The gradient norm, summed in the fixed order of bhfast.ops.arithmetic.grad_norm, and the clip coefficient. One launch
 // for each level of sums.
-//
-// A warp sums a block of kNormBlock values: it adds the second half to the first until one value is left. Of every
-// 256 values, thread t has eight, starting at 8 t. So the first two halvings and the last three stay within a thread,
-// and the five between them are warp shuffles. No warp waits for another.
 #include <algorithm>
 
+#include "halving.h"
 #include "kernels.h"
 #include "launch.h"
 
 namespace bhfast::cuda {
 namespace {
 
-constexpr int kWarp = 32;
-constexpr int kWarps = 8;                                 // per block of threads
-constexpr int kRunLength = 8;                             // adjacent values of one thread
-constexpr int kRuns = kNormBlock / (kWarp * kRunLength);  // per thread
-constexpr unsigned kAllLanes = 0xffffffff;
+constexpr int kWarps = 8;  // per block of threads
 
 // Where the results go, and what the clip coefficient depends on.
 struct Result {
@@ -25,29 +18,6 @@ struct Result {
   float max_norm;
   bool to_bfloat16;
 };
-
-// The sum of a warp's values, valid in its first thread.
-__device__ float sum_by_halving(float (&x)[kRuns][kRunLength]) {
-#pragma unroll
-  for (int width = kRuns / 2; width > 0; width /= 2) {
-#pragma unroll
-    for (int run = 0; run < width; ++run) {
-#pragma unroll
-      for (int i = 0; i < kRunLength; ++i) x[run][i] += x[run + width][i];
-    }
-  }
-#pragma unroll
-  for (int width = kWarp / 2; width > 0; width /= 2) {
-#pragma unroll
-    for (int i = 0; i < kRunLength; ++i) x[0][i] += __shfl_down_sync(kAllLanes, x[0][i], width);
-  }
-#pragma unroll
-  for (int width = kRunLength / 2; width > 0; width /= 2) {
-#pragma unroll
-    for (int i = 0; i < width; ++i) x[0][i] += x[0][i + width];
-  }
-  return x[0][0];
-}
 
 // Write the sum of a block; if it is the only one, the norm and the coefficient instead.
 __device__ void write_sum(float sum, int64_t block, int64_t blocks, float* sums, const Result& result) {
@@ -64,33 +34,9 @@ __device__ void write_sum(float sum, int64_t block, int64_t blocks, float* sums,
 // The block of values that this warp sums.
 __device__ int64_t block_of_warp() { return static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp; }
 
-// Where one of this thread's runs begins in its block.
-__device__ int run_begin(int run) { return (run * kWarp + threadIdx.x % kWarp) * kRunLength; }
-
 __device__ float element(const GradTensor& grad, int64_t i) {
   return grad.dtype == Dtype::bfloat16 ? to_float(static_cast<const bfloat16*>(grad.data)[i])
                                        : static_cast<const float*>(grad.data)[i];
-}
-
-// Set x to the squares of the values of a block.
-template <class T>
-__device__ void load_squares(const T* block, float (&x)[kRuns][kRunLength]) {
-  const bool aligned = is_aligned(block);
-#pragma unroll
-  for (int run = 0; run < kRuns; ++run) {
-    const T* const from = block + run_begin(run);
-#pragma unroll
-    for (int i = 0; i < kRunLength; i += Pack<T>::kSize) {
-      Pack<T> pack;
-      if (aligned) {
-        pack = *reinterpret_cast<const Pack<T>*>(from + i);
-      } else {
-        for (int k = 0; k < Pack<T>::kSize; ++k) pack.x[k] = from[i + k];
-      }
-#pragma unroll
-      for (int k = 0; k < Pack<T>::kSize; ++k) x[run][i + k] = to_float(pack.x[k]) * to_float(pack.x[k]);
-    }
-  }
 }
 
 template <int N>
@@ -128,14 +74,8 @@ __global__ void __launch_bounds__(kWarps* kWarp)
   const int64_t block = block_of_warp();
   if (block >= blocks) return;
   float x[kRuns][kRunLength];
-#pragma unroll
-  for (int run = 0; run < kRuns; ++run) {
-#pragma unroll
-    for (int k = 0; k < kRunLength; ++k) {
-      const int64_t i = block * kNormBlock + run_begin(run) + k;
-      x[run][k] = i < count ? in[i] : 0.0f;
-    }
-  }
+  const int64_t begin = block * kNormBlock;
+  load_block(x, count - begin, [&](int64_t i) { return in[begin + i]; });
   write_sum(sum_by_halving(x), block, blocks, out, result);
 }
 

@@ -10,10 +10,11 @@
 
 namespace bhfast::native {
 class TrainingStep;
-struct TrainingRun;
-}  // namespace bhfast::native
+}
 
 namespace bhfast {
+
+struct TrainingRun;
 
 // Elements [begin, end) of one step of Adam.
 struct AdamRange {
@@ -39,7 +40,7 @@ struct InstructionSet {
   bool (*runs_here)();
   Kernels kernels;
   // The native engine's step, whose bits depend on the instruction set: see native/step.h and native/peak_flops.h.
-  std::unique_ptr<native::TrainingStep> (*make_step)(const native::TrainingRun& run, int threads);
+  std::unique_ptr<native::TrainingStep> (*make_step)(const TrainingRun& run, int threads);
   double (*peak_flops)();
 };
 

@@ -50,7 +50,7 @@ def translate(path: Path) -> str:
 
 
 def library() -> Path:
-    """Build csrc/ops.cpp with the CUDA kernels, as ``torch.ops.bhfast_cuda_on_cpu.*``.
+    """Build csrc/ops.cpp with the CUDA kernels, as ``torch.ops.bhfast_cuda_on_cpu.*`` and as the module ``kernels``.
 
     CXXFLAGS adds compiler flags, such as sanitizers that this process has already loaded.
     """
@@ -60,14 +60,16 @@ def library() -> Path:
     system = [*include_paths(), sysconfig.get_paths()["include"]]
     flags = [*shlex.split(os.environ.get("CXXFLAGS", "")), *(f"-isystem{path}" for path in system)]
     flags.append(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
-    libraries = ["-shared", *(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
-    own = [ROOT / "csrc/ops.cpp", HERE / "machine.cpp"]
+    libraries = ["-shared", *(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10", "-ltorch_python"]
+    names = ("ops", "python_run", "python_resident", "cuda/resident/plan")
+    own = [*(ROOT / f"csrc/{name}.cpp" for name in names), HERE / "module.cpp", HERE / "machine.cpp"]
     return _build("kernels.so", own, ROOT / "csrc", ["-O1", *flags], libraries)
 
 
 def probes(csrc: Path = ROOT / "csrc") -> Path:
     """Build probes.cpp with the kernels in ``csrc``, under sanitizers."""
-    own = [HERE / "probes.cpp", HERE / "instructions.cu", HERE / "machine.cpp"]
+    plan = ROOT / "csrc/cuda/resident/plan.cpp"
+    own = [HERE / "probes.cpp", HERE / "instructions.cu", HERE / "machine.cpp", plan]
     return _build("probes", own, csrc, ["-O0", *SANITIZERS])
 
 

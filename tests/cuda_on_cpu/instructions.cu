@@ -1,6 +1,6 @@
 // A kernel that uses everything in ptx.h: a matrix product by a cluster of two blocks.
+#include "cuda/ptx.h"
 #include "instructions.h"
-#include "ptx.h"
 
 namespace bhfast::cuda {
 namespace {

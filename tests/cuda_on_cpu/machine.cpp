@@ -1,5 +1,6 @@
 #include "machine.h"
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -26,7 +27,8 @@ namespace {
 
 constexpr size_t kStack = 256 << 10;
 constexpr unsigned kWarp = 32;
-constexpr int kPoison = 0xff;  // a NaN in every floating-point type
+constexpr unsigned kRest = 40;  // turns that a slow warp misses
+constexpr int kPoison = 0xff;   // a NaN in every floating-point type
 
 struct Block {
   unsigned index;  // in the grid
@@ -40,7 +42,8 @@ struct Fiber {
   std::unique_ptr<std::byte[]> stack{new std::byte[kStack]};
   unsigned thread;  // in its block
   Block* block;
-  bool done, waits;
+  jmp_buf left;  // where it has left off, once it has begun
+  bool begun, done, waits;
   bool for_arrivals;  // it waits for a cluster barrier in two parts: until all have arrived as often as it has
   Group group;
   const void* place;
@@ -52,18 +55,30 @@ std::vector<std::unique_ptr<Fiber>> fibers;  // of the current cluster, block by
 std::vector<Block> blocks;
 Fiber* current;
 const std::function<void()>* body;
-ucontext_t scheduler;
 
-// AddressSanitizer must be told of every switch of stacks.
+// AddressSanitizer must be told of every switch of stacks, and objects to the quick one, which makes no system call.
 void* scheduler_fake_stack;
 const void* scheduler_stack;
 size_t scheduler_stack_size;
 #ifdef __SANITIZE_ADDRESS__
+ucontext_t scheduler;
+void switch_to_scheduler() { swapcontext(&current->context, &scheduler); }
+void switch_to(Fiber& fiber) { swapcontext(&scheduler, &fiber.context); }
 void leaving(void** fake_stack, const void* to, size_t size) { __sanitizer_start_switch_fiber(fake_stack, to, size); }
 void came(void* fake_stack, const void** from, size_t* size) {
   __sanitizer_finish_switch_fiber(fake_stack, from, size);
 }
 #else
+jmp_buf scheduler_left;
+void switch_to_scheduler() {
+  if (_setjmp(current->left) == 0) _longjmp(scheduler_left, 1);
+}
+void switch_to(Fiber& fiber) {
+  if (_setjmp(scheduler_left) != 0) return;
+  if (fiber.begun) _longjmp(fiber.left, 1);
+  fiber.begun = true;
+  setcontext(&fiber.context);
+}
 void leaving(void**, const void*, size_t) {}
 void came(void*, const void**, size_t*) {}
 #endif
@@ -71,7 +86,7 @@ void came(void*, const void**, size_t*) {}
 void back_to_scheduler(bool for_good) {
   void* fake_stack = nullptr;
   leaving(for_good ? nullptr : &fake_stack, scheduler_stack, scheduler_stack_size);
-  swapcontext(&current->context, &scheduler);
+  switch_to_scheduler();
   came(fake_stack, &scheduler_stack, &scheduler_stack_size);
 }
 
@@ -87,7 +102,7 @@ void resume(Fiber& fiber) {
   threadIdx.x = fiber.thread;
   blockIdx.x = fiber.block->index;
   leaving(&scheduler_fake_stack, fiber.stack.get(), kStack);
-  swapcontext(&scheduler, &fiber.context);
+  switch_to(fiber);
   came(scheduler_fake_stack, nullptr, nullptr);
 }
 
@@ -131,7 +146,7 @@ void release(unsigned i, unsigned count) {
 void start(Fiber& fiber, unsigned thread, Block& block) {
   fiber.thread = thread;
   fiber.block = &block;
-  fiber.done = fiber.waits = false;
+  fiber.begun = fiber.done = fiber.waits = false;
   fiber.arrivals = 0;
   getcontext(&fiber.context);
   fiber.context.uc_stack = {fiber.stack.get(), 0, kStack};
@@ -153,17 +168,26 @@ void run_cluster(unsigned first_block, unsigned size, size_t shared) {
   }
   std::vector<unsigned> order(count);
   std::iota(order.begin(), order.end(), 0);
-  for (unsigned left = count; left > 0;) {
+  std::vector<bool> rests(size * warps);  // whether a warp is slow for now: the others get ahead as far as they can
+  for (unsigned left = count, turn = 0; left > 0; ++turn) {
+    if (turn % kRest == 0) {
+      for (unsigned i = 0; i < rests.size(); ++i) rests[i] = random_order() % 2;
+    }
     std::shuffle(order.begin(), order.end(), random_order);
-    unsigned ran = 0;
+    unsigned ran = 0, resting = 0;
     for (const unsigned i : order) {
       Fiber& fiber = *fibers[i];
       if (fiber.done || fiber.waits) continue;
+      if (rests[i / blockDim.x * warps + i % blockDim.x / kWarp]) {
+        ++resting;
+        continue;
+      }
       resume(fiber);
       ++ran;
       left -= fiber.done;
     }
-    if (ran == 0) die("threads wait for each other forever");
+    if (ran + resting == 0) die("threads wait for each other forever");
+    if (ran == 0) rests.assign(rests.size(), false);
     for (unsigned i = 0; i < count; ++i) {
       if (!fibers[i]->done && fibers[i]->waits) release(i, count);
     }

@@ -2,6 +2,7 @@
 // must be noticed.
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <functional>
@@ -11,8 +12,10 @@
 #include <vector>
 
 #include "cuda/kernels.h"
+#include "cuda/ptx.h"
+#include "cuda/resident.h"
+#include "cuda/resident/plan.h"
 #include "instructions.h"
-#include "ptx.h"
 #include "ring.h"
 
 using namespace bhfast;
@@ -128,6 +131,77 @@ bool record_is_right() {
     if (!same(values[i], {rings[i].begin() + values[i].size(), rings[i].end()})) return false;
   }
   return true;
+}
+
+// What steps of the resident engine write: parameters, state, gradients, rings and losses.
+std::vector<uint16_t> state_after_steps(const Shape& shape, int64_t steps, int blocks_log2, int64_t shared_bytes) {
+  constexpr int64_t kSlots = 2;
+  const int64_t d = shape.hidden;
+  std::vector<int64_t> sizes{shape.context * d};
+  for (int64_t layer = 0; layer < shape.layers; ++layer) {
+    const int64_t wide = shape.mlp * d;
+    sizes.insert(sizes.end(), {d, d, 3 * d * d, 3 * d, d * d, d, d, d, wide, shape.mlp, wide, d});
+  }
+  sizes.insert(sizes.end(), 2, d);
+  sizes.push_back(shape.vocab * d);  // last, so that its gradients and state end where memory ends
+  int64_t count = 0;
+  for (const int64_t n : sizes) count += n;
+  generator.seed(1);
+  std::vector<bfloat16> params = random_values<bfloat16>(count), grads(count), exp_avgs(count), exp_avg_sqs(count);
+  std::vector<bfloat16> ring(kSlots * sizes.back()), logits(kSlots * shape.vocab);
+  std::vector<int32_t> corpus(99);
+  for (size_t i = 0; i < corpus.size(); ++i) corpus[i] = static_cast<int32_t>(i * 7 % shape.vocab);
+  const std::vector<int64_t> offsets{3, 40, 17, 8}, rows{18, 0};
+  const std::vector<double> rates(steps, 1e-3);
+  const std::vector<Coefficients> coefficients(steps, {1, 0.3f, -1e-3f, 0.1f, 0.001f, 0.999f, 1e-8f});
+  std::vector<float> losses(steps), norms(steps);
+  std::vector<char> row_ring(kSlots * rows.size() * 2 * d);
+
+  TrainingRun run{};
+  run.shape = shape;
+  ParameterGroup group{{}, coefficients.data()};
+  int64_t first = 0;
+  for (const int64_t n : sizes) {
+    run.parameters.push_back({&params[first], &grads[first]});
+    group.tensors.push_back({&params[first], &grads[first], &exp_avgs[first], &exp_avg_sqs[first], {}, n});
+    first += n;
+  }
+  std::rotate(run.parameters.begin(), run.parameters.end() - 1, run.parameters.end());  // tokens come first
+  group.tensors.back().rings[0] = ring.data();
+  run.groups = {group};
+  run.max_grad_norm = 1;
+  run.target_offset = 2;
+  run.corpus = corpus.data();
+  run.offsets = offsets.data();
+  run.learning_rates = rates.data();
+  run.every = 1;
+  run.slots = kSlots;
+  run.logits = {logits.data(), kSlots};
+  const auto* const tokens = reinterpret_cast<const char*>(run.parameters[0].value);
+  run.recorded_rows = {{tokens, 2 * d, rows.data(), static_cast<int64_t>(rows.size()), row_ring.data(), kSlots}};
+  run.step_losses = losses.data();
+  run.step_grad_norms = norms.data();
+
+  using cuda::resident::make_plan;
+  std::vector<char> workspace(make_plan(run, 1 << blocks_log2, shared_bytes, nullptr).workspace_bytes);
+  const auto plan = make_plan(run, 1 << blocks_log2, shared_bytes, workspace.data());
+  const auto size = static_cast<int64_t>(plan.run.size());
+  cuda::run_resident({plan.run.data(), size, 1, blocks_log2, plan.shared_bytes, 1, steps}, nullptr);
+
+  std::vector<uint16_t> state;
+  const auto add = [&](const void* from, size_t bytes) {
+    const auto* const values = static_cast<const uint16_t*>(from);
+    state.insert(state.end(), values, values + bytes / 2);
+  };
+  for (const auto* v : {&params, &grads, &exp_avgs, &exp_avg_sqs, &ring, &logits}) add(v->data(), 2 * v->size());
+  add(row_ring.data(), row_ring.size());
+  for (const auto* v : {&losses, &norms}) add(v->data(), 4 * v->size());
+  return state;
+}
+
+// Whether neither the number of blocks nor the place of matrices change its bits. (test_resident.py looks at values.)
+bool resident_is_right(const Shape& shape, int64_t steps) {
+  return state_after_steps(shape, steps, 1, 0) == state_after_steps(shape, steps, 0, 40 << 10);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -269,6 +343,8 @@ const std::map<std::string, std::function<bool()>> kProbes = {
      }},
     {"norm", norm_is_right},
     {"record", record_is_right},
+    {"resident", [] { return resident_is_right({19, 16, 16, 1, 1, 17, 1}, 1); }},
+    {"barriers_of_resident", [] { return resident_is_right({99, 32, 64, 2, 2, 33, 1}, 2); }},
     {"warps", warps_are_right},
     {"barriers", barriers_are_right},
     {"product", product_is_right},

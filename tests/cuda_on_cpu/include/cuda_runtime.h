@@ -48,6 +48,15 @@ T __shfl_down_sync(unsigned, T value, unsigned by) {
   return cuda_on_cpu::exchange(value)[lane + by < 32 ? lane + by : lane];
 }
 
+inline unsigned __ballot_sync(unsigned, int predicate) {
+  const auto predicates = cuda_on_cpu::exchange(predicate != 0);
+  unsigned result = 0;
+  for (int lane = 0; lane < 32; ++lane) result |= unsigned{predicates[lane]} << lane;
+  return result;
+}
+
+inline int __ffs(int x) { return __builtin_ffs(x); }
+
 // Threads take turns, so nothing comes between a read and a write.
 template <class T>
 T atomicAdd(T* at, T x) {
@@ -88,6 +97,22 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
       config->gridDim, config->blockDim, config->dynamicSmemBytes, config->stream, [&] { kernel(arguments...); },
       cluster);
   return std::exchange(cuda_on_cpu::last_error, cudaSuccess);
+}
+
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
+
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrClusterLaunch };
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrClusterLaunch ? 1 : 227 << 10;
+  return cudaSuccess;
 }
 
 inline cudaError_t cudaGetLastError() { return std::exchange(cuda_on_cpu::last_error, cudaSuccess); }

@@ -2,8 +2,9 @@
 //
 // Each CUDA thread is a fiber that runs until it has to wait for others: at a barrier, or for the values of its warp.
 // The blocks of a cluster run together, clusters one after another. The order of the clusters, and of the threads
-// between two waits, is random, so that a result that depends on the order varies. Shared memory is filled with NaN,
-// and each shared variable has its own heap allocation, so that AddressSanitizer checks its bounds.
+// between two waits, is random, and some warps fall behind for a while, so that a result that depends on the order
+// varies. Shared memory is filled with NaN, and each shared variable has its own heap allocation, so that
+// AddressSanitizer checks its bounds.
 //
 // If threads wait at different barriers, or for a thread that has left, the process ends with a message: on a GPU such
 // a kernel could hang or compute nonsense.
