@@ -146,7 +146,6 @@ class TrainConfig:
             raise ConfigError(f"checkpoint_every must be at least 0, got {self.checkpoint_every}")
         if self.checkpoint_every and not self.record_every:
             raise ConfigError("checkpoint_every needs a recording to go on with, got record_every=0")
-            raise ConfigError(f"seed must be 0 to 2^63 - 1, got {self.seed}")
         for name in ("seed", "init_seed", "data_seed"):
             if not 0 <= (getattr(self, name) or 0) < 2**63:
                 raise ConfigError(f"{name} must be 0 to 2^63 - 1, got {getattr(self, name)}")

@@ -174,8 +174,7 @@ def cosine_histogram(vectors: Tensor, bins: int = 40) -> Histogram:
     """Count the cosines of the angles between all pairs of two vectors, a few vectors at a time.
 
     Cosines are computed in float64, from -1 to 1. Vectors of length 0, and vectors with values that are not finite,
-    have no
-    direction: their pairs are left out.
+    have no direction: their pairs are left out.
 
     Args:
         vectors: ``[V, D]``: positions, positions relative to a point (see :func:`centered`), or velocities.
