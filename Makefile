@@ -125,14 +125,15 @@ setup: packages $(READY)
 packages: .venv/packages
 $(READY): .venv/torch $(SOURCES)
 	$(build)
-# pip brings torch, from wherever it is set up to; uv keeps it and brings the rest in a fraction of pip's time.
+# pip brings torch, from wherever it is set up to; uv keeps it and brings the rest in a fraction of pip's time. It trusts
+# what the system trusts, as pip does.
 .venv/torch: Makefile
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --no-compile 'setuptools>=77' ninja $(if $(shell command -v nvidia-smi),torch,$(TORCH_CPU))
 	.venv/bin/pip install --quiet uv || echo 'There is no uv for this machine: pip installs the rest.'
 	@touch $@
 .venv/packages: .venv/torch pyproject.toml
-	BHFAST_BUILD=none .venv/bin/uv pip install --quiet --python .venv --no-build-isolation --editable '.[dev]' || \
+	UV_SYSTEM_CERTS=1 BHFAST_BUILD=none .venv/bin/uv pip install --quiet --python .venv --no-build-isolation --editable '.[dev]' || \
 	    BHFAST_BUILD=none .venv/bin/pip install --quiet --no-compile --no-build-isolation --editable '.[dev]'
 	@touch $@
 endif

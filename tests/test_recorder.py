@@ -115,6 +115,21 @@ def test_a_change_before_the_first_step_belongs_to_the_start(tmp_path: Path) -> 
     assert verify(path).status == 0
 
 
+def test_a_write_through_data_is_not_called_damage(tmp_path: Path) -> None:
+    """The recorder cannot notice it."""
+    path = tmp_path / "t.safetensors"
+    model = linear()
+    optimizer = FusedAdam(model.parameters())
+    with Recorder(optimizer, {"w": model.weight}, steps=3, path=path):
+        for _ in range(3):
+            train_step(model, optimizer)
+            model.weight.data[0] += 0.5
+    assert str(verify(path)).endswith(
+        "; all checksums match, so the state before this step was changed by something other than the optimizer, such "
+        "as a write through .data"
+    )
+
+
 def test_a_damaged_change_is_found(tmp_path: Path) -> None:
     model = linear()
     optimizer = FusedAdam(model.parameters())

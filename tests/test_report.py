@@ -167,9 +167,9 @@ def test_frozen_tokens_have_a_step(found: Survey) -> None:
 
 
 def test_many_records_are_thinned_towards_the_end() -> None:
-    from bhfast.report.survey import _log_spaced
+    from bhfast.report.survey import log_spaced
 
-    some = _log_spaced(10_001, 1000)
+    some = log_spaced(10_001, 1000)
     assert some[:20].tolist() == list(range(20))
     assert some[-1] == 10_000
     assert len(some) <= 1000

@@ -15,9 +15,11 @@ from bhfast.optim import FusedAdam
 from bhfast.recording.recorder import Recorder
 from bhfast.storage.output import OutputFile
 from bhfast.storage.whole import write_trace
-from bhfast.trace import open_trace
+from bhfast.trace import Trace, open_trace
 from bhfast.trace.format import HEADER_CHECKSUM, bytes_of, header_checksum
 from bhfast.trace.sharded import INDEX_FORMAT
+from bhfast.train import TrainResult
+from bhfast.verify import verify
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -49,6 +51,21 @@ def record(path: Path, make: Any = FusedAdam, *, steps: int = 6, announced: int 
                 param.grad = torch.randn(param.shape).bfloat16()
             optimizer.step()
             recorder.log(loss=torch.tensor(step / 7))
+
+
+def assert_proves_itself(result: TrainResult, engine: str) -> Trace:
+    """The trace of a run can be replayed, and its last record is what the run has left; return it."""
+    assert result.path is not None
+    verification = verify(result.path)
+    assert verification.difference is None, verification
+    assert verification.replayed == result.steps
+    trace = open_trace(result.path)
+    assert trace.metadata["engine"] == engine
+    assert torch.equal(trace["losses"][1:], result.losses.bfloat16())
+    assert torch.equal(trace["embeddings"][-1], result.model.wte.weight)
+    assert torch.equal(trace["grads"][-1], result.model.wte.weight.grad)
+    assert trace["clip_coefs"][1:].max() <= 1 <= trace["grad_norms"].max()
+    return trace
 
 
 def rewrite(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:

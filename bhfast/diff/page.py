@@ -12,6 +12,7 @@ from bhfast.diff.compare import Diff, Distances
 from bhfast.diff.text import headline, what_was_compared
 from bhfast.report.page import Page
 from bhfast.report.pictures import Picture, new_axes
+from bhfast.report.survey import log_spaced
 
 MAX_LINES = 10  # tensors in a picture
 MAX_POINTS = 2000  # steps in a picture
@@ -40,7 +41,7 @@ def _pictures(found: Diff) -> Iterator[Picture]:
     apart = [x for x in apart if x.pair and len(x.pair.shape) > 1] or apart  # rather than one value per step
     if not apart:
         return
-    which = _log_spaced(len(found.pairs.steps))
+    which = log_spaced(len(found.pairs.steps), MAX_POINTS)
     steps = found.pairs.steps[which]
     lines = {x.name: x.distances(which) for x in apart[:MAX_LINES]}
     left_out = f" The first {MAX_LINES} of {len(apart)} tensors that differ." if len(apart) > MAX_LINES else ""
@@ -61,13 +62,3 @@ def _pictures(found: Diff) -> Iterator[Picture]:
 def _drawn(name: str, distances: Distances) -> Tensor:
     values: Tensor = getattr(distances, name)
     return torch.where(values > 0, values, torch.nan)
-
-
-def _log_spaced(count: int) -> Tensor:
-    """Return at most ``MAX_POINTS`` of ``count`` records, both ends included, denser at the start."""
-    if count <= MAX_POINTS:
-        return torch.arange(count)
-    return (
-        torch.logspace(0, torch.tensor(count).log10().item(), MAX_POINTS, dtype=torch.float64).round().long().unique()
-        - 1
-    )

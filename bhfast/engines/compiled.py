@@ -61,9 +61,8 @@ class CompiledEngine:
             "max_grad_norm": torch.inf if optimizer.max_grad_norm is None else optimizer.max_grad_norm,
             "target_offset": run.target_offset,
             "corpus": run.corpus.to(device, torch.int32),
-            "offsets": run.offsets.flatten(1)
-            .contiguous()
-            .to(device),  # [steps, windows]: accumulation is a larger batch
+            # [steps, windows]: accumulation is a larger batch
+            "offsets": run.offsets.flatten(1).contiguous().to(device),
             "learning_rates": torch.tensor(run.lrs, dtype=torch.float64, device=device),
             "start": run.start,
             "every": run.recorder.every,

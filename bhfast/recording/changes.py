@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
+from itertools import starmap
+from operator import getitem, is_
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bhfast.recording.fields import RecordedField, local
+from bhfast.recording.fields import FieldPlan, RecordedField, local
 from bhfast.recording.slots import RecordSlots
 from bhfast.trace.format import AFTER_STEP, CHANGED
 from bhfast.trace.recorded import RecordedTensor
@@ -18,31 +21,40 @@ from bhfast.trace.updates import bits
 class LoopChanges:
     """Notices changes by the version counters of tensors, and adds them to the record of the last step.
 
+    It looks at every tensor twice in each step. So the tensors are looked up once, and again only if one was replaced.
+
     Args:
         slots: hold the current record.
         fields: what is recorded, by name in the file; more may be added later.
-        value_of: returns the current value of a field; None if it has none.
+        plan: finds their values.
     """
 
-    def __init__(
-        self,
-        slots: RecordSlots,
-        fields: Mapping[str, RecordedField],
-        value_of: Callable[[RecordedField], Tensor | None],
-    ) -> None:
+    def __init__(self, slots: RecordSlots, fields: Mapping[str, RecordedField], plan: FieldPlan) -> None:
         self._slots = slots
         self._fields = fields
-        self._value_of = value_of
-        self._versions: dict[str, tuple[int, int]] = {}
+        self._plan = plan
+        self._watched: list[RecordedField] = []
+        self._values: list[Tensor] = []  # of what is watched
+        self._locals: list[Tensor] = []  # the parts of them that this process holds; they have the same versions
+        self._holders: list[tuple[Mapping[str, Any], str]] = []  # the mappings that have the values, and their keys
+        self._states: list[tuple[Tensor, Any]] = []  # the optimizer's state of each parameter
+        self._versions: list[int] = []
+        self._is_whole = False  # whether all that is recorded besides gradients is watched
+        self._count = 0  # of the fields when they were looked up
 
     def note(self) -> None:
         """Remember everything as the step has left it."""
-        self._versions = self._current()
+        if not self._is_whole or self._count != len(self._fields) or self._has_replaced_one():
+            self._look_up()
+        self._versions = [value._version for value in self._locals]
 
     def since(self) -> list[RecordedField]:
         """Return what has been written to or replaced since :meth:`note`."""
-        now = self._current()
-        return [self._fields[name] for name, version in self._versions.items() if now.get(name) != version]
+        versions = [value._version for value in self._locals]
+        if versions == self._versions and not self._has_replaced_one():
+            return []
+        before = zip(self._watched, self._values, self._versions, versions, strict=True)
+        return [field for field, value, old, new in before if self._plan.value_of(field) is not value or old != new]
 
     def record(self) -> None:
         """Write what has changed to the current record, and keep what the step had left. Key frames stay."""
@@ -50,12 +62,31 @@ class LoopChanges:
             if not field.is_keyframed:
                 self._record(field)
 
-    def _current(self) -> dict[str, tuple[int, int]]:
-        values = {name: self._value_of(field) for name, field in self._fields.items() if field.field != "grad"}
-        return {name: (id(value), local(value)._version) for name, value in values.items() if value is not None}
+    def _has_replaced_one(self) -> bool:
+        state = self._plan.optimizer.state
+        try:
+            has_same_values = all(map(is_, starmap(getitem, self._holders), self._values))
+        except KeyError:
+            return True
+        return not has_same_values or any(state.get(param) is not own for param, own in self._states)
+
+    def _look_up(self) -> None:
+        state = self._plan.optimizer.state
+        fields = [field for field in self._fields.values() if field.field != "grad"]
+        found = [(field, value) for field in fields if (value := self._plan.value_of(field)) is not None]
+        self._watched = [field for field, _ in found]
+        self._values = [value for _, value in found]
+        self._locals = [local(value) for _, value in found]
+        self._holders = [
+            ({"param": value} if field.field == "param" else state[field.of.param], field.field)
+            for field, value in found
+        ]
+        self._states = [(of.param, state[of.param]) for of in self._plan.params if of.param in state]
+        self._is_whole = len(found) == len(fields)
+        self._count = len(self._fields)
 
     def _record(self, field: RecordedField) -> None:
-        slot, value = self._slots.slot(field.name), self._value_of(field)
+        slot, value = self._slots.slot(field.name), self._plan.value_of(field)
         left_by_step = slot.clone()
         if value is None:
             slot.zero_()

@@ -118,7 +118,7 @@ class OptimizerFollower:
         self._fused = [field for field in plan.at_start if self._is_fused(field)]
         self._not_fused = [field for field in plan.at_start if field not in (*self._keyframed, *self._fused)]
         self._grads = [field for field in plan.at_start if field.field == "grad"]
-        self._changes = LoopChanges(self._slots, self.fields, self.plan.value_of)
+        self._changes = LoopChanges(self._slots, self.fields, self.plan)
         self._by_hand: list[RecordedField] = []  # what the optimizer does not record itself in this step
         self.end_fused: Callable[[], None] = lambda: None
 
@@ -209,7 +209,7 @@ class OptimizerFollower:
 
     def was_changed(self) -> bool:
         """Return whether something other than a step has changed what is recorded at key frames."""
-        return self._is_hooked and any(field.is_keyframed for field in self._changes.since())
+        return bool(self._keyframed) and self._is_hooked and any(field.is_keyframed for field in self._changes.since())
 
     @property
     def _is_hooked(self) -> bool:

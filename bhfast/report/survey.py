@@ -179,11 +179,11 @@ def survey_trace(trace: Trace, param: str | None = None) -> Survey:
     vectors, steps = found.vectors, found.steps
     groups = _groups(found)
     tokens, dim = vectors.shape[1:]
-    radius_records = _log_spaced(len(steps), MAX_SAMPLES)
+    radius_records = log_spaced(len(steps), MAX_SAMPLES)
     radii, centroid_norms = _radii(vectors, radius_records)
-    distance_records = _log_spaced(len(steps), _affordable(DISTANCE_BUDGET / (tokens**2 * dim), MAX_SAMPLES // 2))
+    distance_records = log_spaced(len(steps), _affordable(DISTANCE_BUDGET / (tokens**2 * dim), MAX_SAMPLES // 2))
     largest_distances, mean_distances = _distances(vectors, distance_records)
-    shape_records = _log_spaced(len(steps), _affordable(SPECTRUM_BUDGET / (dim**2 * (tokens + 10 * dim)), MAX_SAMPLES))
+    shape_records = log_spaced(len(steps), _affordable(SPECTRUM_BUDGET / (dim**2 * (tokens + 10 * dim)), MAX_SAMPLES))
     effective_dimensions, entropies = _shapes(vectors, shape_records)
     median_displacements, phases = _moves(vectors, groups)
     grads = found.fields.get("grad")
@@ -297,7 +297,7 @@ def _shapes(vectors: Tensor, records: Tensor) -> tuple[Tensor, Tensor]:
     return dimensions, entropies
 
 
-def _log_spaced(records: int, most: int) -> Tensor:
+def log_spaced(records: int, most: int) -> Tensor:
     """Return indices of at most ``most`` records, both ends included: all of them, or denser at the start."""
     if records <= most:
         return torch.arange(records)
