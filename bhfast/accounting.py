@@ -9,7 +9,7 @@ from bhfast.errors import TraceError
 from bhfast.ops.arithmetic import AdamCoefficients
 from bhfast.ops.checks import FIELDS
 from bhfast.trace import Trace
-from bhfast.trace.updates import STATE, Updates, why_unknown
+from bhfast.trace.updates import MOMENTS, STATE, Updates, left_by_steps, why_unknown
 
 CHUNK = 1 << 17  # values predicted at once
 FORMULAS = {"recorded": FIELDS, "float32": STATE}  # and the fields that each needs
@@ -22,7 +22,7 @@ def predicted_shares(trace: Trace, param: str, formula: str = "recorded") -> Ten
     before, and the gradient. In a trace that ``bhfast verify`` proves, all shares are 1. ``"float32"`` is the formula
     as it is usually written (Kingma and Ba, arXiv 1412.6980; weight decay as Loshchilov and Hutter, arXiv 1711.05101),
     in float32 and rounded once: it starts from the parameter before and the moments after the step, and misses the
-    roundings in between.
+    roundings in between. What the loop itself changed after a step does not count.
 
     Args:
         trace: one file.
@@ -51,18 +51,18 @@ def predicted_shares(trace: Trace, param: str, formula: str = "recorded") -> Ten
         now = slice(begin, min(begin + advance, updates.records))
         before = slice(now.start - 1, now.stop - 1)
         if formula == "float32":
-            after = tensors["exp_avg"][now], tensors["exp_avg_sq"][now]
+            after = tuple(left_by_steps(trace, updates.keys[field], now) for field in MOMENTS)
             predicted = _textbook(updates, recorded[before], after, now)
         else:
             states = [tensors[field][before].as_subclass(Tensor) for field in STATE]
             predicted = updates.next_states(states, tensors["grad"][now].as_subclass(Tensor), now)[0]
-        actual = recorded[now]
+        actual = left_by_steps(trace, updates.keys["param"], now)
         equal = (actual == predicted) | (actual.isnan() & predicted.isnan())
         shares[before] = equal.view(len(equal), rows, -1).double().mean(-1)
     return shares
 
 
-def _textbook(updates: Updates, param: Tensor, moments: tuple[Tensor, Tensor], now: slice) -> Tensor:
+def _textbook(updates: Updates, param: Tensor, moments: tuple[Tensor, ...], now: slice) -> Tensor:
     """Return parameters ``[n, ...]`` after a step each, from those before it and the moments after it."""
     ones = [1] * (param.dim() - 1)
     c = AdamCoefficients(*(x.view(-1, *ones) for x in updates.coefficients(now).unbind(-1)))

@@ -21,16 +21,10 @@ from bhfast.recording.null import NullRecorder
 from bhfast.recording.recorder import Recorder
 from bhfast.recording.selection import named_params
 from bhfast.tokens import Corpus, chosen_tokens, window_offsets
+from bhfast.trace.format import REFERENCE_NAMES
 from bhfast.version import __version__
 
-# In the trace, of the token vectors.
-TENSOR_NAMES = {
-    "param": "embeddings",
-    "grad": "grads",
-    "exp_avg": "momentum",
-    "exp_avg_sq": "variance",
-    "momentum_buffer": "momentum",
-}
+TENSOR_NAMES = REFERENCE_NAMES | {"momentum_buffer": "momentum"}
 TOKENS = "wte"  # the parameter of the token vectors
 
 

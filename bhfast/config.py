@@ -15,12 +15,13 @@ from bhfast.ops.arithmetic import ROUNDINGS
 from bhfast.start import ROUNDINGS as START_ROUNDINGS
 from bhfast.start import Start
 from bhfast.storage.base import STORAGES
+from bhfast.trace.format import REFERENCE_NAMES
 
 SCHEDULES = ("linear", "constant")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 OPTIMIZERS = ("adamw", "adam", "sgd")
 DTYPES = ("bfloat16", "float32")
-FIELDS = {"embeddings": "param", "grads": "grad", "momentum": "exp_avg", "variance": "exp_avg_sq"}  # as in the file
+FIELDS = {name: field for field, name in REFERENCE_NAMES.items()}
 
 
 def _setting(default: Any, help_text: str, **options: Any) -> Any:

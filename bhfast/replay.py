@@ -12,8 +12,8 @@ from torch import Tensor
 
 from bhfast.ops import checks, torch_adam
 from bhfast.trace import Trace
-from bhfast.trace.format import AFTER_STEP, CHANGED, KEYFRAMES
-from bhfast.trace.updates import MOMENTS, STATE, Updates, bits, differing, why_unknown
+from bhfast.trace.format import KEYFRAMES
+from bhfast.trace.updates import MOMENTS, STATE, Updates, bits, differing, left_by_steps, why_unknown
 
 CHUNK = 1 << 19  # elements replayed at once
 
@@ -83,7 +83,7 @@ def _why_not_param(trace: Trace, updates: Updates) -> str | None:
 
 
 def _changes(trace: Trace, key: str, record: int) -> bool:
-    after = _after_step(trace, key, slice(record, record + 1))[0]
+    after = left_by_steps(trace, key, slice(record, record + 1))[0]
     return not torch.equal(bits(after), bits(trace[key].as_subclass(Tensor)[record - 1]))
 
 
@@ -119,21 +119,12 @@ def _replay_param(trace: Trace, updates: Updates) -> Difference | None:
         states = [x[now.start - 1 : now.stop - 1] for x in tensors]
         values = updates.next_states(states, grads[now], now)
         found = [
-            first_difference(trace, keys[field], start, _after_step(trace, keys[field], now), value)
+            first_difference(trace, keys[field], start, left_by_steps(trace, keys[field], now), value)
             for field, value in zip(STATE, values, strict=True)
         ]
         if differences := [difference for difference in found if difference]:
             return min(reversed(differences), key=lambda difference: difference.record)  # of moments first
     return None
-
-
-def _after_step(trace: Trace, key: str, now: slice) -> Tensor:
-    """Return what steps left in a tensor, before the loop changed it: ``[n, *shape]``."""
-    recorded = trace[key].as_subclass(Tensor)[now]
-    if key + CHANGED not in trace:
-        return recorded
-    changed = trace[key + CHANGED].as_subclass(Tensor)[now]
-    return torch.where(changed.view(-1, *[1] * (recorded.dim() - 1)), trace[key + AFTER_STEP][now], recorded)
 
 
 def _replay_keyframes(trace: Trace, updates: Updates) -> Difference | None:

@@ -12,10 +12,10 @@ from torch import Tensor
 from bhfast.errors import MALFORMED, TraceError
 from bhfast.lattice import centroid, pairwise_distances, radii
 from bhfast.trace import Trace
+from bhfast.trace.format import REFERENCE_NAMES
 
 MAX_VECTORS_IN_PAIRS = 20_000  # all distances between so many take 8 s of CPU
 WINDOW = 1000  # steps whose losses are averaged
-EMBEDDINGS = {"param": "embeddings", "grad": "grads", "exp_avg": "momentum", "exp_avg_sq": "variance"}
 LOSSES = ("losses", "loss")  # names of the tensor with the loss of each step
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of vectors: those that have a lattice
 
@@ -105,8 +105,8 @@ def _params(trace: Trace) -> dict[str, dict[str, str]]:
     described = trace.optimizer.get("params")
     if described:
         return {name: dict(param["keys"]) for name, param in described.items() if param["keys"].get("param") in trace}
-    if EMBEDDINGS["param"] in trace:
-        return {EMBEDDINGS["param"]: {field: key for field, key in EMBEDDINGS.items() if key in trace}}
+    if REFERENCE_NAMES["param"] in trace:
+        return {REFERENCE_NAMES["param"]: {field: key for field, key in REFERENCE_NAMES.items() if key in trace}}
     cubes = [name for name in trace if _misfit(trace[name], DTYPES, (None, None, None)) is None]
     own = [name for name in cubes if not any(name.startswith(f"{other}.") for other in cubes)]
     return {
@@ -120,7 +120,7 @@ def _choose(trace: Trace, params: Mapping[str, Mapping[str, str]], wanted: str |
     if wanted is not None:
         found = [name for name, keys in params.items() if wanted in (name, keys["param"])]
     else:
-        found = [name for name, keys in params.items() if keys["param"] == EMBEDDINGS["param"]]
+        found = [name for name, keys in params.items() if keys["param"] == REFERENCE_NAMES["param"]]
         found = found or [name for name, keys in params.items() if len(trace[keys["param"]].shape) == 3]
     if len(found) == 1:
         return found[0]

@@ -82,3 +82,18 @@ def test_what_cannot_be_predicted(tmp_path: Path, recorded: Path) -> None:
         assert "needs every step" in reason(tmp_path / "some", "w", formula)
     with pytest.raises(ValueError, match="formula must be one of recorded, float32, got 'exact'"):
         predicted_shares(open_trace(recorded), "w", "exact")
+
+
+def test_what_the_loop_changes_does_not_count(tmp_path: Path) -> None:
+    w = nn.Parameter(torch.ones(4, 2).bfloat16())
+    optimizer = FusedAdam([w], lr=0.1)
+    with Recorder(optimizer, {"w": w}, steps=4, path=tmp_path / "t"):
+        for step in range(4):
+            w.grad = torch.randn(4, 2).bfloat16()
+            optimizer.step()
+            if step == 1:
+                with torch.no_grad():
+                    w[2] += 1
+                    optimizer.state[w]["exp_avg"].zero_()
+    assert (predicted_shares(open_trace(tmp_path / "t"), "w") == 1).all()
+    assert (predicted_shares(open_trace(tmp_path / "t"), "w", "float32") > 0).all()

@@ -51,12 +51,13 @@ ROOMS: dict[str, set[str]] = {
     "checkpoint": {"errors", "storage", "trace"},
     "summary": {"errors", "lattice", "trace"},
     "engines": {"errors", "model", "ops", "optim", "recording"},
-    "config": {"engines", "errors", "model", "ops", "start", "storage"},
+    "config": {"engines", "errors", "model", "ops", "start", "storage", "trace"},
     "experiment": {"config", "engines", "errors", "machine", "ops", "tokens", "trace"},
     "resume": {"checkpoint", "config", "engines", "errors", "experiment", "recording", "recover", "trace"},
     "progress": {"engines"},
     "assemble": {
-        *("config", "engines", "errors", "experiment", "model", "optim", "recording", "tokens", "version"),
+        *("config", "engines", "errors", "experiment", "model", "optim", "recording", "tokens", "trace"),
+        "version",
     },
     "train": {
         *("assemble", "cli", "config", "engines", "experiment", "machine", "model", "ops", "progress"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ import pytest
 import torch
 from distributed_run import CASES, Case
 from keyframe_runs import assert_same_bits
+from ranks import run_ranks
 from safetensors.torch import load_file
 from traces import flip
 
 from bhfast import compact, expand
 from bhfast.errors import StorageError, TraceError
+from bhfast.recording.recorder import Recorder
 from bhfast.recording.shards import RankPartition
 from bhfast.trace import Trace, open_trace
 from bhfast.verify import verify
@@ -72,6 +75,42 @@ def assert_same(one: Trace, other: Trace) -> None:
     for name in one:
         assert one[name].shape == other[name].shape, name
         assert torch.equal(bits(one[name]), bits(other[name])), name
+
+
+def record_with_changes(folder: Path) -> None:
+    """Train with other data on each rank; after step 2 rank 1 changes its part of a parameter, after step 5 both do."""
+    torch.distributed.init_process_group("gloo")
+    from torch.distributed.fsdp import fully_shard
+
+    rank = torch.distributed.get_rank()
+    torch.manual_seed(0)
+    model = torch.nn.Linear(6, 11).bfloat16()
+    fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    torch.manual_seed(rank)
+    with Recorder(optimizer, "*", model=model, steps=5, path=folder / "run.safetensors"):
+        for step in range(1, 6):
+            model(torch.randn(4, 6).bfloat16()).float().square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if step == 5 or (step == 2 and rank == 1):
+                with torch.no_grad():
+                    model.weight.to_local().mul_(0.5)
+            torch.save(model.weight.to_local().clone(), folder / f"weight.{step}.{rank}")
+
+
+@needs_shards
+def test_each_file_says_what_the_loop_changed_in_its_part(tmp_path: Path) -> None:
+    run_ranks(partial(record_with_changes, tmp_path), tmp_path)
+    index = tmp_path / "run.safetensors.index.json"
+    trace = open_trace(index)
+    assert not [name for name in trace if "changed" in name or "after_step" in name]  # one part is not the whole
+    wanted = [torch.cat([torch.load(tmp_path / f"weight.{step}.{rank}") for rank in (0, 1)]) for step in range(1, 6)]
+    assert_same_bits(trace["weight"][1:], torch.stack(wanted))
+    parts = [open_trace(tmp_path / f"run-0000{number}-of-00002.safetensors") for number in (1, 2)]
+    assert [part["weight.changed"].nonzero().flatten().tolist() for part in parts] == [[5], [2, 5]]
+    found = verify(index)
+    assert (found.status, found.replayed) == (0, 5), found
 
 
 @pytest.mark.parametrize("name", ["ddp", "ddp-stream"])

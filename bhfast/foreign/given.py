@@ -13,11 +13,12 @@ from torch import Tensor
 
 from bhfast.errors import ConfigError, TraceError
 from bhfast.foreign.clipping import inferred_clip_coefs
-from bhfast.foreign.importing import IMPORTED, KEYS
+from bhfast.foreign.importing import IMPORTED
 from bhfast.ops import arithmetic, torch_adam
 from bhfast.ops.checks import FIELDS
 from bhfast.replay import CHUNK, Difference, first_difference, replay, why_not
 from bhfast.trace import Trace
+from bhfast.trace.format import REFERENCE_NAMES
 from bhfast.trace.updates import MOMENTS, STATE, Updates, why_unknown
 
 OPTIMIZERS = ("adam", "adamw")
@@ -125,7 +126,7 @@ def replay_given(trace: Trace, settings: GivenSettings) -> GivenReplay:
 def _params(trace: Trace) -> dict[str, dict[str, str]]:
     """Return the names of the tensors of each parameter, by field: those of the reference run, or ``NAME.grad``."""
     if "embeddings" in trace:
-        return {"embeddings": {field: key for field, key in KEYS.items() if key in trace}}
+        return {"embeddings": {field: key for field, key in REFERENCE_NAMES.items() if key in trace}}
     endings = {"param": "", "grad": ".grad", "exp_avg": ".exp_avg", "exp_avg_sq": ".exp_avg_sq"}
     names = [name for name in trace if f"{name}.grad" in trace]
     return {name: {field: name + end for field, end in endings.items() if name + end in trace} for name in names}

@@ -29,13 +29,11 @@ from bhfast.errors import ConfigError, TraceError
 from bhfast.foreign.conversion import converted
 from bhfast.foreign.names import USUAL, map_names, parse_keys
 from bhfast.foreign.sources import Source, open_source
-from bhfast.ops.checks import FIELDS
 from bhfast.storage.output import OutputFile
 from bhfast.storage.whole import write_trace
-from bhfast.trace.format import FORMAT, FORMAT_VERSION, PADDING, format_bytes
+from bhfast.trace.format import FORMAT, FORMAT_VERSION, PADDING, REFERENCE_NAMES, format_bytes
 
 IMPORTED = "imported"  # key of the metadata
-KEYS = dict(zip(FIELDS, ("embeddings", "grads", "momentum", "variance"), strict=True))
 
 
 @dataclass(frozen=True)
@@ -163,7 +161,7 @@ def _metadata(source: Source, names: Mapping[str, str], tensors: Mapping[str, An
             "embeddings": {
                 "group": 0,
                 "steps_done": int(tensors["recorded_steps"][0]),
-                "keys": {field: key for field, key in KEYS.items() if key in tensors},
+                "keys": {field: key for field, key in REFERENCE_NAMES.items() if key in tensors},
             }
         },
     }

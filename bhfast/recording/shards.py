@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from bhfast.errors import BhfastError, ConfigError, StorageError
 from bhfast.recording.fields import RecordedField, RecordedParam, local
 from bhfast.storage.convert import file_names, write_index
+from bhfast.trace.format import AFTER_STEP, CHANGED
 from bhfast.trace.sharded import INDEX_SUFFIX
 
 
@@ -102,9 +103,13 @@ class RankPartition:
             if part["file"] == self.path.name
         }
         shard: dict[str, Any] = {"index": self.index.name, "tensors": own}
-        if self.rank > 0 and (unlisted := sorted(set(names) - own.keys())):
+        if unlisted := sorted(name for name in set(names) - own.keys() if self.rank > 0 or self._is_of_part(name)):
             shard["unlisted"] = unlisted
         return {"shard": json.dumps(shard)}
+
+    def _is_of_part(self, name: str) -> bool:
+        """Whether a tensor says what a loop changed in this process's part of another: each file has its own."""
+        return name not in self._parts and name.removesuffix(CHANGED).removesuffix(AFTER_STEP) in self._parts
 
     @contextmanager
     def agreement(self) -> Iterator[None]:
@@ -145,7 +150,7 @@ class RankPartition:
         if self.index is None:
             return path
         if self.rank == 0:
-            weight_map = {name: self.path.name for name in names} | {
+            weight_map = {name: self.path.name for name in names if not self._is_of_part(name)} | {
                 key: parts[0]["file"] for key, parts in self._parts.items()
             }
             for parts in self._parts.values():

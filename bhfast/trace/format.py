@@ -37,6 +37,8 @@ PADDING = "_padding."
 KEYFRAMES = ".keyframes"  # ends the name of a tensor recorded at key frames only
 KEYFRAME_STEPS = "keyframe_steps"
 CHANGED = ".changed"  # ends the name of the flags of records that the loop itself changed after the step
+# What `bhfast train` calls the tensors of the token vectors, by field.
+REFERENCE_NAMES = {"param": "embeddings", "grad": "grads", "exp_avg": "momentum", "exp_avg_sq": "variance"}
 AFTER_STEP = ".after_step"  # ends the name of what the step had left in these records
 
 DTYPES = {

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bhfast.ops import arithmetic, kernels, torch_adam
+from bhfast.trace.format import AFTER_STEP, CHANGED
 from bhfast.trace.reader import Trace
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -62,6 +63,24 @@ def differing(one: Tensor, other: Tensor) -> Tensor:
     Two NaN are equal, as the payload of a NaN depends on the instruction that made it.
     """
     return (bits(one) != bits(other)) & ~(one.isnan() & other.isnan())
+
+
+def left_by_steps(trace: Trace, name: str, now: slice) -> Tensor:
+    """Return what steps left in a tensor, before the loop itself changed it.
+
+    Args:
+        trace: one file.
+        name: of the tensor, ``[R, ...]``.
+        now: the records of the steps.
+
+    Returns:
+        ``[n, ...]``.
+    """
+    recorded = trace[name][now].as_subclass(Tensor)
+    if name + CHANGED not in trace:
+        return recorded
+    changed = trace[name + CHANGED].as_subclass(Tensor)[now]
+    return torch.where(changed.view(-1, *[1] * (recorded.dim() - 1)), trace[name + AFTER_STEP][now], recorded)
 
 
 class Updates:

@@ -21,7 +21,7 @@ inline void sum_over_positions(const Network& net, double (&sums)[kLanes], Value
 // Log this thread's share of the dimensions, if the step is recorded.
 inline void log_hidden_statistics(const Pass& pass, const TrainingRun& run, int64_t step) {
   const Network& net = pass.net;
-  if (!run.hidden_means.ring && !run.hidden_vars.ring) return;
+  if (step % run.every || (!run.hidden_means.ring && !run.hidden_vars.ring)) return;
   const int64_t width = net.shape.hidden, positions = net.shape.windows * net.shape.context;
   const auto write = [&](const Log<float>& log, int64_t c, const double (&sums)[kLanes]) {
     const int64_t slot = log.ring ? slot_of(step, run.every, log.slots) : -1;

@@ -13,8 +13,7 @@ constexpr int kWarps = 8;  // in a block: with more, a thread has too few regist
 constexpr int kThreads = kWarps * kWarp;
 
 // A matrix of bfloat16 [rows][width]. In the workspace it has all rows; in shared memory each block has its own blocks
-// of kRowBlock rows: of C blocks of threads, number b % C has
-// block b, as its own number b / C.
+// of kRowBlock rows: of C blocks of threads, number b % C has block b, as its own number b / C.
 struct alignas(16) Matrix {
   int64_t offset;  // in bytes
   int32_t stride;  // elements from one row to the next

@@ -28,7 +28,7 @@ __device__ void sum_over_positions(const Pass<kClustered>& pass, int column, dou
 template <bool kClustered>
 __device__ void log_hidden_statistics(const Pass<kClustered>& pass, int64_t step) {
   const Run& run = pass.run;
-  if (!run.hidden_means.ring && !run.hidden_vars.ring) return;
+  if (step % run.every || (!run.hidden_means.ring && !run.hidden_vars.ring)) return;
   const int64_t positions = int64_t{run.windows} * run.context;
   pass.each_of_cluster((run.hidden + 2 * kWarp - 1) / (2 * kWarp), 0, [&](int64_t i) {
     const int column = 2 * (static_cast<int>(i) * kWarp + pass.lane);
