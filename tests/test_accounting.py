@@ -85,15 +85,15 @@ def test_what_cannot_be_predicted(tmp_path: Path, recorded: Path) -> None:
 
 
 def test_what_the_loop_changes_does_not_count(tmp_path: Path) -> None:
-    w = nn.Parameter(torch.ones(4, 2).bfloat16())
-    optimizer = FusedAdam([w], lr=0.1)
+    w = nn.Parameter(torch.ones(4, 64).bfloat16())
+    optimizer = FusedAdam([w], lr=1e-3)
     with Recorder(optimizer, {"w": w}, steps=4, path=tmp_path / "t"):
         for step in range(4):
-            w.grad = torch.randn(4, 2).bfloat16()
+            w.grad = torch.randn(4, 64).bfloat16()
             optimizer.step()
             if step == 1:
                 with torch.no_grad():
                     w[2] += 1
                     optimizer.state[w]["exp_avg"].zero_()
     assert (predicted_shares(open_trace(tmp_path / "t"), "w") == 1).all()
-    assert (predicted_shares(open_trace(tmp_path / "t"), "w", "float32") > 0).all()
+    assert (predicted_shares(open_trace(tmp_path / "t"), "w", "float32") > 0.5).all()
