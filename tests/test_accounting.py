@@ -85,7 +85,7 @@ def test_what_cannot_be_predicted(tmp_path: Path, recorded: Path) -> None:
 
 
 def test_what_the_loop_changes_does_not_count(tmp_path: Path) -> None:
-    w = nn.Parameter(torch.ones(4, 64).bfloat16())
+    w = nn.Parameter(torch.full((4, 64), 0.1).bfloat16())
     optimizer = FusedAdam([w], lr=1e-3)
     with Recorder(optimizer, {"w": w}, steps=4, path=tmp_path / "t"):
         for step in range(4):
