@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib
+import itertools
 import json
+import os
+import signal
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +31,7 @@ from bhfast.errors import BhfastError, ConfigError, StorageError, TraceError
 from bhfast.foreign import importing
 from bhfast.foreign.conversion import converted
 from bhfast.foreign.importing import import_recording
+from bhfast.recover import recover
 from bhfast.report import program as report
 from bhfast.trace import open_trace
 from bhfast.verify import verify
@@ -297,3 +304,71 @@ def test_damaged_files_give_a_trace_or_a_line(
     else:
         event("a trace")
         assert not [*open_trace(out).damage()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad luck: the trace of before stays, and nothing else is left
+
+
+def trouble_at(number: int, work: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """From its call ``number`` on, let each call that writes the trace, syncs or renames it do ``work`` instead."""
+    calls = itertools.count()
+
+    def troubled(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            if next(calls) >= number:
+                work()
+            return real(*arguments)
+
+        return call
+
+    for name in ("pwrite", "fsync", "ftruncate", "replace"):
+        monkeypatch.setattr(os, name, troubled(getattr(os, name)))
+
+
+@pytest.fixture
+def old_and_new(tmp_path: Path) -> tuple[Path, Path, bytes]:
+    """A recording, the trace of another one, and that trace's bytes."""
+    save_file(recording(3), tmp_path / "other")
+    import_recording(tmp_path / "other", tmp_path / "trace")
+    (tmp_path / "other").unlink()
+    save_file(recording(), tmp_path / "old")
+    return tmp_path / "old", tmp_path / "trace", (tmp_path / "trace").read_bytes()
+
+
+def test_a_disk_that_fails_leaves_the_earlier_trace(old_and_new, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new, before = old_and_new
+
+    def fail() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for number in itertools.count():
+        with monkeypatch.context() as patch, suppress(StorageError):
+            trouble_at(number, fail, patch)
+            import_recording(old, new, overwrite=True)
+            break
+        assert new.read_bytes() == before
+        left = {path.name for path in new.parent.iterdir()} - {"old", "trace"}
+        assert left <= {"trace.partial"}
+        if left:  # it was complete, but for its name
+            recover(new.with_name("trace.partial"), replace=True)
+            break
+    assert number > len(recording())
+    assert_has(new, recording())
+
+
+def test_an_import_that_is_killed_leaves_the_earlier_trace(old_and_new, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new, before = old_and_new
+    for number in range(0, 2 * len(recording()), 5):
+
+        def killed(number: int = number) -> None:
+            trouble_at(number, lambda: os.kill(os.getpid(), signal.SIGKILL), monkeypatch)
+            import_recording(old, new, overwrite=True)
+
+        if status_of(fork(killed)) == 0:
+            break
+        assert new.read_bytes() == before
+    assert number > len(recording())
+    import_recording(old, new, overwrite=True)
+    assert_has(new, recording())
+    assert {path.name for path in new.parent.iterdir()} == {"old", "trace"}
