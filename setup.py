@@ -26,6 +26,7 @@ SOURCES = [
     "csrc/python_run.cpp",
     "csrc/cpu/operations.cpp",
     "csrc/cuda/resident/plan.cpp",
+    "csrc/instruction_sets/amx.cpp",
     "csrc/instruction_sets/avx2.cpp",
     "csrc/instruction_sets/avx512.cpp",
     "csrc/instruction_sets/avx512bf16.cpp",

@@ -104,7 +104,7 @@ def _with_signature(name: str, operation: Callable[..., object]) -> Callable[...
 
 KERNELS = [
     *[("torch", device) for device in ("cpu", "cuda", "mps")],
-    *[(instructions, "cpu") for instructions in ("portable", "avx2", "avx512", "avx512bf16")],
+    *[(instructions, "cpu") for instructions in ("portable", "avx2", "avx512", "avx512bf16", "amx")],
     ("compiled", "cuda"),
     ("cuda-on", "cpu"),
 ]

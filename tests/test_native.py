@@ -40,7 +40,7 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(params=["avx512bf16", "avx512", "avx2", "portable"])
+@pytest.fixture(params=["amx", "avx512bf16", "avx512", "avx2", "portable"])
 def instruction_set(request: pytest.FixtureRequest) -> str:
     if request.param not in extension.native_instruction_sets():
         pytest.skip(f"this machine has no {request.param}")

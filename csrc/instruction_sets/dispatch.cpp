@@ -8,6 +8,9 @@ namespace {
 std::vector<const InstructionSet*> supported() {
   std::vector<const InstructionSet*> sets;
   for (const InstructionSet* set : {
+#if defined(__x86_64__) && defined(__linux__)
+           &amx_set,
+#endif
 #ifdef __x86_64__
            &avx512bf16_set, &avx512_set, &avx2_set,
 #endif

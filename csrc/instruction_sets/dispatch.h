@@ -45,7 +45,7 @@ struct InstructionSet {
 };
 
 #ifdef __x86_64__
-extern const InstructionSet avx512bf16_set, avx512_set, avx2_set;
+extern const InstructionSet amx_set, avx512bf16_set, avx512_set, avx2_set;
 #endif
 extern const InstructionSet portable_set;
 

@@ -18,6 +18,9 @@ class Step final : public TrainingStep {
   // Threads share the rows, then the parameters. They synchronize where one reads what another has written.
   void run(Worker& worker, int64_t step) override {
     worker.timer.start();
+#ifdef BHFAST_TILES
+    const TileScope tiles;
+#endif
     const Pass pass{net_, worker, scratch_[worker.index]};
     const bool is_first = worker.index == 0;
 
