@@ -30,7 +30,7 @@ constexpr float kGeluScale = 2 * 0.7978845608f, kGeluCubic = 0.044715f;
 
 BHFAST_INLINE f32 gelu_sigmoid(f32 x) {
   const f32 two_u = x * kGeluScale * fma(x * x, splat(kGeluCubic), splat(1.0f));
-  return 1 / (1 + exp(-two_u));
+  return inverse(1 + exp(-two_u));
 }
 
 inline void gelu(const Matrix& x, const Matrix& to) {

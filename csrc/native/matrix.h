@@ -67,8 +67,8 @@ BHFAST_INLINE void fill_block(const Matrix& to, int64_t width, Value value) {
 BHFAST_INLINE void pack_pairs(const bfloat16* const (&rows)[kRowBlock], int64_t width, const Matrix& to) {
   for (int i = 0; i < kRowBlock; i += 2) {
     for (int64_t c = 0; c < width; c += kLanes) {
-      const u32 first = __builtin_convertvector(load_as<u16>(rows[i] + c), u32);
-      const u32 second = __builtin_convertvector(load_as<u16>(rows[i + 1] + c), u32);
+      const u32 first = widened(load_as<u16>(rows[i] + c));
+      const u32 second = widened(load_as<u16>(rows[i + 1] + c));
       store(to.pair(i, c), first | second << 16);
     }
   }

@@ -42,6 +42,40 @@ BHFAST_INLINE f32 dot(f32 sum, u32 a, u32 b) {
 #endif
 }
 
+// GCC converts half a vector at a time.
+BHFAST_INLINE u32 widened(u16 v) {
+#if BHFAST_LANES == 16
+  return (u32)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)v);
+#else
+  return __builtin_convertvector(v, u32);
+#endif
+}
+
+BHFAST_INLINE u16 narrowed(u32 v) {
+#if BHFAST_LANES == 16
+  return (u16)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)v);
+#else
+  return __builtin_convertvector(v, u16);
+#endif
+}
+
+// The second one if either is NaN.
+BHFAST_INLINE f32 max(f32 a, f32 b) {
+#if BHFAST_LANES == 16
+  return _mm512_maskz_max_ps(0xffff, a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+BHFAST_INLINE f32 min(f32 a, f32 b) {
+#if BHFAST_LANES == 16
+  return _mm512_maskz_min_ps(0xffff, a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
 // -------------------------------------------------------------------------------------------------------------------
 // Memory
 
@@ -54,7 +88,7 @@ BHFAST_INLINE Vector load_as(const T* from) {
 
 BHFAST_INLINE f32 load(const float* from) { return load_as<f32>(from); }
 BHFAST_INLINE u32 load(const uint32_t* from) { return load_as<u32>(from); }
-BHFAST_INLINE f32 load(const bfloat16* from) { return (f32)(__builtin_convertvector(load_as<u16>(from), u32) << 16); }
+BHFAST_INLINE f32 load(const bfloat16* from) { return (f32)(widened(load_as<u16>(from)) << 16); }
 
 BHFAST_INLINE void store(float* to, f32 v) { __builtin_memcpy(to, &v, sizeof v); }
 BHFAST_INLINE void store(uint32_t* to, u32 v) { __builtin_memcpy(to, &v, sizeof v); }
@@ -73,19 +107,41 @@ BHFAST_INLINE u32 rounded_bits(f32 x) {
 
 BHFAST_INLINE f32 rounded(f32 x) { return (f32)(rounded_bits(x) & 0xffff0000); }
 
-BHFAST_INLINE void store(bfloat16* to, f32 x) {
-  const u16 v = __builtin_convertvector(rounded_bits(x) >> 16, u16);
-  __builtin_memcpy(to, &v, sizeof v);
+#ifdef BHFAST_BFLOAT16_DOT
+
+// These instructions make zeros of results below the smallest normal number, as dot() does of its factors.
+BHFAST_INLINE u16 to_bfloat16(f32 x) { return (u16)_mm512_cvtneps_pbh(x); }
+
+// Both vectors, one after the other.
+BHFAST_INLINE u32 to_bfloat16(f32 first, f32 second) { return (u32)_mm512_cvtne2ps_pbh(second, first); }
+
+// Pairs of the values of both.
+BHFAST_INLINE u32 interleaved(u32 both) {
+  typedef uint16_t twice __attribute__((vector_size(4 * kLanes)));
+  twice index;
+  for (int i = 0; i < 2 * kLanes; ++i) index[i] = i / 2 + i % 2 * kLanes;
+  return (u32)__builtin_shuffle((twice)both, index);
 }
+
+BHFAST_INLINE u32 pack(f32 first, f32 second) { return interleaved(to_bfloat16(first, second)); }
+
+#else
+
+BHFAST_INLINE u16 to_bfloat16(f32 x) { return narrowed(rounded_bits(x) >> 16); }
 
 BHFAST_INLINE u32 pack(f32 first, f32 second) {
   return (rounded_bits(first) >> 16) | (rounded_bits(second) & 0xffff0000);
 }
 
+#endif
+
+BHFAST_INLINE void store(bfloat16* to, f32 x) {
+  const u16 v = to_bfloat16(x);
+  __builtin_memcpy(to, &v, sizeof v);
+}
+
 // -------------------------------------------------------------------------------------------------------------------
 // Functions
-
-BHFAST_INLINE f32 max(f32 a, f32 b) { return a > b ? a : b; }
 
 // Lane i of the result is lane i ^ distance of v.
 template <int kDistance, class Vector>
@@ -109,12 +165,22 @@ BHFAST_INLINE float reduce_max(f32 v) {
   return v[0];
 }
 
+// 1 / x for a normal x whose inverse is normal, within an ulp.
+BHFAST_INLINE f32 inverse(f32 x) {
+#if BHFAST_LANES == 16
+  const f32 estimate = _mm512_maskz_rcp14_ps(0xffff, x);
+  return fma(estimate, fma(-x, estimate, splat(1.0f)), estimate);  // a step of Newton's method
+#else
+  return 1 / x;
+#endif
+}
+
 // e^x, within two ulp. It is 0 where the exact result is below the smallest normal number.
 BHFAST_INLINE f32 exp(f32 x) {
   const float lowest = -87.336544f, highest = 88.37f;
-  const f32 clamped = x < lowest ? splat(lowest) : x > highest ? splat(highest) : x;  // NaN stays NaN
-  const float shift = 0x1.8p23f;                                                      // adding it rounds to an integer
-  const f32 shifted = fma(clamped, splat(0x1.715476p0f), splat(shift));               // x / ln 2
+  const f32 clamped = min(splat(highest), max(splat(lowest), x));        // NaN stays NaN
+  const float shift = 0x1.8p23f;                                         // adding it rounds to an integer
+  const f32 shifted = fma(clamped, splat(0x1.715476p0f), splat(shift));  // x / ln 2
   const f32 n = shifted - shift;
   f32 r = fma(n, splat(-0x1.62e400p-1f), clamped);  // minus n * ln 2, in two parts
   r = fma(n, splat(-0x1.7f7d1cp-20f), r);
