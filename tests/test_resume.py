@@ -42,11 +42,12 @@ def bursts_of_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def settings(tmp_path: Path, text: str) -> TrainConfig:
     out = str(tmp_path / "t.safetensors")
-    return TrainConfig(**SMALL, corpus=text, out=out, checkpoint_every=EVERY, storage="stream", engine="torch")
+    return TrainConfig(**SMALL, corpus=text, out=out, checkpoint_every=EVERY, storage="stream", engine="auto")
 
 
 @pytest.fixture
 def interrupted(settings: TrainConfig) -> TrainConfig:
+    settings = replace(settings, engine="torch")
     train(settings, progress=interrupting(12))
     return settings
 
