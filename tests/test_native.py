@@ -140,6 +140,16 @@ def test_nan_goes_where_it_goes_in_the_torch_engine(instruction_set: str) -> Non
         assert engine.training_run.model.wte.weight.grad.isnan().all()
 
 
+def test_products_of_torch_in_the_same_thread_stay_right(instruction_set: str) -> None:
+    """Both may use the same registers, which torch configures only if they are not as it left them."""
+    one, other = torch.randn(2, 512, 512, generator=torch.Generator().manual_seed(0)).bfloat16()
+    wanted = one @ other
+    engine = NativeEngine(make_run(steps=2), threads=1, instruction_set=instruction_set)
+    for _ in range(2):
+        engine.run(1)
+        assert torch.equal(one @ other, wanted)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Bits
 

@@ -15,24 +15,30 @@ constexpr int kTileSums = 4;    // tiles 0 to 3
 // Tiles of factors. A half has half the pairs.
 constexpr int kLeftTile = 4, kRightTile = 5, kLeftHalf = 6, kRightHalf = 7;
 
-// This thread may use tiles while one of these exists.
+// This thread may use tiles while one of these exists. Whoever used them before finds them configured as they were.
 class TileScope {
  public:
   TileScope() {
-    struct alignas(64) Configuration {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {};
-      uint8_t rows[16] = {};
-    } configuration;
+    asm volatile("sttilecfg %0" : "=m"(before_));
+    Configuration own;
+    own.palette = 1;
     for (int tile = 0; tile < 8; ++tile) {
-      configuration.row_bytes[tile] = tile == kLeftHalf ? kTileBytes / 2 : kTileBytes;
-      configuration.rows[tile] = tile == kRightHalf ? kTileRows / 2 : kTileRows;
+      own.row_bytes[tile] = tile == kLeftHalf ? kTileBytes / 2 : kTileBytes;
+      own.rows[tile] = tile == kRightHalf ? kTileRows / 2 : kTileRows;
     }
-    asm volatile("ldtilecfg %0" : : "m"(configuration));
+    asm volatile("ldtilecfg %0" : : "m"(own));
   }
-  ~TileScope() { asm volatile("tilerelease"); }
+  ~TileScope() { asm volatile("ldtilecfg %0" : : "m"(before_)); }
   TileScope(const TileScope&) = delete;
   TileScope& operator=(const TileScope&) = delete;
+
+ private:
+  struct alignas(64) Configuration {
+    uint8_t palette = 0, start_row = 0, reserved[14] = {};  // palette 0: no tiles
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+  };
+  Configuration before_;
 };
 
 template <int kTile>
