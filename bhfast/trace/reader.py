@@ -116,7 +116,7 @@ class Trace(Mapping[str, Any]):
 
     @property
     def steps(self) -> Tensor:
-        """The recorded steps: int64 ``[R]``."""
+        """The recorded steps, int64 ``[R]``."""
         return self["recorded_steps"][:]
 
     def header_is_intact(self) -> bool | None:
