@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from pathlib import Path
 
 from sphinx.application import Sphinx
+from sphinx.ext.autodoc.mock import MockFinder
 
 from bhfast.__main__ import PROGRAMS
 from bhfast.version import __version__
+
+sys.meta_path.insert(0, MockFinder(["lightning", "transformers"]))  # which take seconds, and need not be installed
 
 HERE = Path(__file__).parent
 PAGES = {  # which show a file that lies elsewhere
@@ -25,6 +29,7 @@ PROGRAM = """
    :func: main
    :hook:
    :prog: bhfast {0}
+   :title: bhfast {0}
 ```
 """
 
@@ -40,7 +45,6 @@ napoleon_use_ivar = True
 napoleon_use_rtype = False  # what a function returns begins with dtype and shape rather than a class
 
 autodoc_member_order = "bysource"
-autodoc_mock_imports = ["lightning", "transformers"]  # their callbacks are base classes, which take seconds to import
 autodoc_typehints_format = "short"
 maximum_signature_line_length = 100
 
