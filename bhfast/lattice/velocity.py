@@ -36,8 +36,8 @@ class Temperatures(NamedTuple):
     Attributes:
         total: the mean over tokens of ``|v|²``.
         bulk: ``|mean over tokens of v|²``, of the motion of all tokens together.
-        thermal: the mean over tokens of ``|v - mean v|²``, summed over dimensions. :func:`bhfast.lattice.temperature` is
-            its mean over the D dimensions: thermal / D.
+        thermal: the mean over tokens of ``|v - mean v|²``, summed over dimensions. :func:`bhfast.lattice.temperature`
+            is its mean over the D dimensions: thermal / D.
     """
 
     total: Tensor
