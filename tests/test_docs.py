@@ -21,6 +21,7 @@ from ranks import run_ranks
 from test_sweep import work_here
 from torch import Tensor, nn
 
+import bhfast
 import bhfast.__main__ as console
 import bhfast.train
 from bhfast import tokens
@@ -246,6 +247,13 @@ def test_no_code_is_hidden_from_these_tests() -> None:
         rest = FENCE.sub("", document.read_text())
         assert "```" not in rest, document
         assert not re.search(r"\n\n    (?!\S*[-*\d])", rest), document
+
+
+@needs_documents
+def test_every_public_name_is_in_the_reference() -> None:
+    named = re.findall(r"auto\w+:: ([\w.]+)", (ROOT / "docs" / "reference" / "python.md").read_text())
+    for name in {*bhfast.__all__} - {"__version__"}:
+        assert {f"bhfast.{name}", f"bhfast.{name}.{name}"} & {*named}, name
 
 
 @needs_documents
