@@ -54,7 +54,7 @@ check: packages
 
 docs: packages
 	@$(PY) -c 'import furo, myst_parser, sphinx_argparse_cli' || BHFAST_BUILD=none $(PY) -m pip install --no-build-isolation --editable '.[docs]'
-	$(PY) -m sphinx --quiet --fail-on-warning --nitpicky --builder html docs build/docs
+	$(PY) -m sphinx --quiet --fresh-env --fail-on-warning docs build/docs
 
 # A copy of the tree in build/$(1), so that the extension in use stays as it is.
 define copy
