@@ -72,7 +72,7 @@ def of_readme(run: TrainResult) -> dict[str, Any]:
     return {"model": Model(), "batches": torch.randint(8, (3, 16))}
 
 
-def of_lattice(run: TrainResult) -> None:
+def with_a_run(run: TrainResult) -> None:
     os.symlink(run.path, "run.safetensors")
 
 
@@ -106,7 +106,7 @@ def of_other_recordings(run: TrainResult) -> None:
 
 BEFORE: dict[str, Callable[[TrainResult], dict[str, Any] | None]] = {  # makes files; returns what else a page names
     "README": of_readme,
-    "docs/lattice": of_lattice,
+    "docs/lattice": with_a_run,
     "docs/how-to/experiments": of_experiments,
     "docs/how-to/other-recordings": of_other_recordings,
     "docs/how-to/two-traces": of_two_traces,
