@@ -3,6 +3,7 @@
 # make soak       the long tests: random kills, much fuzzing, and all that the sanitizers can see
 # make bench      set up and measure
 # make check      format, lint, types
+# make docs       build the documentation site in build/docs; warnings are errors
 # make cuda       compile and link the CUDA kernels; needs nvcc, but no GPU
 # make compat TORCH=2.11.0   build and test against another torch, in an environment of its own under build/
 # make sanitize   run the tests of the C++ code under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
@@ -28,7 +29,7 @@ endif
 # The same from another folder.
 PY_HERE := $(if $(findstring /,$(PY)),$(abspath $(PY)),$(PY))
 
-.PHONY: run test soak bench check cuda sanitize sanitize-address sanitize-threads compat setup packages
+.PHONY: run test soak bench check docs cuda sanitize sanitize-address sanitize-threads compat setup packages
 
 run: setup
 	$(PY) -m bhfast.train --sigma 0 $(ARGS)
@@ -50,6 +51,10 @@ check: packages
 	$(PY) -m mypy
 	$(PY) -c 'import clang_format; clang_format.clang_format()' --dry-run -Werror $(filter %.h %.cpp %.cu,$(SOURCES)) \
 	    $(wildcard $(addprefix tests/cuda_on_cpu/,*.cpp *.cu *.h include/*.h))
+
+docs: packages
+	@$(PY) -c 'import furo, myst_parser, sphinx_argparse_cli' || BHFAST_BUILD=none $(PY) -m pip install --no-build-isolation --editable '.[docs]'
+	$(PY) -m sphinx --quiet --fresh-env --fail-on-warning docs build/docs
 
 # A copy of the tree in build/$(1), so that the extension in use stays as it is.
 define copy

@@ -21,7 +21,7 @@ ALIGNMENT = 16  # bytes; kAccessBytes in csrc/cuda/launch.h
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """AdamW with arithmetic specified to the bit (see :mod:`bhfast.ops.kernels`); updates all parameters in one pass.
+    """AdamW specified to the bit, see :func:`bhfast.ops.arithmetic.adam`; updates all parameters in one pass.
 
     ``state_dict`` is interchangeable with ``torch.optim.AdamW``'s in both directions, with ``exp_avg`` and
     ``exp_avg_sq`` in the parameter's dtype. (Loading float32 moments for bfloat16 parameters rounds them:

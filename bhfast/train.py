@@ -102,8 +102,8 @@ def resume(
     Args:
         trace: where the run recorded; its checkpoint is beside it.
         progress: see :func:`train`.
-        settings: fields of :class:`TrainConfig`. Only ``checkpoint_every``, ``quiet`` and ``storage`` may change, the
-            path of the corpus, and ``steps``, which may be larger if the learning rate is constant.
+        settings: fields of :class:`bhfast.TrainConfig`. Only ``checkpoint_every``, ``quiet`` and ``storage`` may
+            change, the path of the corpus, and ``steps``, which may be larger if the learning rate is constant.
 
     Raises:
         BhfastError: there is nothing to go on from, or a setting is not as it was; nothing was lost.

@@ -29,7 +29,8 @@ class Place:
     Attributes:
         step: None for a tensor that a trace has once.
         index: of the element within the record; the first number is the row of the parameter.
-        a, b: the values with their bits, as text.
+        a: the value with its bits, as text.
+        b: the same of the other trace.
     """
 
     step: int | None
@@ -90,7 +91,8 @@ class Diff:
     """How two traces differ.
 
     Attributes:
-        a, b: the traces.
+        a: one trace.
+        b: the other one.
         pairs: what they have in common.
         tensors: those that both have.
         settings: metadata that differ: the text in A and in B, None where there is none.

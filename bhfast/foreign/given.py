@@ -35,7 +35,9 @@ class GivenSettings:
         lr: the learning rate of the first step; None if the trace has ``learning_rates``.
         lr_schedule: ``constant``, or ``linear``: step k uses ``lr * (steps - k + 1) / steps``.
         steps: in the whole run; for the linear schedule.
-        betas, eps, weight_decay: as for ``torch.optim.AdamW``.
+        betas: as for ``torch.optim.AdamW``, like the next two.
+        eps: added to the denominator.
+        weight_decay: decoupled.
         rounding: of ``ROUNDINGS``; None: ``per-op``, which is torch's own in bfloat16 on a CPU.
         max_grad_norm: at which gradients were clipped after they were recorded; None if they were not.
 

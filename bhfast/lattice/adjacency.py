@@ -80,7 +80,7 @@ class Cells(NamedTuple):
 
     @property
     def black_holes(self) -> Tensor:
-        """The points with more than one vector, the most crowded first: int64 ``[H]``."""
+        """The points with more than one vector, the most crowded first, as int64 ``[H]``."""
         order = self.multiplicity.argsort(descending=True, stable=True)
         return order[self.multiplicity[order] > 1]
 

@@ -32,7 +32,7 @@ def ulp(x: Tensor) -> Tensor:
         x: bfloat16, float16 or float32, any shape.
 
     Returns:
-        float64 of the same shape. For zero and subnormal numbers, the smallest subnormal number: 2^-133 for bfloat16,
+        float64 of the same shape. For zero and subnormal numbers, the smallest subnormal number, 2^-133 for bfloat16,
         2^-24 for float16, 2^-149 for float32. For infinities and NaN, NaN.
 
     Raises:
@@ -66,8 +66,8 @@ def coordinate(x: Tensor) -> Tensor:
         x: bfloat16, float16 or float32, any shape.
 
     Returns:
-        int16, for float32 int32, of the same shape: 0 for both zeros, the largest of the finite magnitudes plus one for
-        infinities, a larger magnitude for NaN. The difference of two coordinates may not fit into this dtype.
+        int16, for float32 int32, of the same shape. It is 0 for both zeros, one more than the largest finite magnitude
+        for infinities, a larger magnitude for NaN. The difference of two coordinates may not fit into this dtype.
 
     Raises:
         TypeError: ``x`` has another dtype.

@@ -29,7 +29,7 @@ class Path(NamedTuple):
 
     @property
     def efficiency(self) -> Tensor:
-        """The share displacement / length: 1 for a straight path, NaN for a token that never moved; float64 ``[V]``.
+        """The share ``displacement / length``, 1 for a straight path, NaN if a token never moved; float64 ``[V]``.
 
         Also called straightness index (Batschelet, Circular Statistics in Biology, 1981).
         """
@@ -51,7 +51,7 @@ def path(records: Tensor) -> Path:
 
 
 def mean_squared_displacement(records: Tensor, lags: Sequence[int]) -> Tensor:
-    """Return the mean over records t of |x(t + lag) - x(t)|² for each token, in constant memory.
+    """Return the mean over records t of ``|x(t + lag) - x(t)|²`` for each token, in constant memory.
 
     See Allen and Tildesley, Computer Simulation of Liquids, 2nd ed. 2017, section 2.7. Each lag takes a walk through
     all records. For all tokens together, take the mean.
@@ -91,10 +91,10 @@ class Autocorrelation(NamedTuple):
         """Return the normalised autocorrelation ρ(k) of some tokens together: float64 ``[K + 1]``.
 
         As is usual in molecular dynamics it is the ratio of two averages over tokens and times,
-        <v(t)·v(t + k)> / <v(t)·v(t)> (Allen and Tildesley, Computer Simulation of Liquids, 2nd ed. 2017, section 2.7),
-        not the average of cosines: who moves faster counts for more. Velocities are not taken relative to their mean
-        over time. Both sums are divided by the number of velocities, not of pairs, so that |ρ| is never above 1, even
-        if velocities decay (Priestley, Spectral Analysis and Time Series, 1981, section 5.3).
+        ``<v(t)·v(t + k)> / <v(t)·v(t)>`` (Allen and Tildesley, Computer Simulation of Liquids, 2nd ed. 2017, section
+        2.7), not the average of cosines: who moves faster counts for more. Velocities are not taken relative to their
+        mean over time. Both sums are divided by the number of velocities, not of pairs, so that ``|ρ|`` is never above
+        1, even if velocities decay (Priestley, Spectral Analysis and Time Series, 1981, section 5.3).
 
         Args:
             tokens: a mask or indices.

@@ -34,10 +34,10 @@ class Temperatures(NamedTuple):
     Mathematical Theory of Non-Uniform Gases, 3rd ed. 1970, chapter 2): ``total`` is ``bulk`` + ``thermal``.
 
     Attributes:
-        total: the mean over tokens of |v|².
-        bulk: |mean over tokens of v|²: of the motion of all tokens together.
-        thermal: the mean over tokens of |v - mean v|², summed over dimensions. :func:`bhfast.lattice.temperature` is
-            its mean over the D dimensions: thermal / D.
+        total: the mean over tokens of ``|v|²``.
+        bulk: ``|mean over tokens of v|²``, of the motion of all tokens together.
+        thermal: the mean over tokens of ``|v - mean v|²``, summed over dimensions. :func:`bhfast.lattice.temperature`
+            is its mean over the D dimensions: thermal / D.
     """
 
     total: Tensor
@@ -46,7 +46,7 @@ class Temperatures(NamedTuple):
 
     @property
     def bulk_share(self) -> Tensor:
-        """The share bulk / total: from 0 to 1, NaN where nothing moves; float64 ``[...]``."""
+        """The share ``bulk / total``, from 0 to 1, NaN where nothing moves; float64 ``[...]``."""
         return self.bulk / self.total
 
 
@@ -77,7 +77,7 @@ class Parts(NamedTuple):
 
 
 def radial_and_tangential(velocities: Tensor, offsets: Tensor) -> Parts:
-    """Split velocities into their parts along and across the direction from a point: |v|² = radial² + tangential².
+    """Split velocities into their parts along and across the direction from a point: ``|v|² = radial² + tangential²``.
 
     For the motion relative to the centroid, from one record to the next:
     ``per_record(lambda w: radial_and_tangential(centered(velocities(w)), centered(w[:-1])), records, overlap=1)``.

@@ -106,7 +106,8 @@ class Recorder:
 
     Attributes:
         path: where the file is, once it is written.
-        saved_steps, every: the last recorded step in it, counted from record 0; how many steps records are apart.
+        saved_steps: the last recorded step in it, counted from record 0.
+        every: how many steps records are apart.
         constants: tensors of the whole run, by name, written as they are; you may add some anywhere inside the block.
         slots: where engines that perform steps without the optimizer's ``step()`` begin and end them.
 

@@ -116,15 +116,15 @@ class Trace(Mapping[str, Any]):
 
     @property
     def steps(self) -> Tensor:
-        """The recorded steps: int64 ``[R]``."""
+        """The recorded steps, int64 ``[R]``."""
         return self["recorded_steps"][:]
 
     def header_is_intact(self) -> bool | None:
         """Compare names, dtypes, shapes, offsets and metadata with their checksum.
 
         Returns:
-            Whether they agree. None if the file has no checksum of its header: in format version 1, in files of other
-            programs, and for an index. False if it should have one: a file of bhfast, or one with checksums of records,
+            Whether they agree. None if the file has no checksum of its header, as in format version 1, files of other
+            programs, and an index. False if it should have one: a file of bhfast, or one with checksums of records,
             that is not of version 1.
         """
         if self._header is None:

@@ -47,8 +47,8 @@ def open_trace(path: str | os.PathLike[str]) -> Trace:
     Its tensors are read part by part when they are indexed. The name of a later part opens that part alone.
 
     The ``PATH.partial`` of a run that streams shows the records that are committed, while the run goes on or after it
-    was killed. :meth:`Trace.refresh` adds those committed since, and returns how many there are. Once the run has
-    ended, it becomes the finished trace, and ``trace.is_live`` is False. Reading never disturbs the run.
+    was killed. :meth:`bhfast.trace.Trace.refresh` adds those committed since, and returns how many there are. Once the
+    run has ended, it becomes the finished trace, and ``trace.is_live`` is False. Reading never disturbs the run.
 
     Raises:
         TraceError: it does not exist, is not safetensors, or has a format version that this bhfast does not know.

@@ -67,7 +67,8 @@ class ShardedTensor(LazyTensor):
         shape: the shape of the whole tensor, with at least two axes.
 
     Attributes:
-        shape, dtype: those of the whole tensor.
+        shape: that of the whole tensor.
+        dtype: of its values.
     """
 
     kind = "sharded"
