@@ -65,7 +65,7 @@ def followed(work: Callable[[], None], tick: Callable[[], None]) -> Callable[[],
     return both
 
 
-def make_ticking_engine(tick: Callable[[], None], name: str, run: TrainingRun) -> Engine:
+def make_ticking_engine(tick: Callable[[], None], name: str, run: TrainingRun, place: None) -> Engine:
     """Make an engine that calls ``tick`` after each step; those without torch then run them one at a time."""
     engine = make_engine(name, run)
     if name == "graph":

@@ -326,7 +326,7 @@ def test_it_says_why_it_cannot_run(demands: Demands, reason: str) -> None:
 def test_the_shapes_it_promises_fit() -> None:
     sizes = {"vocab_size": 16_384, "mlp_dim": 1024, "hidden_dim": 256, "layers": 8, "heads": 16, "context": 512}
     assert extension.resident_unsupported(**sizes, blocks=8, shared_bytes=0) is None
-    assert "takes 1, 2, 4 or 8 blocks" in extension.resident_unsupported(**sizes, blocks=3, shared_bytes=0)
+    assert "takes 1, 2, 4, 8 or 16 blocks" in extension.resident_unsupported(**sizes, blocks=3, shared_bytes=0)
     assert "for 8 layers, a block has 5000" in extension.resident_unsupported(**sizes, blocks=8, shared_bytes=5000)
 
 
@@ -337,7 +337,7 @@ def test_it_takes_as_many_blocks_as_have_rows() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"blocks": 3}, "takes 1, 2, 4 or 8 blocks for a run, got 3"),
+        ({"blocks": 3}, "takes 1, 2, 4, 8 or 16 blocks for a run, got 3"),
         ({"shared_bytes": 5000}, "needs .* bytes of shared memory for 1 layers, a block has 5000"),
         ({"runs": []}, "runs must be at least one, got none"),
     ],

@@ -22,6 +22,7 @@ from typing import Any
 
 import bhfast
 from bhfast.cli import lasting_streams, run_program
+from bhfast.errors import ConfigError
 from bhfast.sweep.grid import (
     ALWAYS_NAMED,
     NOT_IN_GRID,
@@ -31,7 +32,8 @@ from bhfast.sweep.grid import (
     rank_and_world,
     read_grid_file,
 )
-from bhfast.sweep.pool import WorkerPool, divide_machine, format_number
+from bhfast.sweep.jobs import make_jobs
+from bhfast.sweep.pool import WorkerPool, divide_machine, format_number, gpus_of
 from bhfast.sweep.results import SweepResults
 from bhfast.sweep.worker import Worker
 
@@ -99,16 +101,20 @@ def _sweep(
     runs = expand_grid(grid, out_dir)
     rank, world = rank_and_world(os.environ)
     share = runs[rank::world]
-    resources = divide_machine(share, jobs)
+    if jobs is not None and jobs < 1:
+        raise ConfigError(f"jobs must be at least 1, got {jobs}")
+    gpus = gpus_of(share)
     results = SweepResults(out_dir)
     results.begin(grid, runs, share, restart=overwrite)
     print_status = status_printer(quiet)
-    side_by_side = f"{len(resources.gpus)} side by side, {_count(resources.threads, 'thread')} each"
+    planned = make_jobs(share, jobs, len(gpus), out_dir, print_status)
+    resources = divide_machine(planned, gpus, jobs)
+    workers = f"{_count(len(resources.gpus), 'worker')} side by side, {_count(resources.threads, 'thread')} each"
     whole = f" of {len(runs):,}" if world > 1 else ""
-    print_status(f"{_count(len(share), 'run')}{whole}, {side_by_side} -> {out_dir}")
+    print_status(f"{_count(len(share), 'run')}{whole}, {workers} -> {out_dir}")
     with WorkerPool(
         first_worker,
-        share,
+        planned,
         resources,
         results,
         overwrite=overwrite,
