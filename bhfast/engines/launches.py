@@ -15,8 +15,8 @@ from bhfast.ops import extension
 class SharedLaunches:
     """Launches for runs of one shape.
 
-    A launch waits until every run has asked for steps or has left. It does as many as the run that asked for the fewest;
-    the others stay in line for the rest. So no cluster waits for another within a launch.
+    A launch waits until every run has asked for steps or has left. It does as many as the run that wants the
+    fewest; the others stay in line for the rest. So all clusters of a launch have the same work.
 
     Args:
         blocks: that work on each run.

@@ -75,8 +75,9 @@ def _separated(runs: Sequence[Run], print_status: Callable[[str], None]) -> tupl
     from bhfast.machine import select_device
     from bhfast.ops import extension
 
-    alone, beside = [], []
-    reasons = dict[str, None]()
+    alone: list[Run] = []
+    beside: list[Run] = []
+    reasons: dict[str, None] = {}
     for run in runs:
         device, _ = select_device(run.config.device)
         is_resident = run.config.engine == "resident" and extension.resident_unavailable(device) is None

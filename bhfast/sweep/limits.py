@@ -23,6 +23,7 @@ SCALARS = 18  # bytes of a record: loss, learning rate, clip coefficient, norm
 # Seconds for a step of the reference network, by the number of blocks that work on it: an estimate, for an H200.
 REFERENCE_SECONDS = {1: 277e-6, 2: 149e-6, 4: 78e-6, 8: 47e-6}
 REFERENCE_WORK = 116_480 * 128  # parameters times positions
+LEAST = 0.25  # of these seconds, which are mostly latency, that the smallest network takes: an assumption
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def needs_of(config: bhfast.TrainConfig) -> Needs:
     records = config.steps // config.record_every + 1
     in_memory = record * records
     buffered = max(BUFFER, 4 * record)
-    work = parameters * windows * config.context / REFERENCE_WORK
+    work = max(LEAST, parameters * windows * config.context / REFERENCE_WORK)
     return Needs(
         gpu_bytes=2 * max(HALF_BYTES, 2 * record) + 8 * parameters + activations,
         host_bytes=PROCESS_BYTES + (in_memory if config.storage == "memory" else min(buffered, in_memory)),
@@ -166,4 +167,6 @@ def disk_speed(folder: str | os.PathLike[str]) -> float:
             os.fsync(file.fileno())
             return PROBE_BYTES / (time.monotonic() - begun)
     except OSError as error:
-        raise StorageError(f"cannot write to {folder}: {error.strerror}; choose another folder with --out-dir") from None
+        raise StorageError(
+            f"cannot write to {folder}: {error.strerror}; choose another folder with --out-dir"
+        ) from None

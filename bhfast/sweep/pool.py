@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from bhfast.errors import ConfigError, StorageError
+from bhfast.errors import StorageError
 from bhfast.signals import deferred_signals
 from bhfast.sweep.grid import Run
 from bhfast.sweep.jobs import Job

@@ -5,7 +5,8 @@
 The settings are those of ``python -m bhfast.train``; every combination of their values is a run. To continue an
 interrupted sweep, run the same command again: complete traces are kept. Processes started by torchrun or Slurm, on any
 number of machines, divide the runs among themselves; all they need is a shared folder. ``sweep.json`` there says how
-each run went. With several GPUs each run has one to itself; this has never been tried on such a machine.
+each run went. With several GPUs each run has one to itself, or, with ``--engine resident``, many runs share each GPU;
+this has never been tried on such a machine.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def sweep(
     Args:
         grid: for each field of :class:`bhfast.TrainConfig` a value or several; not ``out``, ``overwrite``, ``quiet``.
         out_dir: folder for ``sweep.json`` and, for each run, ``NAME.safetensors``.
-        jobs: how many runs side by side; None for one per core, or per GPU.
+        jobs: how many runs side by side; None for one per core or GPU; with the resident engine, as many as fit.
         overwrite: whether to repeat runs that are done, and to replace traces of other experiments.
         quiet: print nothing but errors.
 
@@ -167,7 +168,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--grid", metavar="FILE.toml", help="settings and their values; flags override them")
     parser.add_argument("--out-dir", default=OUT_DIR, help=f"folder for the traces and sweep.json (default: {OUT_DIR})")
-    parser.add_argument("--jobs", type=int, help="runs side by side (default: one per core, or per GPU)")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        help="runs side by side (default: one per core or GPU; with --engine resident, as many as GPUs and disk allow)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="repeat all runs; replace traces with other settings")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
     for entry in fields(bhfast.TrainConfig):
