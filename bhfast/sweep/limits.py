@@ -20,8 +20,9 @@ USABLE = 0.9  # of all memory
 PROBE_BYTES = 64 << 20  # to write, for the speed of the disk
 PROCESS_BYTES = 16 << 20  # of the host's memory for a run besides its records: an assumption
 SCALARS = 18  # bytes of a record: loss, learning rate, clip coefficient, norm
-# Seconds for a step of the reference network, by the number of blocks that work on it: an estimate, for an H200.
-REFERENCE_SECONDS = {1: 277e-6, 2: 149e-6, 4: 78e-6, 8: 47e-6}
+# Seconds for a step of the reference network, by the number of blocks that work on it: the most that
+# benchmarks/resident_floor.py estimates for an H200.
+REFERENCE_SECONDS = {1: 769e-6, 2: 391e-6, 4: 200e-6, 8: 119e-6}
 REFERENCE_WORK = 116_480 * 128  # parameters times positions
 LEAST = 0.25  # of these seconds, which are mostly latency, that the smallest network takes: an assumption
 
