@@ -34,8 +34,8 @@ class Kernel(NamedTuple):
 def kernels(log: str) -> Iterator[Kernel]:
     """Yield the kernels of a log, with all that is said of them and of the functions that they call."""
     starts = [*ENTRY.finditer(log)]
-    for match, following in zip(starts, [*starts[1:], None], strict=True):
-        text = log[match.end() : following.start() if following else len(log)]
+    for i, match in enumerate(starts):
+        text = log[match.end() : starts[i + 1].start() if i + 1 < len(starts) else len(log)]
         memory = [[int(x) for x in found.groups()] for found in MEMORY.finditer(text)]
         used = USED.search(text)
         yield Kernel(

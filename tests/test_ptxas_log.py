@@ -30,10 +30,9 @@ def check(log: str, tmp_path: Path, *architectures: str) -> int:
 
 def test_a_good_log_is_summed_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert check(GOOD, tmp_path) == 0
-    assert capsys.readouterr() == (
+    assert capsys.readouterr().out == (
         "resident_kernelILb1E: sm_90 248 registers 0 B shared, sm_100 248 registers 0 B shared\n"
-        "adam_kernel: sm_90 51 registers 4096 B shared, sm_100 51 registers 4096 B shared\n",
-        "",
+        "adam_kernel: sm_90 51 registers 4096 B shared, sm_100 51 registers 4096 B shared\n"
     )
 
 
