@@ -4,7 +4,7 @@
 # make bench      set up and measure
 # make check      format, lint, types
 # make docs       build the documentation site in build/docs; warnings are errors
-# make cuda       compile and link the CUDA kernels; needs nvcc, but no GPU
+# make cuda       compile and link the CUDA kernels, and check their registers and memory; needs nvcc, but no GPU
 # make compat TORCH=2.11.0   build and test against another torch, in an environment of its own under build/
 # make sanitize   run the tests of the C++ code under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 #
@@ -66,9 +66,10 @@ endef
 # The C++ code unoptimized: `setup` has compiled it as it runs, `sanitize` with warnings as errors.
 cuda: setup
 	$(call copy,cuda)
-	cd build/cuda && CFLAGS='-O0 -Werror' NVCC_APPEND_FLAGS='-Werror all-warnings -Xptxas=-v,--warn-on-spills,--warning-as-error' BHFAST_BUILD=cuda $(PY_HERE) setup.py -q build_ext --inplace
+	cd build/cuda && CFLAGS='-O0 -Werror' NVCC_APPEND_FLAGS='-Werror all-warnings -Xptxas=-v,--warn-on-spills,--warning-as-error' BHFAST_BUILD=cuda $(PY_HERE) setup.py -q build_ext --inplace >log 2>&1 || { cat log; exit 1; }
 	nvcc -Werror all-warnings -std=c++20 -Icsrc -arch=sm_90 -c tests/cuda_on_cpu/instructions.cu -o build/cuda/instructions.o
-	$(PY) -c 'import sys, torch; sys.path.insert(0, "build/cuda/bhfast"); import _C; print("linked for", _C.cuda_architectures)'
+	$(PY) -c 'import sys, torch; sys.path.insert(0, "build/cuda/bhfast"); import _C; print(_C.cuda_architectures)' >build/cuda/linked
+	$(PY) tests/ptxas_log.py build/cuda/log $$(cat build/cuda/linked)
 
 # In a copy $(1), compiled in half the time, with sanitizers $(2), whose entry point is named like $(3), with libraries
 # $(4) loaded first; the tests $(5).

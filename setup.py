@@ -125,8 +125,10 @@ def compile_cuda(folder: str) -> tuple[list[str], str]:
         target = os.path.join(folder, Path(source).stem + ".cu.o")
         command = [nvcc(), "-c", source, "-o", target, *NVCC_FLAGS, *codes, "-Xcompiler=-fPIC,-Wall,-Wextra"]
         print(*command)
-        jobs.append((target, subprocess.Popen(command)))
-    failed = [target for target, job in jobs if job.wait() != 0]
+        jobs.append((target, subprocess.Popen(command, stderr=subprocess.PIPE, text=True)))
+    for _, job in jobs:
+        sys.stderr.write(job.communicate()[1])  # that of one source after another: the lines belong together
+    failed = [target for target, job in jobs if job.returncode != 0]
     if failed:
         raise RuntimeError(f"nvcc failed for {', '.join(failed)}")
     return [target for target, _ in jobs], " ".join(f"sm_{arch}" for arch in there)

@@ -17,6 +17,7 @@ SUMMARY: list[str] = []  # lines
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--tryout", action="store_true", help="test_bench_gpu.py: a few steps on the CPU, to see it work")
+    parser.addoption("--trainer", metavar="JSON", help="test_bench_gpu.py: earlier figures, which have the Trainer's")
 
 
 @pytest.fixture(scope="session")

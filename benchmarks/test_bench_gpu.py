@@ -6,6 +6,7 @@ steps each: it measures nothing, but needs no GPU.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,18 +16,20 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import resident_floor
 import torch
-from conftest import SUMMARY, need_cuda, race
+from conftest import SUMMARY, median, need_cuda, race
 
 from bhfast.config import TrainConfig
 from bhfast.engines.base import Engine, TrainingRun
 from bhfast.engines.choose import make_engine
+from bhfast.engines.resident import PORTABLE
 from bhfast.tokens import Corpus
 from bhfast.train import train
 
-BLOCKS = {f"resident-{blocks}": blocks for blocks in (1, 2, 4, 8)}  # engine, and blocks of threads for the run
+BLOCKS = {f"resident-{blocks}": blocks for blocks in (1, 2, 4, 8, 16)}  # engine, and blocks of threads for the run
 STEPS = {"trainer": 200, "torch": 300, "native": 3000, "graph": 3000}  # a second or two each
-STEPS.update(dict.fromkeys(BLOCKS, 10_000))
+STEPS.update(dict.fromkeys(BLOCKS, 3000))
 ROUNDS = 5
 
 trainer_speeds: list[float] = []  # with recording, once it has run
@@ -65,7 +68,7 @@ def followed(work: Callable[[], None], tick: Callable[[], None]) -> Callable[[],
     return both
 
 
-def make_ticking_engine(tick: Callable[[], None], name: str, run: TrainingRun) -> Engine:
+def make_ticking_engine(tick: Callable[[], None], name: str, run: TrainingRun, place: None) -> Engine:
     """Make an engine that calls ``tick`` after each step; those without torch then run them one at a time."""
     engine = make_engine(name, run)
     if name == "graph":
@@ -92,6 +95,15 @@ def ours(engine: str, device: str, steps: int, settings: dict) -> Contestant:
         return result.steps_per_second, result.path.stat().st_size if recording else 0
 
     return run
+
+
+def trainer_speed(figures: str | None) -> float | None:
+    """Return the Trainer's steps per second with recording, here or in earlier figures; None if it has not run."""
+    if figures and Path(figures).is_file():
+        for entry in json.loads(Path(figures).read_text())["benchmarks"]:
+            if entry["param"] == "trainer":
+                return median(entry["extra_info"]["steps_per_second"]["recording"])
+    return trainer_speeds[0] if trainer_speeds else None
 
 
 def trainer(device: str, steps: int, corpus: Corpus, out: Path) -> Contestant:
@@ -134,9 +146,14 @@ def test_steps_beside_a_gpu(name: str, request, benchmark, corpus: Corpus, setti
     )
     if name == "trainer":
         trainer_speeds.append(speeds["recording"])
-    elif trainer_speeds:
-        ratio = benchmark.extra_info["times the trainer, recording"] = speeds["recording"] / trainer_speeds[0]
+    elif baseline := trainer_speed(request.config.getoption("--trainer")):
+        ratio = benchmark.extra_info["times the trainer, recording"] = speeds["recording"] / baseline
         SUMMARY.append(f"  {ratio:.1f} times the Trainer's")
+    if name in BLOCKS and BLOCKS[name] <= PORTABLE:
+        least, most = (1e6 * x for x in resident_floor.seconds(resident_floor.Sizes(), BLOCKS[name]))
+        measured = 1e6 / speeds["recording"]
+        benchmark.extra_info["expected_us"] = [least, most]
+        SUMMARY.append(f"  {measured:.0f} us a step, measured; {least:.0f} to {most:.0f} us expected on an H200")
     for mode, recording in modes.items():
         ticks = Ticks(device)
         _, size = run(recording, ticks)

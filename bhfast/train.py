@@ -31,6 +31,7 @@ from bhfast.cli import run_program
 from bhfast.config import TrainConfig, setting_type
 from bhfast.engines.base import Engine
 from bhfast.engines.choose import make_engine, select_engine
+from bhfast.engines.launches import Place
 from bhfast.experiment import corpus_of
 from bhfast.machine import select_device
 from bhfast.model import TiedGPT, build_model
@@ -73,7 +74,12 @@ class TrainResult:
 # The run
 
 
-def train(config: TrainConfig | None = None, *, progress: Callable[[int, float], None] | None = None) -> TrainResult:
+def train(
+    config: TrainConfig | None = None,
+    *,
+    progress: Callable[[int, float], None] | None = None,
+    place: Place | None = None,
+) -> TrainResult:
     """Train and record one run.
 
     Ctrl-C, SIGTERM and SIGHUP end the run after the steps under way, with a valid trace of the steps so far; ``steps``
@@ -84,15 +90,20 @@ def train(config: TrainConfig | None = None, *, progress: Callable[[int, float],
         config: the settings; None for those of the reference run.
         progress: called many times a second with the number of steps done and the latest known loss. The loss may be
             that of an earlier step, and is NaN before the first one is known. The last call has the final values.
+        place: among runs that share the launches of the resident engine; a sweep uses it.
 
     Raises:
         BhfastError: a setting is wrong, or something needed is missing; nothing was lost.
     """
-    return _train(config or TrainConfig(), progress, None)
+    return _train(config or TrainConfig(), progress, place, None)
 
 
 def resume(
-    trace: str | os.PathLike[str], *, progress: Callable[[int, float], None] | None = None, **settings: Any
+    trace: str | os.PathLike[str],
+    *,
+    progress: Callable[[int, float], None] | None = None,
+    place: Place | None = None,
+    **settings: Any,
 ) -> TrainResult:
     """Go on with a run that was interrupted or killed, from its last checkpoint.
 
@@ -101,7 +112,7 @@ def resume(
 
     Args:
         trace: where the run recorded; its checkpoint is beside it.
-        progress: see :func:`train`.
+        progress, place: see :func:`train`.
         settings: fields of :class:`bhfast.TrainConfig`. Only ``checkpoint_every``, ``quiet`` and ``storage`` may
             change, the path of the corpus, and ``steps``, which may be larger if the learning rate is constant.
 
@@ -109,11 +120,14 @@ def resume(
         BhfastError: there is nothing to go on from, or a setting is not as it was; nothing was lost.
     """
     earlier = find_run(trace, settings)
-    return _train(earlier.config, progress, earlier)
+    return _train(earlier.config, progress, place, earlier)
 
 
 def _train(
-    config: TrainConfig, progress: Callable[[int, float], None] | None, earlier: EarlierRun | None
+    config: TrainConfig,
+    progress: Callable[[int, float], None] | None,
+    place: Place | None,
+    earlier: EarlierRun | None,
 ) -> TrainResult:
     print_status = status_printer(config.quiet)
 
@@ -148,7 +162,7 @@ def _train(
             earlier.checkpoint.restore(model, optimizer)
             assert isinstance(recorder, Recorder)
             carry_over(recorder.slots, earlier.trace, start, lambda: bool(signals))
-        engine = make_engine(engine_name, make_run(config, model, optimizer, recorder, corpus, start))
+        engine = make_engine(engine_name, make_run(config, model, optimizer, recorder, corpus, start), place)
         if earlier:
             engine.losses[:start] = earlier.checkpoint.losses
         checkpoints = Checkpoints(config, model, optimizer, recorder, engine, metadata)

@@ -56,24 +56,23 @@ class ResidentEngine {
     std::vector<Tensor> tables;
     for (const auto& own : runs_) {
       TORCH_CHECK_VALUE(own->device == device, "all runs must be on ", device, ", got one on ", own->device);
-      TORCH_CHECK_VALUE(own->run.start == runs_[0]->run.start, "all runs must have done as many steps");
       tables.push_back(add(own->run, blocks, shared_bytes, device));
     }
     table_ = at::stack(tables).to(device);
     while (1 << launch_.blocks_log2 < blocks) ++launch_.blocks_log2;
-    launch_.first_step = runs_[0]->run.start + 1;
     launch_.runs = table_.const_data_ptr();
     launch_.count = static_cast<int64_t>(runs_.size());
   }
 
   void run(int64_t steps) {
     for (const auto& own : runs_) {
-      TORCH_CHECK_VALUE(launch_.first_step - 1 + steps <= own->steps, "there are ", own->steps, " steps in all");
+      const int64_t left = own->steps - own->run.start - launch_.done;
+      TORCH_CHECK_VALUE(steps <= left, "steps must be at most the ", left, " that a run has left, got ", steps);
     }
     const c10::DeviceGuard guard(table_.device());
     launch_.steps = steps;
     cuda::run_resident(launch_, cuda::stream_of(table_));
-    launch_.first_step += steps;
+    launch_.done += steps;
   }
 
   int64_t shared_bytes() const { return launch_.shared_bytes; }
@@ -113,7 +112,7 @@ void bind_resident(py::module_& m) {
       .def(py::init<std::vector<std::shared_ptr<PyRun>>, int, int64_t>(), py::arg("runs"), py::kw_only(),
            py::arg("blocks"), py::arg("shared_bytes"))
       .def("run", &ResidentEngine::run, py::arg("steps"), py::call_guard<py::gil_scoped_release>(),
-           "Launch the next `steps` steps, recording included.")
+           "Launch the next `steps` steps of every run, recording included.")
       .def_property_readonly("shared_bytes", &ResidentEngine::shared_bytes, "Shared memory of each block, in bytes.")
       .def_property_readonly("workspace_bytes", &ResidentEngine::workspace_bytes,
                              "Memory of each run besides, in bytes.");

@@ -65,8 +65,8 @@ ROOMS: dict[str, set[str]] = {
     },
     "bhfast": {"config", "errors", "optim", "recording", "trace", "train", "version"},
     "sweep": {
-        *("bhfast", "checkpoint", "cli", "config", "errors", "experiment", "machine", "progress", "signals", "storage"),
-        *("summary", "trace", "train"),
+        *("bhfast", "checkpoint", "cli", "config", "engines", "errors", "experiment", "machine", "ops", "progress"),
+        *("signals", "storage", "summary", "trace", "train", "transfer"),
     },
     "report": {"cli", "errors", "lattice", "summary", "sweep", "trace", "version"},
     "diff": {"cli", "errors", "replay", "report", "trace"},

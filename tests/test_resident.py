@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_native import make_run, state_of
+from test_native import assert_near_float64, make_run, sharpened, state_of
 from test_ops import same_bits
-from tolerances import LOGITS, LOSS
+from tolerances import LOGITS
 from traces import assert_proves_itself, assert_same_data
 
 from bhfast.config import TrainConfig
@@ -19,7 +19,7 @@ from bhfast.engines.choose import Demands, make_engine, select_engine
 from bhfast.engines.resident import ResidentEngine, default_blocks
 from bhfast.engines.torch import TorchEngine
 from bhfast.errors import BhfastError, ConfigError
-from bhfast.model import GPTConfig, TiedGPT
+from bhfast.model import GPTConfig
 from bhfast.ops import arithmetic, extension, kernels
 from bhfast.recording.null import NullSlots
 from bhfast.trace import open_trace
@@ -62,42 +62,9 @@ def assert_same_state(*engines: ResidentEngine) -> None:
 # Values
 
 
-def sharpened(run: TrainingRun) -> TrainingRun:
-    """Make attention look closely at some keys; with the initial weights it barely matters how scores come about."""
-    with torch.no_grad():
-        for block in run.model.h:
-            block.attn.c_attn.weight.mul_(8)
-    return run
-
-
-def gradients(model: TiedGPT) -> dict[str, torch.Tensor]:
-    """By name, in float64; those of queries, keys and values apart."""
-    grads = {}
-    for name, p in model.named_parameters():
-        parts = p.grad.double().chunk(3 if "c_attn" in name else 1)
-        grads.update({f"{name} {i}": part for i, part in enumerate(parts)})
-    return grads
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_gradients_are_as_near_to_float64_as_the_torch_engines(shape: dict[str, int]) -> None:
-    eager = TorchEngine(sharpened(make_run(**shape)))
-    exact = TiedGPT(eager.training_run.model.config).double()
-    exact.load_state_dict(eager.training_run.model.state_dict())
-    resident = done(sharpened(make_run(**shape)), blocks=2)
-    windows = eager.windows[eager.offsets[0, 0]].long()
-    targets = windows[:, eager.training_run.target_offset :]
-    logits = exact(windows[:, :-1])[:, : targets.size(1)]
-    loss = -logits.log_softmax(-1).gather(2, targets[..., None]).mean()
-    loss.backward()
-    eager.run(1)
-    assert resident.losses[0].item() == pytest.approx(loss.item(), abs=LOSS)
-    found, usual, wanted = map(gradients, (resident.training_run.model, eager.training_run.model, exact))
-    norm = torch.cat([grad.flatten() for grad in wanted.values()]).norm().item()
-    assert resident.grad_norms[0].item() == pytest.approx(norm, rel=2e-2)
-    for name, grad in wanted.items():
-        error, torchs = ((x[name] - grad).norm().item() for x in (found, usual))
-        assert error <= 1.5 * torchs + 1e-3 * grad.norm().item() + 1e-9, f"{name}: {error:.3g}, torch {torchs:.3g}"
+    assert_near_float64(done(sharpened(make_run(**shape)), blocks=2), TorchEngine(sharpened(make_run(**shape))))
 
 
 def test_accumulation_is_a_larger_batch() -> None:
@@ -166,8 +133,6 @@ def test_a_resumed_run_has_the_same_bits() -> None:
     assert same_bits(whole.losses[2:], resumed.losses[2:])
     for p, q in zip(whole.training_run.model.parameters(), resumed.training_run.model.parameters(), strict=True):
         assert same_bits(p.detach(), q.detach())
-    with pytest.raises(ValueError, match="all runs must have done as many steps"):
-        extension.resident_engine([whole.arguments, resumed.arguments], blocks=1)
 
 
 def test_clipping_and_adam_are_those_of_the_operations() -> None:
@@ -185,6 +150,11 @@ def test_clipping_and_adam_are_those_of_the_operations() -> None:
         assert same_bits(p.detach(), q.detach())
         for key in ("exp_avg", "exp_avg_sq"):
             assert same_bits(engine.training_run.optimizer.state[p][key], before.optimizer.state[q][key])
+
+
+@pytest.mark.slow
+def test_sixteen_blocks_change_no_bits() -> None:
+    assert_same_state(*(done(make_run(**SMALL), blocks=blocks) for blocks in (1, 16)))
 
 
 def test_runs_beside_each_other_are_single_runs() -> None:
@@ -326,7 +296,7 @@ def test_it_says_why_it_cannot_run(demands: Demands, reason: str) -> None:
 def test_the_shapes_it_promises_fit() -> None:
     sizes = {"vocab_size": 16_384, "mlp_dim": 1024, "hidden_dim": 256, "layers": 8, "heads": 16, "context": 512}
     assert extension.resident_unsupported(**sizes, blocks=8, shared_bytes=0) is None
-    assert "takes 1, 2, 4 or 8 blocks" in extension.resident_unsupported(**sizes, blocks=3, shared_bytes=0)
+    assert "takes 1, 2, 4, 8 or 16 blocks" in extension.resident_unsupported(**sizes, blocks=3, shared_bytes=0)
     assert "for 8 layers, a block has 5000" in extension.resident_unsupported(**sizes, blocks=8, shared_bytes=5000)
 
 
@@ -337,7 +307,7 @@ def test_it_takes_as_many_blocks_as_have_rows() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"blocks": 3}, "takes 1, 2, 4 or 8 blocks for a run, got 3"),
+        ({"blocks": 3}, "takes 1, 2, 4, 8 or 16 blocks for a run, got 3"),
         ({"shared_bytes": 5000}, "needs .* bytes of shared memory for 1 layers, a block has 5000"),
         ({"runs": []}, "runs must be at least one, got none"),
     ],
@@ -358,7 +328,7 @@ def test_refuses_runs_of_different_sizes_and_steps_beyond_the_last() -> None:
     one, other = ResidentEngine(make_run(**SMALL)), ResidentEngine(make_run(**{**SMALL, "context": 40}))
     with pytest.raises(ValueError, match="all runs must have the same sizes"):
         extension.resident_engine([one.arguments, other.arguments], blocks=1)
-    with pytest.raises(ValueError, match="there are 1 steps in all"):
+    with pytest.raises(ValueError, match="steps must be at most the 1 that a run has left, got 2"):
         one.program.run(2)
 
 

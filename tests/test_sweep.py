@@ -22,9 +22,10 @@ from bhfast.errors import ConfigError
 from bhfast.recording.carried import carry_over
 from bhfast.sweep import main, pool, sweep, worker
 from bhfast.sweep.grid import expand_grid, parse_grid, rank_and_world, read_grid_file
-from bhfast.sweep.pool import divide_machine
+from bhfast.sweep.jobs import Job
+from bhfast.sweep.pool import divide_machine, gpus_of
 from bhfast.sweep.results import SweepResults
-from bhfast.sweep.worker import Worker, run_task
+from bhfast.sweep.worker import Worker, run_job
 from bhfast.trace import open_trace
 from bhfast.train import train
 from bhfast.verify import verify
@@ -46,7 +47,7 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Here:
-    """A worker without a process: it runs its tasks in the thread that asks, one at a time."""
+    """A worker without a process: it does its jobs in the thread that asks, one at a time."""
 
     alone = threading.Lock()
     is_alive = True
@@ -57,8 +58,8 @@ class Here:
     def run(self, **task: Any) -> Iterator[dict[str, Any]]:
         said: list[dict[str, Any]] = []
         with self.alone:
-            outcome = run_task({**task, "threads": 1}, lambda **reply: said.append(reply))
-        yield from [*said, outcome]
+            run_job({**task, "threads": 1}, lambda **reply: said.append(reply))
+        yield from said
 
     def kill(self) -> None:
         pass
@@ -389,7 +390,8 @@ def test_threads_are_divided_and_runs_streamed(flags: list[str], monkeypatch: py
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8), raising=False)
     for more, storage in (([], "stream"), (["--storage", "auto"], "auto")):
         assert main([*flags, *more, "--seed", "1", "2", "--quiet", "--overwrite"]) == 0
-        assert [(task["threads"], task["gpu"], task["config"]["storage"]) for task in tasks] == [(4, None, storage)] * 2
+        told = [(task["threads"], task["gpu"], [config["storage"] for config in task["configs"]]) for task in tasks]
+        assert told == [(4, None, [storage])] * 2
         tasks.clear()
 
 
@@ -411,7 +413,8 @@ def test_each_worker_has_a_gpu(environment: dict[str, str], jobs, gpus: list[str
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
     monkeypatch.setattr("bhfast.machine.select_device", lambda name: (torch.device("cuda"), ""))
-    assert divide_machine(expand_grid(parse_grid({"seed": range(5)}, "grid"), "out"), jobs).gpus == gpus
+    runs = expand_grid(parse_grid({"seed": range(5)}, "grid"), "out")
+    assert divide_machine([Job([run]) for run in runs], gpus_of(runs), jobs).gpus == gpus
 
 
 @pytest.mark.usefixtures("in_process")

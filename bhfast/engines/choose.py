@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from bhfast.engines.base import Engine, TrainingRun
+from bhfast.engines.launches import Place
 from bhfast.errors import ConfigError
 from bhfast.model import GPTConfig
 from bhfast.ops import extension
@@ -53,13 +54,18 @@ def select_engine(name: str, device: torch.device, demands: Demands | None = Non
     if wanted == "torch":
         return wanted, f"the only engine for {device.type}"
     demands = demands or Demands()
-    obstacles = {"graph": _graph_obstacle, "native": _native_obstacle, "resident": _resident_obstacle}
-    obstacle = obstacles[wanted](device, demands)
+    obstacle = obstacle_to(wanted, device, demands)
     if obstacle is None:
         return wanted, _reason_as_asked(wanted) if wanted == name else _reason_for_auto(wanted, demands)
     if wanted == name:
         raise ConfigError(f"engine {name} cannot run here: {obstacle}; use --engine torch")
     return "torch", obstacle
+
+
+def obstacle_to(engine: str, device: torch.device, demands: Demands) -> str | None:
+    """Return why ``graph``, ``native`` or ``resident`` cannot run here; None if it can."""
+    obstacles = {"graph": _graph_obstacle, "native": _native_obstacle, "resident": _resident_obstacle}
+    return obstacles[engine](device, demands)
 
 
 def _reason_as_asked(engine: str) -> str:
@@ -126,8 +132,13 @@ def _resident_obstacle(device: torch.device, demands: Demands) -> str | None:
     )
 
 
-def make_engine(name: str, run: TrainingRun) -> Engine:
-    """Build the engine that :func:`select_engine` chose."""
+def make_engine(name: str, run: TrainingRun, place: Place | None = None) -> Engine:
+    """Build the engine that :func:`select_engine` chose.
+
+    Args:
+        name, run: of the engine; what it runs.
+        place: for the resident engine, among runs that share launches; None: none are shared.
+    """
     if name == "graph":
         from bhfast.engines.graph import GraphEngine
 
@@ -139,7 +150,7 @@ def make_engine(name: str, run: TrainingRun) -> Engine:
     if name == "resident":
         from bhfast.engines.resident import ResidentEngine
 
-        return ResidentEngine(run)
+        return ResidentEngine(run, place=place)
     from bhfast.engines.torch import TorchEngine
 
     return TorchEngine(run)

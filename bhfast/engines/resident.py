@@ -13,9 +13,11 @@ import torch
 
 from bhfast.engines.base import TrainingRun
 from bhfast.engines.compiled import CompiledEngine
+from bhfast.engines.launches import Place
 from bhfast.ops import extension
 
-BLOCKS = (1, 2, 4, 8)  # that a run's cluster may have
+BLOCKS = (1, 2, 4, 8, 16)  # that a run's cluster may have
+PORTABLE = 8  # of them, at most, that every GPU with clusters has room for
 ROWS = 16  # that are worked on together
 
 
@@ -27,6 +29,7 @@ class ResidentEngine(CompiledEngine):
         blocks: one of ``BLOCKS``; None for :func:`default_blocks`.
         shared_bytes: the shared memory that a block may use; None for all that it has. What does not fit is in global
             memory.
+        place: among runs that share launches, whose ``blocks`` count then; None: the run has launches of its own.
 
     Raises:
         ValueError, TypeError: the network or a tensor is not as required.
@@ -34,8 +37,18 @@ class ResidentEngine(CompiledEngine):
 
     program: Any
 
-    def __init__(self, run: TrainingRun, *, blocks: int | None = None, shared_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        run: TrainingRun,
+        *,
+        blocks: int | None = None,
+        shared_bytes: int | None = None,
+        place: Place | None = None,
+    ) -> None:
         super().__init__(run, "resident")
+        if place is not None:
+            self.program = place.join(self.arguments)
+            return
         self.program = extension.resident_engine(
             [self.arguments], blocks=blocks or default_blocks(run), shared_bytes=shared_bytes
         )
@@ -47,4 +60,4 @@ def default_blocks(run: TrainingRun) -> int:
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 9:
         return 1
     row_blocks = run.offsets[0].numel() * -(-run.model.config.context // ROWS)
-    return max(blocks for blocks in BLOCKS if blocks <= row_blocks)
+    return max(blocks for blocks in BLOCKS if blocks <= min(row_blocks, PORTABLE))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
@@ -13,9 +13,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from bhfast.errors import ConfigError, StorageError
+from bhfast.errors import StorageError
 from bhfast.signals import deferred_signals
 from bhfast.sweep.grid import Run
+from bhfast.sweep.jobs import Job
 from bhfast.sweep.results import SweepResults
 from bhfast.sweep.worker import Worker
 
@@ -33,47 +34,57 @@ class WorkerResources:
     threads: int
 
 
-def divide_machine(runs: Sequence[Run], jobs: int | None) -> WorkerResources:
-    """Divide this process's share of the machine among workers.
-
-    Args:
-        runs: the runs to divide.
-        jobs: how many workers; None for one per GPU if any run uses one, else one per core. There are never more
-            workers than runs.
+def gpus_of(runs: Sequence[Run]) -> list[str | None]:
+    """Return this process's share of the GPUs, as in ``CUDA_VISIBLE_DEVICES``; only None if no run uses one.
 
     Raises:
-        ConfigError: a device is not available here, or ``jobs`` is below 1.
+        ConfigError: a device is not available here.
     """
     import torch
 
     from bhfast.machine import select_device
 
-    if jobs is not None and jobs < 1:
-        raise ConfigError(f"jobs must be at least 1, got {jobs}")
+    devices = {select_device(device)[0].type for device in {run.config.device for run in runs}}
+    if "cuda" not in devices:
+        return [None]
     local, processes = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    all_gpus = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
+    return [*(all_gpus[local::processes] or [all_gpus[local % len(all_gpus)]])]
+
+
+def divide_machine(jobs: Sequence[Job], gpus: Sequence[str | None], workers: int | None) -> WorkerResources:
+    """Divide this process's share of the machine among workers.
+
+    Args:
+        jobs: what they have to do.
+        gpus: see :func:`gpus_of`.
+        workers: how many; None for one per GPU if any run uses one, else one per core. Where runs share the launches of
+            a GPU, there is one per GPU. There are never more workers than jobs.
+    """
+    from bhfast.machine import select_device
+
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = max(1, cores // processes)
-    devices = {select_device(device)[0].type for device in {run.config.device for run in runs}}
-    gpus: Sequence[str | None] = [None]
-    if "cuda" in devices:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        all_gpus = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
-        gpus = all_gpus[local::processes] or [all_gpus[local % len(all_gpus)]]
-    jobs = min(jobs or (cores if devices <= {"cpu"} else len(gpus)), max(1, len(runs)))
+    devices = {select_device(device)[0].type for device in {run.config.device for job in jobs for run in job.runs}}
+    if any(job.blocks for job in jobs):
+        workers = len(gpus)
+    workers = min(workers or (cores if devices <= {"cpu"} else len(gpus)), max(1, len(jobs)))
     return WorkerResources(
-        [gpus[worker % len(gpus)] for worker in range(jobs)],
-        threads=max(1, cores // jobs),
+        [gpus[worker % len(gpus)] for worker in range(workers)],
+        threads=max(1, cores // workers),
     )
 
 
 class WorkerPool:
-    """Workers, each with a thread that gives it one run after another.
+    """Workers, each with a thread that gives it one job after another.
 
     Entering starts them. Leaving kills all workers at once, and removes what unfinished runs cannot go on with.
 
     Args:
         first_worker: a worker that is already started.
-        runs: the runs, in order.
+        jobs: what they are to do, in order.
         resources: what each worker may use; also says how many there are.
         results: gets the result of each run.
         overwrite: whether to repeat runs that are done, and to replace traces of other experiments.
@@ -88,7 +99,7 @@ class WorkerPool:
     def __init__(
         self,
         first_worker: Worker,
-        runs: Sequence[Run],
+        jobs: Sequence[Job],
         resources: WorkerResources,
         results: SweepResults,
         *,
@@ -98,20 +109,21 @@ class WorkerPool:
     ) -> None:
         self.entries: dict[str, dict[str, Any]] = {}
         self.kept: set[str] = set()
-        self._runs = runs
+        self._jobs = jobs
+        self._count = sum(len(job.runs) for job in jobs)
         self._resources = resources
         self._results = results
         self._overwrite = overwrite
         self._hide_bars = hide_bars
         self._print_status = print_status
         self._lock = threading.Lock()  # guards what follows, the attributes above, and printing
-        self._remaining = iter(runs)
+        self._remaining = iter(jobs)
         self._workers = {0: first_worker}
         self._is_closing = False
 
     def __enter__(self) -> WorkerPool:
         with ExitStack() as stack:
-            steps = sum(run.config.steps for run in self._runs)
+            steps = sum(job.steps for job in self._jobs)
             self._bar = stack.enter_context(tqdm(total=steps, unit="step", disable=self._hide_bars))
             self._signals = stack.enter_context(deferred_signals())
             threads = stack.enter_context(ThreadPoolExecutor(len(self._resources.gpus)))
@@ -143,46 +155,57 @@ class WorkerPool:
         return self._signals[0] if self._signals else None
 
     def _work(self, number: int) -> None:
-        """Give worker ``number`` one run after another, and write down the results."""
+        """Give worker ``number`` one job after another, and write down the results."""
         with ExitStack() as stack:
             while True:
                 with self._lock:
-                    run = None if self._is_closing else next(self._remaining, None)
-                    if run is None:
+                    job = None if self._is_closing else next(self._remaining, None)
+                    if job is None:
                         return
                     worker = self._workers.get(number)
                     if worker is None or not worker.is_alive:
                         worker = self._workers[number] = stack.enter_context(Worker())
-                outcome = self._run(worker, number, run)
-                if self._is_closing and outcome["state"] != "done":  # killed with its worker: it stays waiting
-                    if not run.config.checkpoint_every:  # else the next time goes on with it
-                        _remove_partial(run)
-                    return
-                is_kept = outcome.pop("is_kept", False)
-                entry = self._results.update(run, **outcome)
-                with self._lock:
-                    self.entries[run.name] = entry
-                    self.kept |= {run.name} if is_kept else set()
-                    if self._bar.disable:
-                        self._print_status(f"[{len(self.entries)}/{len(self._runs)}] {outcome_line(entry, is_kept)}")
+                for run, outcome in self._outcomes(worker, number, job):
+                    self._write_down(run, outcome)
 
-    def _run(self, worker: Worker, number: int, run: Run) -> dict[str, Any]:
-        """Run one run to its end, showing its progress; return the outcome."""
-        task = asdict(run.config) | {"overwrite": self._overwrite}
-        replies = worker.run(config=task, threads=self._resources.threads, gpu=self._resources.gpus[number])
-        steps, done = run.config.steps, 0
+    def _write_down(self, run: Run, outcome: dict[str, Any]) -> None:
+        if self._is_closing and outcome["state"] != "done":  # killed with its worker: it stays waiting
+            if not run.config.checkpoint_every:  # else the next time goes on with it
+                _remove_partial(run)
+            return
+        is_kept = outcome.pop("is_kept", False)
+        entry = self._results.update(run, **outcome)
+        with self._lock:
+            self.entries[run.name] = entry
+            self.kept |= {run.name} if is_kept else set()
+            if self._bar.disable:
+                self._print_status(f"[{len(self.entries)}/{self._count}] {outcome_line(entry, is_kept)}")
+
+    def _outcomes(self, worker: Worker, number: int, job: Job) -> Iterator[tuple[Run, dict[str, Any]]]:
+        """Do a job, showing its progress; yield the outcome of each of its runs."""
+        replies = worker.run(
+            configs=[asdict(run.config) | {"overwrite": self._overwrite} for run in job.runs],
+            blocks=job.blocks,
+            threads=self._resources.threads,
+            gpu=self._resources.gpus[number],
+        )
+        done = [0] * len(job.runs)
+        name = job.runs[0].name + (f" and {len(done) - 1} more" if len(done) > 1 else "")
         with tqdm(
-            total=steps, desc=run.name, unit="step", position=number + 1, leave=False, disable=self._hide_bars
+            total=job.steps, desc=name, unit="step", position=number + 1, leave=False, disable=self._hide_bars
         ) as bar:
             for reply in replies:
-                now = reply.get("step", steps)  # the last reply, the outcome, has no step
+                which = reply.pop("run")
+                run = job.runs[which]
+                now = reply.get("step", run.config.steps)  # the last reply, the outcome, has no step
                 with self._lock:
                     if "loss" in reply:
                         bar.set_postfix(loss=f"{reply['loss']:.4f}", refresh=False)
-                    bar.update(now - done)
-                    self._bar.update(now - done)
-                done = now
-        return reply
+                    bar.update(now - done[which])
+                    self._bar.update(now - done[which])
+                done[which] = now
+                if "state" in reply:
+                    yield run, reply
 
 
 def _remove_partial(run: Run) -> None:

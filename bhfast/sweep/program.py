@@ -5,7 +5,8 @@
 The settings are those of ``python -m bhfast.train``; every combination of their values is a run. To continue an
 interrupted sweep, run the same command again: complete traces are kept. Processes started by torchrun or Slurm, on any
 number of machines, divide the runs among themselves; all they need is a shared folder. ``sweep.json`` there says how
-each run went. With several GPUs each run has one to itself; this has never been tried on such a machine.
+each run went. With several GPUs each run has one to itself, or, with ``--engine resident``, many runs share each GPU;
+this has never been tried on such a machine.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 import bhfast
 from bhfast.cli import lasting_streams, run_program
+from bhfast.errors import ConfigError
 from bhfast.sweep.grid import (
     ALWAYS_NAMED,
     NOT_IN_GRID,
@@ -31,7 +33,8 @@ from bhfast.sweep.grid import (
     rank_and_world,
     read_grid_file,
 )
-from bhfast.sweep.pool import WorkerPool, divide_machine, format_number
+from bhfast.sweep.jobs import make_jobs
+from bhfast.sweep.pool import WorkerPool, divide_machine, format_number, gpus_of
 from bhfast.sweep.results import SweepResults
 from bhfast.sweep.worker import Worker
 
@@ -73,7 +76,7 @@ def sweep(
     Args:
         grid: for each field of :class:`bhfast.TrainConfig` a value or several; not ``out``, ``overwrite``, ``quiet``.
         out_dir: folder for ``sweep.json`` and, for each run, ``NAME.safetensors``.
-        jobs: how many runs side by side; None for one per core, or per GPU.
+        jobs: how many runs side by side; None for one per core or GPU; with the resident engine, as many as fit.
         overwrite: whether to repeat runs that are done, and to replace traces of other experiments.
         quiet: print nothing but errors.
 
@@ -99,16 +102,20 @@ def _sweep(
     runs = expand_grid(grid, out_dir)
     rank, world = rank_and_world(os.environ)
     share = runs[rank::world]
-    resources = divide_machine(share, jobs)
+    if jobs is not None and jobs < 1:
+        raise ConfigError(f"jobs must be at least 1, got {jobs}")
+    gpus = gpus_of(share)
     results = SweepResults(out_dir)
     results.begin(grid, runs, share, restart=overwrite)
     print_status = status_printer(quiet)
-    side_by_side = f"{len(resources.gpus)} side by side, {_count(resources.threads, 'thread')} each"
+    planned = make_jobs(share, jobs, len(gpus), out_dir, print_status)
+    resources = divide_machine(planned, gpus, jobs)
+    workers = f"{_count(len(resources.gpus), 'worker')} side by side, {_count(resources.threads, 'thread')} each"
     whole = f" of {len(runs):,}" if world > 1 else ""
-    print_status(f"{_count(len(share), 'run')}{whole}, {side_by_side} -> {out_dir}")
+    print_status(f"{_count(len(share), 'run')}{whole}, {workers} -> {out_dir}")
     with WorkerPool(
         first_worker,
-        share,
+        planned,
         resources,
         results,
         overwrite=overwrite,
@@ -161,7 +168,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--grid", metavar="FILE.toml", help="settings and their values; flags override them")
     parser.add_argument("--out-dir", default=OUT_DIR, help=f"folder for the traces and sweep.json (default: {OUT_DIR})")
-    parser.add_argument("--jobs", type=int, help="runs side by side (default: one per core, or per GPU)")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        help="runs side by side (default: one per core or GPU; with --engine resident, as many as GPUs and disk allow)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="repeat all runs; replace traces with other settings")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
     for entry in fields(bhfast.TrainConfig):

@@ -17,14 +17,17 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bhfast.config import TrainConfig
+    from bhfast.engines.launches import Place
     from bhfast.train import TrainResult
 
 
@@ -50,12 +53,11 @@ class Worker:
         self.replies: IO[str] = self.process.stdout
 
     def run(self, **task: Any) -> Iterator[dict[str, Any]]:
-        """Run one experiment, see :func:`run_task`.
+        """Do a job, see :func:`run_job`; yield its replies.
 
-        Yields:
-            ``step`` and ``loss`` while it runs; at the end its outcome: ``state`` is ``done``, or ``failed`` with an
-            ``error``.
+        If the process dies, the runs without an outcome have failed.
         """
+        waiting = set(range(len(task["configs"])))
         try:
             print(json.dumps(task), file=self.tasks, flush=True)
         except BrokenPipeError:
@@ -64,12 +66,14 @@ class Worker:
             if not line.endswith("\n"):
                 break
             reply = json.loads(line)
+            waiting -= {reply["run"]} if "state" in reply else set()
             yield reply
-            if "state" in reply:
+            if not waiting:
                 return
         status = self.process.wait()
         how = f"by signal {-status}" if status < 0 else f"with status {status}"
-        yield {"state": "failed", "error": f"the process ended {how}"}
+        for number in sorted(waiting):
+            yield {"run": number, "state": "failed", "error": f"the process ended {how}"}
 
     @property
     def is_alive(self) -> bool:
@@ -95,37 +99,68 @@ class Worker:
             pass  # it never read the last task
 
 
-def run_task(task: dict[str, Any], reply: Callable[..., None]) -> dict[str, Any]:
-    """Run one experiment, unless its complete trace exists.
+def run_job(task: dict[str, Any], reply: Callable[..., None]) -> None:
+    """Run one experiment, or several side by side, in threads that share the launches of the resident engine.
 
     Args:
-        task: ``config``, the fields of a :class:`bhfast.TrainConfig`; ``threads``, how many to use; ``gpu``, the GPU to
-            use, as in ``CUDA_VISIBLE_DEVICES``, or None.
-        reply: called with ``step=`` and ``loss=`` while it runs.
-
-    Returns:
-        ``state``, which is ``done``; ``is_kept``, whether the trace existed; ``first_loss``, ``last_loss`` and
-        ``mean_loss``; and, unless it was kept, ``seconds`` and ``steps_per_second``.
+        task: ``configs``, for each experiment the fields of a :class:`bhfast.TrainConfig`; ``threads``, how many to
+            use; ``gpu``, the GPU to use, as in ``CUDA_VISIBLE_DEVICES``, or None; ``blocks``, that work on each of
+            several runs.
+        reply: called with ``run=``, the number of the experiment, and with ``step=`` and ``loss=`` while it runs, and
+            at its end with its outcome, see :func:`_outcome`. With several, from their threads.
     """
     import torch
 
     from bhfast.config import TrainConfig
-    from bhfast.experiment import is_run_of
 
     torch.set_num_threads(task["threads"])
     if task["gpu"] is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = task["gpu"]  # read when CUDA is first used
-    config = TrainConfig(**task["config"])
-    if not config.overwrite and is_run_of(config.path, config):
-        return {"state": "done", "is_kept": True, **_losses(config.path)}
-    begun = time.monotonic()
-    result = _run(config, lambda step, loss: reply(step=step, loss=loss))
-    seconds = time.monotonic() - begun
-    speed = {"steps_per_second": result.steps_per_second, "seconds": seconds}
-    return {"state": "done", "is_kept": False, **_losses(config.path), **speed}
+    configs = [TrainConfig(**config) for config in task["configs"]]
+
+    def run(number: int, place: Place | None = None) -> None:
+        with place or nullcontext():
+            outcome = _outcome(configs[number], partial(reply, run=number), place)
+        reply(run=number, **outcome)
+
+    if len(configs) == 1:
+        run(0)
+        return
+    from bhfast.engines.launches import SharedLaunches
+
+    launches = SharedLaunches(task["blocks"])
+    places = [launches.place() for _ in configs]
+    with ThreadPoolExecutor(len(configs)) as threads:
+        list(threads.map(run, range(len(configs)), places))  # raises what a thread has raised
 
 
-def _run(config: TrainConfig, progress: Callable[[int, float], None]) -> TrainResult:
+def _outcome(config: TrainConfig, reply: Callable[..., None], place: Place | None) -> dict[str, Any]:
+    """Run one experiment, unless its complete trace exists.
+
+    Returns:
+        ``state``: ``done``, or ``failed`` with an ``error``. If it is done: ``is_kept``, whether the trace existed;
+        ``first_loss``, ``last_loss`` and ``mean_loss``; and, unless it was kept, ``seconds`` and
+        ``steps_per_second``.
+    """
+    from bhfast.errors import BhfastError
+    from bhfast.experiment import is_run_of
+
+    try:
+        if not config.overwrite and is_run_of(config.path, config):
+            return {"state": "done", "is_kept": True, **_losses(config.path)}
+        begun = time.monotonic()
+        result = _run(config, lambda step, loss: reply(step=step, loss=loss), place)
+        seconds = time.monotonic() - begun
+        speed = {"steps_per_second": result.steps_per_second, "seconds": seconds}
+        return {"state": "done", "is_kept": False, **_losses(config.path), **speed}
+    except BhfastError as error:
+        return {"state": "failed", "error": str(error)}
+    except Exception as error:
+        traceback.print_exc()
+        return {"state": "failed", "error": f"{type(error).__name__}: {error}"}
+
+
+def _run(config: TrainConfig, progress: Callable[[int, float], None], place: Place | None) -> TrainResult:
     """Run an experiment; go on with an interrupted one if that is possible."""
     from bhfast.checkpoint import checkpoint_path
     from bhfast.errors import ConfigError, TraceError
@@ -133,9 +168,10 @@ def _run(config: TrainConfig, progress: Callable[[int, float], None]) -> TrainRe
 
     if not config.overwrite and checkpoint_path(config.path).exists():
         with suppress(ConfigError, TraceError):
-            return resume(config.path, progress=progress, **asdict(config))
+            return resume(config.path, progress=progress, place=place, **asdict(config))
     # Overwrite the partial file of an interrupted run.
-    return train(replace(config, overwrite=config.overwrite or not config.path.exists()), progress=progress)
+    fresh = replace(config, overwrite=config.overwrite or not config.path.exists())
+    return train(fresh, progress=progress, place=place)
 
 
 def _losses(path: Path) -> dict[str, float | None]:
@@ -154,28 +190,21 @@ def _losses(path: Path) -> dict[str, float | None]:
 
 
 def _serve(tasks: queue.SimpleQueue[dict[str, Any]], replies: IO[str]) -> None:
-    """Run task after task, in a thread other than the main one, so that no signal ends a run with a shorter trace."""
+    """Do task after task, in a thread other than the main one, so that no signal ends a run with a shorter trace."""
+    one_at_a_time = threading.Lock()
 
     def reply(**message: Any) -> None:
         try:
-            print(json.dumps(message), file=replies, flush=True)
+            with one_at_a_time:
+                print(json.dumps(message), file=replies, flush=True)
         except BrokenPipeError:
             os._exit(1)  # nobody is listening; an exception would end the run with a shorter trace
 
     try:
         import bhfast.train  # noqa: F401 - imports torch before the first task arrives
-        from bhfast.errors import BhfastError
 
         while True:
-            task = tasks.get()
-            try:
-                outcome = run_task(task, reply)
-            except BhfastError as error:
-                outcome = {"state": "failed", "error": str(error)}
-            except Exception as error:
-                traceback.print_exc()
-                outcome = {"state": "failed", "error": f"{type(error).__name__}: {error}"}
-            reply(**outcome)
+            run_job(tasks.get(), reply)
     except BaseException:
         traceback.print_exc()
         os._exit(1)

@@ -18,7 +18,7 @@ struct Arguments {
   const uint4* runs;  // one after the other, run_bytes each
   int64_t run_bytes;
   int blocks_log2;
-  int64_t first_step, steps;
+  int64_t done, steps;
 };
 
 template <bool kClustered>
@@ -46,7 +46,8 @@ __device__ __forceinline__ void run_steps(const Arguments& a, uint4* memory) {
                               lane,
                               rank,
                               a.blocks_log2};
-  for (int64_t step = a.first_step; step < a.first_step + a.steps; ++step) run_step(pass, step);
+  const int64_t done = run.start + a.done;
+  for (int64_t step = done + 1; step <= done + a.steps; ++step) run_step(pass, step);
 }
 
 template <bool kClustered>
@@ -73,6 +74,8 @@ void run_resident(const ResidentLaunch& l, cudaStream_t stream) {
   const auto kernel = l.blocks_log2 ? resident_kernel<true> : resident_kernel<false>;
   const unsigned blocks = 1u << l.blocks_log2;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(l.shared_bytes)));
+  constexpr unsigned kPortable = 8;  // blocks that a cluster may have on every GPU with clusters
+  if (blocks > kPortable) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
   cudaLaunchAttribute cluster;
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {blocks, 1, 1};
@@ -83,7 +86,7 @@ void run_resident(const ResidentLaunch& l, cudaStream_t stream) {
   config.stream = stream;
   config.attrs = &cluster;
   config.numAttrs = l.blocks_log2 ? 1 : 0;  // older GPUs have no clusters
-  const Arguments arguments{static_cast<const uint4*>(l.runs), l.run_bytes, l.blocks_log2, l.first_step, l.steps};
+  const Arguments arguments{static_cast<const uint4*>(l.runs), l.run_bytes, l.blocks_log2, l.done, l.steps};
   check(cudaLaunchKernelEx(&config, kernel, arguments));
 }
 

@@ -20,7 +20,7 @@ struct ResidentLaunch {
   int64_t count;
   int blocks_log2;  // of the number of blocks in a run's cluster
   int64_t shared_bytes;
-  int64_t first_step, steps;  // counted from 1
+  int64_t done, steps;  // how many steps of each run earlier launches have done, and how many to do
 };
 
 // Run steps of several runs. Throws std::runtime_error with CUDA's message if the launch fails. Does not synchronize.

@@ -186,7 +186,7 @@ std::vector<uint16_t> state_after_steps(const Shape& shape, int64_t steps, int b
   std::vector<char> workspace(make_plan(run, 1 << blocks_log2, shared_bytes, nullptr).workspace_bytes);
   const auto plan = make_plan(run, 1 << blocks_log2, shared_bytes, workspace.data());
   const auto size = static_cast<int64_t>(plan.run.size());
-  cuda::run_resident({plan.run.data(), size, 1, blocks_log2, plan.shared_bytes, 1, steps}, nullptr);
+  cuda::run_resident({plan.run.data(), size, 1, blocks_log2, plan.shared_bytes, 0, steps}, nullptr);
 
   std::vector<uint16_t> state;
   const auto add = [&](const void* from, size_t bytes) {

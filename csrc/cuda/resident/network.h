@@ -75,6 +75,7 @@ struct alignas(16) Run {
   float max_grad_norm;
   Rounding rounding;
 
+  int64_t start;  // how many steps were done before the first launch
   int64_t every, slots;
   const double* learning_rates;
   Log<bfloat16> losses, logits_log;

@@ -192,6 +192,7 @@ class Planner {
 
   void set_records(Run& to) const {
     to.recorded_count = static_cast<int32_t>(run_.recorded_rows.size());
+    to.start = run_.start;
     to.every = run_.every;
     to.slots = run_.slots;
     to.learning_rates = run_.learning_rates;
@@ -225,8 +226,8 @@ std::string unsupported(const Shape& s, int blocks, int64_t shared_bytes) {
   if (s.mlp % kRowBlock) {
     return "the resident engine needs an mlp_dim divisible by " + multiple + ", got " + std::to_string(s.mlp);
   }
-  if (blocks != 1 && blocks != 2 && blocks != 4 && blocks != 8) {
-    return "the resident engine takes 1, 2, 4 or 8 blocks for a run, got " + std::to_string(blocks);
+  if (blocks < 1 || blocks > 16 || (blocks & (blocks - 1))) {
+    return "the resident engine takes 1, 2, 4, 8 or 16 blocks for a run, got " + std::to_string(blocks);
   }
   const int64_t layer = (4 * s.hidden + 2 * s.mlp + 9) * s.hidden + s.mlp;
   const int64_t parameters = (s.vocab + s.context + 2) * s.hidden + s.layers * layer;
