@@ -4,6 +4,7 @@
 # make bench      set up and measure
 # make check      format, lint, types
 # make cuda       compile and link the CUDA kernels; needs nvcc, but no GPU
+# make clang      the same bits from clang: build with it (CLANG=clang++-19), test, and compare a run's trace
 # make compat TORCH=2.11.0   build and test against another torch, in an environment of its own under build/
 # make sanitize   run the tests of the C++ code under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 #
@@ -28,7 +29,7 @@ endif
 # The same from another folder.
 PY_HERE := $(if $(findstring /,$(PY)),$(abspath $(PY)),$(PY))
 
-.PHONY: run test soak bench check cuda sanitize sanitize-address sanitize-threads compat setup packages
+.PHONY: run test soak bench check cuda clang sanitize sanitize-address sanitize-threads compat setup packages
 
 run: setup
 	$(PY) -m bhfast.train --sigma 0 $(ARGS)
@@ -64,6 +65,17 @@ cuda: setup
 	cd build/cuda && CFLAGS='-O0 -Werror' NVCC_APPEND_FLAGS='-Werror all-warnings -Xptxas=-v,--warn-on-spills,--warning-as-error' BHFAST_BUILD=cuda $(PY_HERE) setup.py -q build_ext --inplace
 	nvcc -Werror all-warnings -std=c++20 -Icsrc -arch=sm_90 -c tests/cuda_on_cpu/instructions.cu -o build/cuda/instructions.o
 	$(PY) -c 'import sys, torch; sys.path.insert(0, "build/cuda/bhfast"); import _C; print("linked for", _C.cuda_architectures)'
+
+CLANG := clang++
+
+clang: setup
+	$(call copy,clang)
+	cd build/clang && CXX=$(CLANG) CFLAGS=-Werror BHFAST_BUILD=cpu $(PY_HERE) setup.py -q build_ext --inplace
+	cd build/clang && BHFAST_REQUIRE_EXTENSION=1 $(PY_HERE) -m pytest -q -p no:cacheprovider -n 2 --dist worksteal \
+	    tests/test_ops.py tests/test_optim.py tests/test_native.py -k 'not cuda-on'
+	$(PY) -m bhfast.train --quiet --engine native --device cpu --steps 300 --out build/clang/gcc.safetensors
+	cd build/clang && $(PY_HERE) -m bhfast.train --quiet --engine native --device cpu --steps 300 --out clang.safetensors
+	cmp build/clang/gcc.safetensors build/clang/clang.safetensors
 
 # In a copy $(1), compiled in half the time, with sanitizers $(2), whose entry point is named like $(3), with libraries
 # $(4) loaded first; the tests $(5).

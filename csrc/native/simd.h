@@ -87,12 +87,25 @@ BHFAST_INLINE u32 pack(f32 first, f32 second) {
 
 BHFAST_INLINE f32 max(f32 a, f32 b) { return a > b ? a : b; }
 
+// Lane i of the result is lane kIndex(i) of a, or lane kIndex(i) - kLanes of b.
+template <auto kIndex, class Vector, int... i>
+BHFAST_INLINE Vector shuffled(Vector a, Vector b, std::integer_sequence<int, i...>) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, kIndex(i)...);
+#else
+  return __builtin_shuffle(a, b, i32{kIndex(i)...});
+#endif
+}
+
+template <auto kIndex, class Vector>
+BHFAST_INLINE Vector shuffled(Vector a, Vector b) {
+  return shuffled<kIndex>(a, b, std::make_integer_sequence<int, kLanes>());
+}
+
 // Lane i of the result is lane i ^ distance of v.
 template <int kDistance, class Vector>
 BHFAST_INLINE Vector exchanged(Vector v) {
-  i32 index;
-  for (int i = 0; i < kLanes; ++i) index[i] = i ^ kDistance;
-  return __builtin_shuffle(v, index);
+  return shuffled<[](int i) { return i ^ kDistance; }>(v, v);
 }
 
 template <int kDistance = kLanes / 2>
@@ -133,17 +146,15 @@ BHFAST_INLINE f32 exp(f32 x) {
 // Transpose kLanes vectors as the rows of a square matrix: exchange blocks of kDistance lanes, then larger ones.
 template <int kDistance = 1>
 BHFAST_INLINE void transpose(u32 (&v)[kLanes]) {
-  i32 low, high;  // indices into two vectors: the lanes of both whose bit kDistance is 0, and those where it is 1
-  for (int i = 0; i < kLanes; ++i) {
-    low[i] = i & kDistance ? kLanes + (i ^ kDistance) : i;
-    high[i] = i & kDistance ? kLanes + i : i ^ kDistance;
-  }
+  // Indices into two vectors: the lanes of both whose bit kDistance is 0, and those where it is 1.
+  constexpr auto low = [](int i) { return i & kDistance ? kLanes + (i ^ kDistance) : i; };
+  constexpr auto high = [](int i) { return i & kDistance ? kLanes + i : i ^ kDistance; };
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) {
     if (i & kDistance) continue;
     const u32 a = v[i], b = v[i + kDistance];
-    v[i] = __builtin_shuffle(a, b, low);
-    v[i + kDistance] = __builtin_shuffle(a, b, high);
+    v[i] = shuffled<low>(a, b);
+    v[i + kDistance] = shuffled<high>(a, b);
   }
   if constexpr (2 * kDistance < kLanes) transpose<2 * kDistance>(v);
 }
