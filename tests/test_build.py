@@ -102,8 +102,8 @@ def test_without_torch_there_is_pure_torch(plan, monkeypatch: pytest.MonkeyPatch
     assert "bhfast: extension: none (torch is not there to build against" in said
 
 
-@pytest.mark.parametrize(("version", "flags"), [("g++ (GCC) 12.2.0", ["-fopenmp"]), ("Apple clang version 16.0.0", [])])
-def test_clang_builds_without_openmp(version: str, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("version", "flags"), [("g++ (GCC) 12.2.0", ["-fopenmp"]), ("Apple clang version 16", [])])
+def test_clang_builds_without_openmp(version, flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = tmp_path / "cxx"
     compiler.write_text(f"#!/bin/sh\necho '{version}'\n")
     compiler.chmod(0o755)
