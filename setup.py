@@ -30,6 +30,8 @@ SOURCES = [
     "csrc/instruction_sets/avx512.cpp",
     "csrc/instruction_sets/avx512bf16.cpp",
     "csrc/instruction_sets/dispatch.cpp",
+    "csrc/instruction_sets/neon.cpp",
+    "csrc/instruction_sets/neonbf16.cpp",
     "csrc/instruction_sets/portable.cpp",
     "csrc/native/engine.cpp",
     "csrc/native/optimizer_step.cpp",

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import INSTRUCTION_SETS
 from tolerances import LOSS
 from traces import assert_proves_itself, assert_same_data
 
@@ -40,7 +42,7 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(params=["avx512bf16", "avx512", "avx2", "portable"])
+@pytest.fixture(params=INSTRUCTION_SETS)
 def instruction_set(request: pytest.FixtureRequest) -> str:
     if request.param not in extension.native_instruction_sets():
         pytest.skip(f"this machine has no {request.param}")
@@ -84,30 +86,31 @@ def state_of(engine: NativeEngine) -> list[torch.Tensor]:
 # Values
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_gradients_are_as_near_to_float64_as_the_torch_engines(shape, instruction_set: str) -> None:
-    native = NativeEngine(make_run(**shape), threads=2, instruction_set=instruction_set)
+def assert_near_float64(shape: dict[str, int], loss: float, grad_norm: float, grads: Sequence[torch.Tensor]) -> None:
+    """Compare a first step with the same in float64: the gradients are as near as the torch engine's."""
     eager = TorchEngine(make_run(**shape))
-    exact = TiedGPT(native.training_run.model.config).double()
-    exact.load_state_dict(native.training_run.model.state_dict())
+    exact = TiedGPT(eager.training_run.model.config).double()
+    exact.load_state_dict(eager.training_run.model.state_dict())
     windows = eager.windows[eager.offsets[0, 0]].long()
     logits = exact(windows[:, :-1])
-    targets = windows[:, native.training_run.target_offset :]
+    targets = windows[:, eager.training_run.target_offset :]
     terms = logits[:, : targets.size(1)].log_softmax(-1).gather(2, targets[..., None])
     (-terms.mean()).backward()
-    for engine in (native, eager):
-        engine.run(1)
-    assert abs(native.losses[0].item() + terms.mean().item()) < LOSS
+    eager.run(1)
+    assert abs(loss + terms.mean().item()) < LOSS
     wanted = torch.cat([p.grad.flatten() for p in exact.parameters()]).norm().item()
-    assert native.grad_norms[0].item() == pytest.approx(wanted, rel=2e-2)
-    for (name, p), q, r in zip(
-        native.training_run.model.named_parameters(),
-        eager.training_run.model.parameters(),
-        exact.parameters(),
-        strict=True,
-    ):
-        error, usual = ((x.grad.double() - r.grad).norm().item() for x in (p, q))
+    assert grad_norm == pytest.approx(wanted, rel=2e-2)
+    for grad, q, (name, r) in zip(grads, eager.training_run.model.parameters(), exact.named_parameters(), strict=True):
+        error, usual = ((x.double() - r.grad).norm().item() for x in (grad, q.grad))
         assert error <= 1.5 * usual + 1e-3 * r.grad.norm().item() + 1e-9, f"{name}: {error:.3g}, torch {usual:.3g}"
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gradients_are_as_near_to_float64_as_the_torch_engines(shape, instruction_set: str) -> None:
+    engine = NativeEngine(make_run(**shape), threads=2, instruction_set=instruction_set)
+    engine.run(1)
+    grads = [p.grad for p in engine.training_run.model.parameters()]
+    assert_near_float64(shape, engine.losses[0].item(), engine.grad_norms[0].item(), grads)
 
 
 @pytest.mark.parametrize("steps", [100, pytest.param(1000, marks=pytest.mark.slow)])

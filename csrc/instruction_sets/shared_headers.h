@@ -16,6 +16,9 @@
 #ifdef __x86_64__
 #include <immintrin.h>
 #endif
+#ifdef __aarch64__
+#include <arm_neon.h>
+#endif
 
 #include "../native/optimizer_step.h"
 #include "../native/training_step.h"

@@ -16,6 +16,12 @@ typedef uint32_t u32 __attribute__((vector_size(4 * kLanes)));  // as pairs: the
 typedef int32_t i32 __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t u16 __attribute__((vector_size(2 * kLanes)));
 
+#if BHFAST_LANES == 16 || defined __aarch64__
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
+
 constexpr uint32_t kPairOfOnes = 0x3f803f80;  // the pair (1, 1)
 
 // -------------------------------------------------------------------------------------------------------------------
@@ -27,14 +33,20 @@ BHFAST_INLINE f32 fma(f32 a, f32 b, f32 c) {
   return _mm512_fmadd_ps(a, b, c);
 #elif BHFAST_LANES == 8
   return _mm256_fmadd_ps(a, b, c);
+#elif defined BHFAST_NEON
+  return (f32)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
   return a * b + c;
 #endif
 }
 
-// sum + a.first * b.first + a.second * b.second, in each lane.
+// sum + a.first * b.first + a.second * b.second, in each lane. Dot-product instructions take subnormal values for zeros,
+// and each rounds sums in its own way.
 BHFAST_INLINE f32 dot(f32 sum, u32 a, u32 b) {
-#ifdef BHFAST_BFLOAT16_DOT
+#if defined BHFAST_BFLOAT16_DOT && defined BHFAST_NEON
+  asm("bfdot %0.4s, %1.8h, %2.8h" : "+w"(sum) : "w"(a), "w"(b));  // as vbfdotq_f32, for which GCC 12 makes wrong ones
+  return sum;
+#elif defined BHFAST_BFLOAT16_DOT
   return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
 #else
   sum = fma((f32)(a << 16), (f32)(b << 16), sum);
