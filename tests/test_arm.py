@@ -104,7 +104,7 @@ def native_steps(probe: Probe, instruction_set: str, steps: int, shape: dict[str
     """Return what :func:`test_native.state_of` returns after these steps."""
     run = make_run(steps=steps, **shape)
     config, params = run.model.config, list(run.model.parameters())
-    sizes = [config.vocab_size, config.hidden_dim, config.mlp_dim, config.layers, config.heads, config.context]
+    sizes = [config.vocab_size, config.hidden_dim, config.mlp_width, config.layers, config.heads, config.context]
     for p in params:
         p.grad = torch.zeros_like(p)
     (group,) = run.optimizer.schedule(run.lrs, 0)
