@@ -5,6 +5,7 @@
 # make check      format, lint, types
 # make cuda       compile and link the CUDA kernels; needs nvcc, but no GPU
 # make clang      the same bits from clang: build with it (CLANG=clang++-19), test, and compare a run's trace
+# make arm        the C++ code for 64-bit ARM in an emulator; needs g++-aarch64-linux-gnu and qemu-user
 # make compat TORCH=2.11.0   build and test against another torch, in an environment of its own under build/
 # make sanitize   run the tests of the C++ code under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 #
@@ -29,7 +30,7 @@ endif
 # The same from another folder.
 PY_HERE := $(if $(findstring /,$(PY)),$(abspath $(PY)),$(PY))
 
-.PHONY: run test soak bench check cuda clang sanitize sanitize-address sanitize-threads compat setup packages
+.PHONY: run test soak bench check cuda clang arm sanitize sanitize-address sanitize-threads compat setup packages
 
 run: setup
 	$(PY) -m bhfast.train --sigma 0 $(ARGS)
@@ -50,7 +51,7 @@ check: packages
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 	$(PY) -c 'import clang_format; clang_format.clang_format()' --dry-run -Werror $(filter %.h %.cpp %.cu,$(SOURCES)) \
-	    $(wildcard $(addprefix tests/cuda_on_cpu/,*.cpp *.cu *.h include/*.h))
+	    $(wildcard $(addprefix tests/cuda_on_cpu/,*.cpp *.cu *.h include/*.h) tests/arm/*.cpp tests/arm/*/*.h)
 
 # A copy of the tree in build/$(1), so that the extension in use stays as it is.
 define copy
@@ -76,6 +77,9 @@ clang: setup
 	$(PY) -m bhfast.train --quiet --engine native --device cpu --steps 300 --out build/clang/gcc.safetensors
 	cd build/clang && $(PY_HERE) -m bhfast.train --quiet --engine native --device cpu --steps 300 --out clang.safetensors
 	cmp build/clang/gcc.safetensors build/clang/clang.safetensors
+
+arm: setup
+	$(PY) -m pytest -q -p no:cacheprovider -m slow tests/test_arm.py $(ARGS)
 
 # In a copy $(1), compiled in half the time, with sanitizers $(2), whose entry point is named like $(3), with libraries
 # $(4) loaded first; the tests $(5).

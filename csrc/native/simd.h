@@ -40,8 +40,8 @@ BHFAST_INLINE f32 fma(f32 a, f32 b, f32 c) {
 #endif
 }
 
-// sum + a.first * b.first + a.second * b.second, in each lane. Dot-product instructions take subnormal values for zeros,
-// and each rounds sums in its own way.
+// sum + a.first * b.first + a.second * b.second, in each lane. Dot-product instructions take subnormal values for
+// zeros, and each rounds sums in its own way.
 BHFAST_INLINE f32 dot(f32 sum, u32 a, u32 b) {
 #if defined BHFAST_BFLOAT16_DOT && defined BHFAST_NEON
   asm("bfdot %0.4s, %1.8h, %2.8h" : "+w"(sum) : "w"(a), "w"(b));  // as vbfdotq_f32, for which GCC 12 makes wrong ones

@@ -65,8 +65,8 @@ void steps(const std::string& instruction_set, int64_t count) {
     values.push_back(read<bfloat16>(numel));
     for (auto* zeros : {&grads, &exp_avgs, &exp_avg_sqs}) zeros->emplace_back(numel);
     run.parameters.push_back({values.back().data(), grads.back().data()});
-    group.tensors.push_back({values.back().data(), grads.back().data(), exp_avgs.back().data(),
-                             exp_avg_sqs.back().data(), {}, numel});
+    group.tensors.push_back(
+        {values.back().data(), grads.back().data(), exp_avgs.back().data(), exp_avg_sqs.back().data(), {}, numel});
   }
   const auto corpus = read<int32_t>(sizes[2]);
   const auto offsets = read<int64_t>(count * run.shape.windows);
