@@ -44,7 +44,7 @@ BHFAST_INLINE f32 fma(f32 a, f32 b, f32 c) {
 // zeros, and each rounds sums in its own way.
 BHFAST_INLINE f32 dot(f32 sum, u32 a, u32 b) {
 #if defined BHFAST_BFLOAT16_DOT && defined BHFAST_NEON
-  asm("bfdot %0.4s, %1.8h, %2.8h" : "+w"(sum) : "w"(a), "w"(b));  // as vbfdotq_f32, for which GCC 12 makes wrong ones
+  asm("bfdot %0.4s, %1.8h, %2.8h" : "+w"(sum) : "w"(a), "w"(b));  // GCC 12 miscompiles vbfdotq_f32 of ones
   return sum;
 #elif defined BHFAST_BFLOAT16_DOT
   return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
