@@ -5,6 +5,8 @@
 # make check      format, lint, types
 # make docs       build the documentation site in build/docs; warnings are errors
 # make cuda       compile and link the CUDA kernels, and check their registers and memory; needs nvcc, but no GPU
+# make clang      the same bits from clang: build with it (CLANG=clang++-19), test, and compare a run's trace
+# make arm        the C++ code for 64-bit ARM in an emulator; needs g++-aarch64-linux-gnu and qemu-user
 # make compat TORCH=2.11.0   build and test against another torch, in an environment of its own under build/
 # make sanitize   run the tests of the C++ code under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 #
@@ -29,7 +31,7 @@ endif
 # The same from another folder.
 PY_HERE := $(if $(findstring /,$(PY)),$(abspath $(PY)),$(PY))
 
-.PHONY: run test soak bench check docs cuda sanitize sanitize-address sanitize-threads compat setup packages
+.PHONY: run test soak bench check docs cuda clang arm sanitize sanitize-address sanitize-threads compat setup packages
 
 run: setup
 	$(PY) -m bhfast.train --sigma 0 $(ARGS)
@@ -50,7 +52,7 @@ check: packages
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 	$(PY) -c 'import clang_format; clang_format.clang_format()' --dry-run -Werror $(filter %.h %.cpp %.cu,$(SOURCES)) \
-	    $(wildcard $(addprefix tests/cuda_on_cpu/,*.cpp *.cu *.h include/*.h))
+	    $(wildcard $(addprefix tests/cuda_on_cpu/,*.cpp *.cu *.h include/*.h) tests/arm/*.cpp tests/arm/*/*.h)
 
 docs: packages
 	@$(PY) -c 'import furo, myst_parser, sphinx_argparse_cli' || BHFAST_BUILD=none $(PY) -m pip install --no-build-isolation --editable '.[docs]'
@@ -70,6 +72,20 @@ cuda: setup
 	nvcc -Werror all-warnings -std=c++20 -Icsrc -arch=sm_90 -c tests/cuda_on_cpu/instructions.cu -o build/cuda/instructions.o
 	$(PY) -c 'import sys, torch; sys.path.insert(0, "build/cuda/bhfast"); import _C; print(_C.cuda_architectures)' >build/cuda/linked
 	$(PY) tests/ptxas_log.py build/cuda/log $$(cat build/cuda/linked)
+
+CLANG := clang++
+
+clang: setup
+	$(call copy,clang)
+	cd build/clang && CXX=$(CLANG) CFLAGS=-Werror BHFAST_BUILD=cpu $(PY_HERE) setup.py -q build_ext --inplace
+	cd build/clang && BHFAST_REQUIRE_EXTENSION=1 $(PY_HERE) -m pytest -q -p no:cacheprovider -n 2 --dist worksteal \
+	    tests/test_ops.py tests/test_optim.py tests/test_native.py -k 'not cuda-on'
+	$(PY) -m bhfast.train --quiet --engine native --device cpu --steps 300 --out build/clang/gcc.safetensors
+	cd build/clang && $(PY_HERE) -m bhfast.train --quiet --engine native --device cpu --steps 300 --out clang.safetensors
+	cmp build/clang/gcc.safetensors build/clang/clang.safetensors
+
+arm: setup
+	$(PY) -m pytest -q -p no:cacheprovider -m slow tests/test_arm.py $(ARGS)
 
 # In a copy $(1), compiled in half the time, with sanitizers $(2), whose entry point is named like $(3), with libraries
 # $(4) loaded first; the tests $(5).

@@ -31,6 +31,8 @@ SOURCES = [
     "csrc/instruction_sets/avx512.cpp",
     "csrc/instruction_sets/avx512bf16.cpp",
     "csrc/instruction_sets/dispatch.cpp",
+    "csrc/instruction_sets/neon.cpp",
+    "csrc/instruction_sets/neonbf16.cpp",
     "csrc/instruction_sets/portable.cpp",
     "csrc/native/engine.cpp",
     "csrc/native/optimizer_step.cpp",
@@ -48,7 +50,6 @@ CXX_FLAGS = [
     "-ffp-contract=off",
     "-fno-math-errno",
     "-fno-trapping-math",
-    "-fopenmp",
     "-Wall",
     "-Wextra",
 ]
@@ -66,12 +67,11 @@ def plan() -> tuple[str, str]:
     wanted = os.environ.get("BHFAST_BUILD", "auto")
     if wanted not in ("auto", "none", "cpu", "cuda"):
         sys.exit(f"BHFAST_BUILD must be auto, none, cpu or cuda, got {wanted!r}")
-    compiler = os.environ.get("CXX", "c++")
     missing = None
     if torch is None:
         missing = "torch is not there to build against: install it first, then pip install --no-build-isolation"
-    elif shutil.which(compiler.split()[0]) is None:
-        missing = f"there is no C++ compiler {compiler}"
+    elif shutil.which(compiler()[0]) is None:
+        missing = f"there is no C++ compiler {shlex.join(compiler())}"
     elif wanted == "cuda" and nvcc() is None:
         missing = "there is no nvcc: set CUDA_HOME"
     elif wanted == "cuda" and too_old_for_cuda():
@@ -89,6 +89,17 @@ def plan() -> tuple[str, str]:
     if nvcc() is None:
         return "cpu", "there is no nvcc: set CUDA_HOME"
     return ("cpu", too_old_for_cuda()) if too_old_for_cuda() else ("cuda", "nvcc and a CUDA torch are there")
+
+
+def compiler() -> list[str]:
+    """Return the command of the C++ compiler."""
+    return shlex.split(os.environ.get("CXX", "c++"))
+
+
+def openmp() -> list[str]:
+    """Return the flags for OpenMP; none for clang, whose threads would be others than torch's."""
+    version = subprocess.run([*compiler(), "--version"], check=True, capture_output=True, text=True).stdout
+    return [] if "clang" in version else ["-fopenmp"]
 
 
 def too_old_for_cuda() -> str | None:
@@ -146,10 +157,11 @@ def options() -> dict[str, object]:
         depends=[*HEADERS, *CUDA_SOURCES, *CUDA_ONLY],
         extra_compile_args=[
             *CXX_FLAGS,
+            *openmp(),
             *(f"-isystem{path}" for path in include_paths()),
             *shlex.split(os.environ.get("CFLAGS", "")),
         ],
-        extra_link_args=["-fopenmp"],
+        extra_link_args=openmp(),
     )
 
     class Build(BuildExtension):

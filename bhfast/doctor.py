@@ -59,7 +59,7 @@ def _report(args: argparse.Namespace) -> int:
         "python": f"{platform.python_version()} on {platform.platform()}",
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
         "cpu": f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
-        "memory": f"{format_bytes(available_memory())} free",
+        "memory": f"{format_bytes(memory)} free" if (memory := available_memory()) < sys.maxsize else "unknown",
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "device": f"{device.type} ({device_reason})",
         "engine": f"{engine} ({engine_reason})",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -31,18 +32,22 @@ def select_device(name: str) -> tuple[torch.device, str]:
 
 
 def available_memory() -> int:
-    """Return how many more bytes this process can allocate: limited by the machine, or by its control group."""
+    """Return how many more bytes this process can allocate: limited by the machine, or by its control group.
+
+    ``sys.maxsize`` if the system does not say.
+    """
     limits = []
     try:
         with open("/proc/meminfo") as file:
             fields = dict(line.split(":") for line in file)
         limits.append(int(fields["MemAvailable"].split()[0]) * 1024)
     except (OSError, KeyError):
-        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        if hasattr(os, "sysconf"):
+            limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     try:
         group = Path("/sys/fs/cgroup")
         used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         limits.append(int((group / "memory.max").read_text()) - int(used["anon"]))
     except (OSError, KeyError, ValueError):
         pass  # no control group, or no limit ("max")
-    return min(limits)
+    return min(limits, default=sys.maxsize)

@@ -1,6 +1,6 @@
 """SIGINT, SIGTERM and SIGHUP during a recording: they end it between two steps, never in the middle of one.
 
-SIGHUP arrives when a terminal is closed. If it is ignored, as under ``nohup``, it stays ignored.
+SIGHUP arrives when a terminal is closed. If it is ignored, as under ``nohup``, it stays ignored. Windows has none.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+HANGUP = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *HANGUP)
 
 
 @contextmanager
@@ -31,8 +32,8 @@ def deferred_signals(*, redeliver: bool = False) -> Iterator[list[signal.Signals
     def receive(number: int, frame: FrameType | None) -> None:
         received.append(signal.Signals(number))
 
-    is_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    with _handlers({number: receive for number in SIGNALS if number != signal.SIGHUP or not is_ignored}):
+    ignored = [number for number in HANGUP if signal.getsignal(number) == signal.SIG_IGN]
+    with _handlers({number: receive for number in SIGNALS if number not in ignored}):
         yield received
     if redeliver:
         for number in received:
@@ -46,7 +47,7 @@ def terminable() -> Iterator[None]:
     def exit_with(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
-    deadly = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
+    deadly = [number for number in (signal.SIGTERM, *HANGUP) if signal.getsignal(number) == signal.SIG_DFL]
     with _handlers(dict.fromkeys(deadly, exit_with)):
         yield
 
@@ -79,4 +80,5 @@ def _restore_in_child() -> None:
         _restore(_previous.pop())
 
 
-os.register_at_fork(after_in_child=_restore_in_child)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_restore_in_child)

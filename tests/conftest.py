@@ -102,9 +102,10 @@ def _with_signature(name: str, operation: Callable[..., object]) -> Callable[...
     return call
 
 
+INSTRUCTION_SETS = ("amx", "avx512bf16", "avx512", "avx2", "neonbf16", "neon", "portable")
 KERNELS = [
     *[("torch", device) for device in ("cpu", "cuda", "mps")],
-    *[(instructions, "cpu") for instructions in ("portable", "avx2", "avx512", "avx512bf16", "amx")],
+    *[(instructions, "cpu") for instructions in INSTRUCTION_SETS],
     ("compiled", "cuda"),
     ("cuda-on", "cpu"),
 ]

@@ -102,14 +102,30 @@ def test_without_torch_there_is_pure_torch(plan, monkeypatch: pytest.MonkeyPatch
     assert "bhfast: extension: none (torch is not there to build against" in said
 
 
-def test_every_source_is_built_and_every_header_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A change to any file in csrc/ rebuilds the extension."""
+@pytest.mark.parametrize(("version", "flags"), [("g++ (GCC) 12.2.0", ["-fopenmp"]), ("Apple clang version 16", [])])
+def test_clang_builds_without_openmp(version, flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = tmp_path / "cxx"
+    compiler.write_text(f"#!/bin/sh\necho '{version}'\n")
+    compiler.chmod(0o755)
+    extension = told_to_setup(monkeypatch, CXX=f"{compiler} -march=native")["ext_modules"][0]
+    assert extension.extra_link_args == flags
+    assert [x for x in extension.extra_compile_args if x == "-fopenmp"] == flags
+
+
+def told_to_setup(monkeypatch: pytest.MonkeyPatch, **environment: str) -> dict[str, Any]:
+    """Run setup.py for a build for the CPU; return what it hands to setuptools."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("BHFAST_BUILD", "cpu")
+    for name, value in {"BHFAST_BUILD": "cpu", **environment}.items():
+        monkeypatch.setenv(name, value)
     told: dict[str, Any] = {}
     monkeypatch.setattr("setuptools.setup", told.update)
-    setup = runpy.run_path("setup.py")
-    (extension,) = told["ext_modules"]
+    return {**runpy.run_path("setup.py"), **told}
+
+
+def test_every_source_is_built_and_every_header_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change to any file in csrc/ rebuilds the extension."""
+    setup = told_to_setup(monkeypatch)
+    (extension,) = setup["ext_modules"]
     files = {
         suffix: {str(x.relative_to(ROOT)) for x in ROOT.glob(f"csrc/**/*.{suffix}")} for suffix in ("cpp", "cu", "h")
     }

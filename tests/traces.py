@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,12 @@ def assert_same_data(one: Path, other: Path) -> None:
     for name in a:
         x, y = (trace[name].contiguous().reshape(-1).view(torch.uint8) for trace in (a, b))
         assert torch.equal(x, y), name
+
+
+def checksums(path: Path) -> dict[str, int]:
+    """Return a CRC-32 of the values of every tensor."""
+    trace = open_trace(path)
+    return {name: zlib.crc32(bytes_of(torch.as_tensor(trace[name][...]).contiguous())) for name in trace}
 
 
 def raw(values: torch.Tensor | np.ndarray) -> bytes:

@@ -8,7 +8,6 @@ recordings in one process would not see each other's.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from contextlib import suppress
@@ -16,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 
 from bhfast.errors import StorageError
+from bhfast.locks import open_locked, release
 from bhfast.storage.files import copy_path, remove
 from bhfast.storage.journal import may_hold_records
 from bhfast.trace.format import format_bytes
@@ -149,16 +149,15 @@ def lock(partial: Path, flags: int = 0) -> int:
         StorageError: another run is writing it.
     """
     while True:
-        fd = os.open(partial, os.O_RDWR | flags, 0o644)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if is_at(fd, partial):
-                break
+            fd = open_locked(partial, flags, wait=False)
         except BlockingIOError:
-            os.close(fd)
             raise StorageError(
                 f"{partial} is being written by another run; wait for it, or choose another file with --out"
             ) from None
+        try:
+            if is_at(fd, partial):
+                break
         except OSError:
             os.close(fd)
             raise
@@ -170,7 +169,7 @@ def lock(partial: Path, flags: int = 0) -> int:
 def unlock(fd: int) -> None:
     """Close what :func:`lock` has opened."""
     with suppress(OSError):  # closing would unlock too, but not while a child is being forked
-        fcntl.flock(fd, fcntl.LOCK_UN)
+        release(fd)
     _locked.discard(fd)
     os.close(fd)
 
@@ -180,4 +179,5 @@ def _close_in_child() -> None:
         os.close(_locked.pop())
 
 
-os.register_at_fork(after_in_child=_close_in_child)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)

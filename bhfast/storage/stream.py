@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 import threading
 import time
@@ -93,6 +92,8 @@ def _start_journal(output: OutputFile, start: Mapping[str, Any]) -> Journal:
 
 def _most_records(output: OutputFile, size: int) -> int:
     """Return how many records fit on the disk, and into half of the file size that the system allows."""
+    import resource  # not on Windows
+
     limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
     free = min(output.free(), MAX_REGIONS)
     free = free if limit == resource.RLIM_INFINITY else min(free, limit // 2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bhfast.errors import StorageError
+from bhfast.locks import open_locked
 from bhfast.sweep.format import FORMAT
 from bhfast.sweep.grid import Run, json_value
 
@@ -33,8 +33,8 @@ class SweepResults:
 
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self._lock, "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            lock = open_locked(self._lock, os.O_CREAT, wait=True)
+            try:
                 content = self._read()
                 yield content
                 new = self.path.with_name(f"{self.path.name}.new")
@@ -44,6 +44,8 @@ class SweepResults:
                     os.fsync(file.fileno())
                 os.replace(new, self.path)
                 sync_folder(self.path.parent)
+            finally:
+                os.close(lock)
         except OSError as error:
             raise StorageError(
                 f"cannot write {self.path}: {error.strerror}; choose another folder with --out-dir"

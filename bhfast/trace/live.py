@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 import weakref
 from collections.abc import Sequence
@@ -78,6 +79,10 @@ class CommittedFile:
         self._ended: Trace | None = None
         descriptors: list[int] = []
         weakref.finalize(self, _close, descriptors)
+        if not hasattr(os, "preadv"):
+            raise TraceError(
+                f"cannot read {partial} while it is written: {sys.platform} cannot; wait for its run to end"
+            )
         try:
             for path in (self._path, partial):
                 descriptors.append(os.open(path, os.O_RDONLY))

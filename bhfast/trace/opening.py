@@ -20,6 +20,12 @@ from bhfast.trace.tensors import TraceTensor
 # Without this flag, all pages of a private map count as memory in use at once. Python has it since 3.13; the value is
 # that of Linux on x86 and ARM.
 MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+# A private map: writing to a tensor never changes the file.
+PRIVATE: dict[str, int] = (
+    {"flags": mmap.MAP_PRIVATE | MAP_NORESERVE, "prot": mmap.PROT_READ | mmap.PROT_WRITE}
+    if hasattr(mmap, "MAP_PRIVATE")
+    else {"access": mmap.ACCESS_COPY}
+)
 
 
 def open_file(path: Path) -> Trace:
@@ -34,8 +40,7 @@ def open_file(path: Path) -> Trace:
             size = os.fstat(file.fileno()).st_size
             if size < 8:
                 raise TraceError(f"{path} is not a safetensors file: it has {size} bytes")
-            flags = mmap.MAP_PRIVATE | MAP_NORESERVE
-            data = mmap.mmap(file.fileno(), size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+            data = mmap.mmap(file.fileno(), size, **PRIVATE)
     except OSError as error:
         partial = path.with_name(path.name + ".partial")
         hint = f"; its run has not ended, open {partial}" if not path.exists() and partial.exists() else ""

@@ -25,12 +25,11 @@ bool has_tiles() {
 }  // namespace
 }  // namespace bhfast
 
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,prefer-vector-width=512")
+BHFAST_BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16,fma", "prefer-vector-width=512")
 #include "../cpu/kernels.h"
 #include "../native/peak_flops.h"
 #include "../native/step.h"
-#pragma GCC pop_options
+BHFAST_END_TARGET
 
 namespace bhfast {
 constinit const InstructionSet amx_set{"amx", [] { return avx512bf16_set.runs_here() && has_tiles(); },

@@ -3,12 +3,11 @@
 #define BHFAST_ISA avx2
 #define BHFAST_LANES 8
 #include "shared_headers.h"
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
+BHFAST_BEGIN_TARGET("avx2,fma")
 #include "../cpu/kernels.h"
 #include "../native/peak_flops.h"
 #include "../native/step.h"
-#pragma GCC pop_options
+BHFAST_END_TARGET
 
 namespace bhfast {
 constinit const InstructionSet avx2_set{"avx2",

@@ -3,12 +3,11 @@
 #define BHFAST_ISA avx512
 #define BHFAST_LANES 16
 #include "shared_headers.h"
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512")
+BHFAST_BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,fma", "prefer-vector-width=512")
 #include "../cpu/kernels.h"
 #include "../native/peak_flops.h"
 #include "../native/step.h"
-#pragma GCC pop_options
+BHFAST_END_TARGET
 
 namespace bhfast {
 constinit const InstructionSet avx512_set{"avx512",

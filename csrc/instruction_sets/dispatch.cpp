@@ -14,6 +14,9 @@ std::vector<const InstructionSet*> supported() {
 #ifdef __x86_64__
            &avx512bf16_set, &avx512_set, &avx2_set,
 #endif
+#ifdef __aarch64__
+           &neonbf16_set, &neon_set,
+#endif
            &portable_set}) {
     if (set->runs_here()) sets.push_back(set);
   }

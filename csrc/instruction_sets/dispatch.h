@@ -47,6 +47,9 @@ struct InstructionSet {
 #ifdef __x86_64__
 extern const InstructionSet amx_set, avx512bf16_set, avx512_set, avx2_set;
 #endif
+#ifdef __aarch64__
+extern const InstructionSet neonbf16_set, neon_set;
+#endif
 extern const InstructionSet portable_set;
 
 // The names of the instruction sets that this machine supports, fastest first.

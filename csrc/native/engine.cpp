@@ -25,10 +25,9 @@ std::string unsupported(int64_t hidden, int64_t heads, int64_t mlp) {
 double peak_flops(const std::string& instruction_set, int threads) {
   const InstructionSet& set = find_instruction_set(instruction_set);
   std::vector<double> flops(threads);
-  {
-    std::vector<std::jthread> pool;
-    for (double& result : flops) pool.emplace_back([&set, &result] { result = set.peak_flops(); });
-  }
+  std::vector<std::thread> pool;
+  for (double& result : flops) pool.emplace_back([&set, &result] { result = set.peak_flops(); });
+  for (std::thread& thread : pool) thread.join();
   return std::accumulate(flops.begin(), flops.end(), 0.0);
 }
 
@@ -47,6 +46,7 @@ struct Engine::State {
   ~State() {
     stop = true;
     barrier.wait();
+    for (std::thread& thread : threads) thread.join();
   }
 
   bool wait_for_run() {
@@ -65,7 +65,7 @@ struct Engine::State {
   std::vector<Worker> workers;
   int64_t steps_done, last_step = 0;  // last_step: of the current run
   bool stop = false;
-  std::vector<std::jthread> threads;  // declared last, so joined first: they use the rest
+  std::vector<std::thread> threads;  // not jthread: a Mac's library has none
 };
 
 Engine::Engine(TrainingRun run, int threads, const std::string& instruction_set)

@@ -7,8 +7,8 @@ namespace bhfast::native::BHFAST_ISA {
 
 // A product is computed in tiles whose sums stay in registers: at most kTileVectors vectors, at most kTileWidth in a
 // row.
-constexpr int kTileVectors = kLanes == 16 ? 16 : 8;
-constexpr int kTileWidth = kLanes == 16 ? 4 : 2;
+constexpr int kTileVectors = kRegisters / 2;
+constexpr int kTileWidth = kRegisters / 8;
 
 template <int kRows, int kVectors, class Emit>
 BHFAST_INLINE void multiply_tile(const uint32_t* a, int64_t row, int64_t step, RightFactor b, int64_t pairs,

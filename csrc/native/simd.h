@@ -16,6 +16,12 @@ typedef uint32_t u32 __attribute__((vector_size(4 * kLanes)));  // as pairs: the
 typedef int32_t i32 __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t u16 __attribute__((vector_size(2 * kLanes)));
 
+#if BHFAST_LANES == 16 || defined __aarch64__
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
+
 constexpr uint32_t kPairOfOnes = 0x3f803f80;  // the pair (1, 1)
 
 // -------------------------------------------------------------------------------------------------------------------
@@ -27,14 +33,20 @@ BHFAST_INLINE f32 fma(f32 a, f32 b, f32 c) {
   return _mm512_fmadd_ps(a, b, c);
 #elif BHFAST_LANES == 8
   return _mm256_fmadd_ps(a, b, c);
+#elif defined BHFAST_NEON
+  return (f32)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
   return a * b + c;
 #endif
 }
 
-// sum + a.first * b.first + a.second * b.second, in each lane.
+// sum + a.first * b.first + a.second * b.second, in each lane. Dot-product instructions take subnormal values for
+// zeros, and each rounds sums in its own way.
 BHFAST_INLINE f32 dot(f32 sum, u32 a, u32 b) {
-#ifdef BHFAST_BFLOAT16_DOT
+#if defined BHFAST_BFLOAT16_DOT && defined BHFAST_NEON
+  asm("bfdot %0.4s, %1.8h, %2.8h" : "+w"(sum) : "w"(a), "w"(b));  // GCC 12 miscompiles vbfdotq_f32 of ones
+  return sum;
+#elif defined BHFAST_BFLOAT16_DOT
   return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
 #else
   sum = fma((f32)(a << 16), (f32)(b << 16), sum);
@@ -107,7 +119,7 @@ BHFAST_INLINE u32 rounded_bits(f32 x) {
 
 BHFAST_INLINE f32 rounded(f32 x) { return (f32)(rounded_bits(x) & 0xffff0000); }
 
-#ifdef BHFAST_BFLOAT16_DOT
+#if defined BHFAST_BFLOAT16_DOT && BHFAST_LANES == 16
 
 // These instructions make zeros of results below the smallest normal number, as dot() does of its factors.
 BHFAST_INLINE u16 to_bfloat16(f32 x) { return (u16)_mm512_cvtneps_pbh(x); }
@@ -117,10 +129,9 @@ BHFAST_INLINE u32 to_bfloat16(f32 first, f32 second) { return (u32)_mm512_cvtne2
 
 // Pairs of the values of both.
 BHFAST_INLINE u32 interleaved(u32 both) {
-  typedef uint16_t twice __attribute__((vector_size(4 * kLanes)));
-  twice index;
-  for (int i = 0; i < 2 * kLanes; ++i) index[i] = i / 2 + i % 2 * kLanes;
-  return (u32)__builtin_shuffle((twice)both, index);
+  u32 index;  // two in a lane
+  for (uint32_t i = 0; i < kLanes; ++i) index[i] = i | (i + kLanes) << 16;
+  return (u32)_mm512_maskz_permutexvar_epi16(~0u, (__m512i)index, (__m512i)both);
 }
 
 BHFAST_INLINE u32 pack(f32 first, f32 second) { return interleaved(to_bfloat16(first, second)); }
@@ -143,12 +154,25 @@ BHFAST_INLINE void store(bfloat16* to, f32 x) {
 // -------------------------------------------------------------------------------------------------------------------
 // Functions
 
+// Lane i of the result is lane kIndex(i) of a, or lane kIndex(i) - kLanes of b.
+template <auto kIndex, class Vector, int... i>
+BHFAST_INLINE Vector shuffled(Vector a, Vector b, std::integer_sequence<int, i...>) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, kIndex(i)...);
+#else
+  return __builtin_shuffle(a, b, i32{kIndex(i)...});
+#endif
+}
+
+template <auto kIndex, class Vector>
+BHFAST_INLINE Vector shuffled(Vector a, Vector b) {
+  return shuffled<kIndex>(a, b, std::make_integer_sequence<int, kLanes>());
+}
+
 // Lane i of the result is lane i ^ distance of v.
 template <int kDistance, class Vector>
 BHFAST_INLINE Vector exchanged(Vector v) {
-  i32 index;
-  for (int i = 0; i < kLanes; ++i) index[i] = i ^ kDistance;
-  return __builtin_shuffle(v, index);
+  return shuffled<[](int i) { return i ^ kDistance; }>(v, v);
 }
 
 template <int kDistance = kLanes / 2>
@@ -199,17 +223,15 @@ BHFAST_INLINE f32 exp(f32 x) {
 // Transpose kLanes vectors as the rows of a square matrix: exchange blocks of kDistance lanes, then larger ones.
 template <int kDistance = 1>
 BHFAST_INLINE void transpose(u32 (&v)[kLanes]) {
-  i32 low, high;  // indices into two vectors: the lanes of both whose bit kDistance is 0, and those where it is 1
-  for (int i = 0; i < kLanes; ++i) {
-    low[i] = i & kDistance ? kLanes + (i ^ kDistance) : i;
-    high[i] = i & kDistance ? kLanes + i : i ^ kDistance;
-  }
+  // Indices into two vectors: the lanes of both whose bit kDistance is 0, and those where it is 1.
+  constexpr auto low = [](int i) { return i & kDistance ? kLanes + (i ^ kDistance) : i; };
+  constexpr auto high = [](int i) { return i & kDistance ? kLanes + i : i ^ kDistance; };
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) {
     if (i & kDistance) continue;
     const u32 a = v[i], b = v[i + kDistance];
-    v[i] = __builtin_shuffle(a, b, low);
-    v[i + kDistance] = __builtin_shuffle(a, b, high);
+    v[i] = shuffled<low>(a, b);
+    v[i + kDistance] = shuffled<high>(a, b);
   }
   if constexpr (2 * kDistance < kLanes) transpose<2 * kDistance>(v);
 }

@@ -34,6 +34,8 @@ class Barrier {
   static void pause() {
 #ifdef __x86_64__
     __builtin_ia32_pause();
+#elif defined __aarch64__
+    asm volatile("isb");
 #endif
   }
 
