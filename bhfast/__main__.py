@@ -11,6 +11,7 @@ PROGRAMS = {
     "train": "run the experiment and record it",
     "sweep": "run a grid of experiments",
     "corpus": "make a corpus to train on",
+    "info": "say what is in a trace, and of which run",
     "verify": "prove a trace by replaying it",
     "diff": "say where two traces differ",
     "import": "make a trace of another program's recording",

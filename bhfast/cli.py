@@ -29,10 +29,18 @@ def run_program(
         try:
             return program(parser.parse_args(argv))
         except BhfastError as error:
-            print(f"{parser.prog}: error: {error}", file=sys.stderr)
+            print(f"{parser.prog}: error: {printable(error)}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             return 128 + signal.SIGINT
+
+
+def printable(text: object) -> str:
+    """Return text with all that could control a terminal, or break a line, as escapes such as ``\\x1b``.
+
+    Names and metadata of a file are of whoever wrote it.
+    """
+    return "".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in str(text))
 
 
 @contextmanager

@@ -52,6 +52,7 @@ ROOMS: dict[str, set[str]] = {
     "summary": {"errors", "lattice", "trace"},
     "engines": {"errors", "model", "ops", "optim", "recording"},
     "config": {"engines", "errors", "model", "ops", "start", "storage", "trace"},
+    "info": {"cli", "config", "errors", "trace"},
     "experiment": {"config", "engines", "errors", "machine", "ops", "tokens", "trace"},
     "resume": {"checkpoint", "config", "engines", "errors", "experiment", "recording", "recover", "trace"},
     "progress": {"engines"},

@@ -8,6 +8,7 @@ it. Nothing is written or locked.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import time
@@ -56,6 +57,24 @@ def _missing(partial: Path) -> TraceError:
     path = partial.with_suffix("")
     way_out = f"its run has ended; open {path}" if path.exists() else "No such file or directory"
     return TraceError(f"cannot open the trace {partial}: {way_out}")
+
+
+def has_writer(partial: Path) -> bool:
+    """Return whether a run that goes on holds its lock on ``NAME.partial``.
+
+    If no run does, this takes the lock, and gives it back at once.
+    """
+    try:
+        fd = os.open(partial, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
 
 
 class CommittedFile:
