@@ -413,7 +413,7 @@ def _table(tensors: Iterable[TensorInfo]) -> Iterator[str]:
 
 def as_json(info: Info) -> str:
     """Return everything as JSON, in ASCII and without control characters."""
-    return json.dumps(asdict(info), allow_nan=False).replace("\x7f", "\\u007f")
+    return json.dumps(asdict(info), allow_nan=False)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -213,6 +213,9 @@ def test_any_safetensors_file(tmp_path: Path) -> None:
     found = info.inspect(tmp_path / "t")
     assert (found.records, found.settings, found.optimizer, found.planned_steps) == (None, {}, {}, None)
     assert found.missing[0].startswith("no recorded_steps")
+    save_file({"recorded_steps": torch.tensor([0, 1, 4])}, tmp_path / "t")
+    found = info.inspect(tmp_path / "t")
+    assert (found.records, found.last_step, found.every) == (3, 4, None)
     save_file({"recorded_steps": torch.zeros(2, 3)}, tmp_path / "t")
     assert info.inspect(tmp_path / "t").records is None
 
