@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-from bhfast.errors import BhfastError
+from bhfast.errors import BhfastError, printable
 
 
 def run_program(
@@ -33,14 +33,6 @@ def run_program(
             return 2
         except KeyboardInterrupt:
             return 128 + signal.SIGINT
-
-
-def printable(text: object) -> str:
-    """Return text with all that could control a terminal, or break a line, as escapes such as ``\\x1b``.
-
-    Names and metadata of a file are of whoever wrote it.
-    """
-    return "".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in str(text))
 
 
 @contextmanager

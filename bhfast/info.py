@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
-from bhfast.cli import printable, run_program
+from bhfast.cli import run_program
 from bhfast.config import TrainConfig
-from bhfast.errors import MALFORMED, DamageError, TraceError
+from bhfast.errors import MALFORMED, DamageError, TraceError, printable
 from bhfast.trace import Trace, open_trace
 from bhfast.trace.format import DTYPE_NAMES, FORMAT, format_bytes
 from bhfast.trace.lazy import LazyTensor

@@ -23,8 +23,7 @@ from torch import nn
 from traces import joined, record, rewrite, shard, split
 
 from bhfast import TrainConfig, compact, info, train
-from bhfast.cli import printable
-from bhfast.errors import DamageError, TraceError
+from bhfast.errors import DamageError, TraceError, printable
 from bhfast.optim import FusedAdam
 from bhfast.recording.recorder import Recorder
 from bhfast.storage.output import lock, unlock

@@ -135,6 +135,10 @@ class LazyTensor:
         """Read all of it as a numpy array; see :meth:`bhfast.trace.TraceTensor.numpy`."""
         return self[:].numpy()
 
+    def bits(self) -> np.ndarray:
+        """Read the bits of all of it; see :meth:`bhfast.trace.TraceTensor.bits`."""
+        return self[:].bits()  # type: ignore[attr-defined]
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if copy is False:
             raise ValueError(f"a {self.kind} tensor cannot become an array without a copy")
