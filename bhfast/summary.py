@@ -29,8 +29,9 @@ class Vectors:
         param: the name of the parameter.
         steps: int64 ``[R]``, increasing.
         vectors: bfloat16, float16 or float32 ``[R, V, D]``, V and D at least 1.
+        rows: which row of the parameter each vector is: int64 ``[V]``.
         fields: its gradients (``grad``) and the tensors of the optimizer's state, by field, if they are of this shape.
-        names: the name of each field in the file.
+        names: the name in the file of the vectors (``param``) and of each field.
         losses: ``[R]``; None if there are none.
         counts: how often each token occurs in the corpus: int64 ``[V]``; None if that is not known.
         missing: why losses, gradients (``grad``), token counts or some of the state are missing, by name.
@@ -40,6 +41,7 @@ class Vectors:
     param: str
     steps: Tensor
     vectors: Any
+    rows: Tensor
     fields: dict[str, Any]
     names: dict[str, str]
     losses: Tensor | None
@@ -67,7 +69,7 @@ def find_vectors(trace: Trace, param: str | None = None) -> Vectors:
         if reason := _misfit(vectors, DTYPES, (len(steps), None, None)):
             raise TraceError(f"{trace.path} cannot be reported: {keys['param']} {reason}")
         missing: dict[str, str] = {}
-        fields, names = {}, {}
+        fields, names = {}, {"param": keys["param"]}
         for field, key in keys.items():
             if field == "param":
                 continue
@@ -80,8 +82,9 @@ def find_vectors(trace: Trace, param: str | None = None) -> Vectors:
         losses = next((trace[name] for name in LOSSES if name in trace), None)
         if reason := _misfit(losses, None, (len(steps),)):
             missing["losses"], losses = f"{' or '.join(LOSSES)} {reason}", None
-        counts = _counts(trace, chosen, vectors.shape[1], missing)
-        return Vectors(trace, chosen, steps, vectors, fields, names, losses, counts, missing)
+        rows = _rows(trace, chosen, vectors.shape[1])
+        counts = _counts(trace, rows, missing)
+        return Vectors(trace, chosen, steps, vectors, rows, fields, names, losses, counts, missing)
     except TraceError:
         raise
     except MALFORMED as error:
@@ -149,19 +152,26 @@ def _misfit(x: Any, dtypes: tuple[torch.dtype, ...] | None, shape: tuple[int | N
     return f"must be {' or '.join(names) or 'of floating-point numbers'} [{sizes}], got {x.dtype} {list(x.shape)}"
 
 
-def _counts(trace: Trace, param: str, tokens: int, missing: dict[str, str]) -> Tensor | None:
+def _rows(trace: Trace, param: str, vectors: int) -> Tensor:
+    """Return which rows of the parameter were recorded: all, unless the trace says otherwise."""
+    rows: Any = trace.get(f"{param}.rows")
+    if _misfit(rows, (torch.int64,), (vectors,)) is None and int(rows.min()) >= 0:
+        return rows.as_subclass(Tensor)
+    return torch.arange(vectors)
+
+
+def _counts(trace: Trace, rows: Tensor, missing: dict[str, str]) -> Tensor | None:
     """Return how often each recorded token occurs in the corpus; None, and why, if that is not known."""
     counts: Any = trace.get("token_counts")
     if reason := _misfit(counts, (torch.int64,), (None,)):
         missing["token_counts"] = f"token_counts {reason}"
         return None
     counts = counts.as_subclass(Tensor)
-    rows = trace.get(f"{param}.rows")
-    if rows is not None and len(rows) == tokens and int(rows.max()) < len(counts):
-        return counts[rows.as_subclass(Tensor)]
-    if len(counts) == tokens:
+    if len(counts) == len(rows):
         return counts
-    missing["token_counts"] = f"token_counts has {len(counts)} values for {tokens} vectors"
+    if int(rows.max()) < len(counts) and not torch.equal(rows, torch.arange(len(rows))):
+        return counts[rows]
+    missing["token_counts"] = f"token_counts has {len(counts)} values for {len(rows)} vectors"
     return None
 
 

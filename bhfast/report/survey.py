@@ -177,7 +177,7 @@ def survey_trace(trace: Trace, param: str | None = None) -> Survey:
     if len(found.steps) < 2:
         raise TraceError(f"{trace.path} has only one record, the start of a run: there is nothing to draw")
     vectors, steps = found.vectors, found.steps
-    groups = _groups(found)
+    groups = groups_of(found)
     tokens, dim = vectors.shape[1:]
     radius_records = log_spaced(len(steps), MAX_SAMPLES)
     radii, centroid_norms = _radii(vectors, radius_records)
@@ -234,7 +234,8 @@ def _affordable(samples: float, most: int) -> int:
     return int(min(most, max(MIN_SAMPLES, samples)))
 
 
-def _groups(found: Vectors) -> dict[str, Tensor]:
+def groups_of(found: Vectors) -> dict[str, Tensor]:
+    """Return the masks of :attr:`Survey.groups`."""
     if found.counts is None:
         return {"all": torch.ones(found.vectors.shape[1], dtype=torch.bool)}
     occurs = found.counts > 0
