@@ -133,6 +133,24 @@ class Survey:
             results[f"{name} tokens, all frozen since step"] = self.freeze_step(name)
         return results
 
+    def headline(self) -> str:
+        """Return when the tokens of each group froze, dead ones first."""
+        frozen = self.life.frozen(self.last_step)
+        last_moves = self.life.last_late_step
+        parts = []
+        for name, group in sorted(self.groups.items()):
+            count, still = int(group.sum()), int((group & frozen).sum())
+            kind = "" if name == "all" else f"{name} "
+            tokens = f"{count:,} {kind}token{'s' if count > 1 else ''}"
+            step = int(last_moves[group].max())
+            if still == count:
+                parts.append(f"{tokens} froze by step {step:,}" if step else f"{tokens} never moved")
+            elif still:
+                parts.append(f"{still:,} of {tokens} froze before the last step, {step:,}")
+            else:
+                parts.append(f"{tokens} still moved in the last step, {step:,}")
+        return "; ".join(parts)
+
     def table(self) -> list[tuple[str, str]]:
         """Return the results as rows of text, below a heading."""
         return [
