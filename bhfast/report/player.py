@@ -27,6 +27,7 @@ MIN_RECORDS = 32  # where TOKEN_RECORDS allows fewer
 MAX_TOKENS = 10_000  # shown
 TOKEN_RECORDS = 1 << 20  # shown tokens times shown records
 LATTICE_VALUES = 1 << 22  # displacements of single coordinates
+MAX_DETAILED = 256  # tokens with neighbours and a lattice view
 LOSSES = 2000  # shown
 SMOOTHING = 100  # records whose losses are averaged
 NEIGHBOURS = 3  # nearest ones
@@ -34,7 +35,7 @@ LEVELS = 65534  # of a quantised value; the next one, 65535, stands for what is 
 NONE = 65535  # in place of the number of a token
 CHANNELS = 5  # of a token in a record: three coordinates, the distance from the centroid, that from the origin
 AXIS_ROWS = 2048  # vectors of which axes are computed in more dimensions than that
-VALUES = 1 << 22  # coordinates processed at once
+VALUES = 1 << 17  # coordinates processed at once: as float64 they fit into the cache of a core
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def player_data(
     count, tokens, dim = found.vectors.shape
     shown = _evenly(tokens, MAX_TOKENS)
     records = sampled_records(count, max(MIN_RECORDS, min(MAX_RECORDS, TOKEN_RECORDS // len(shown))))
-    detailed = _evenly(len(shown), max(1, LATTICE_VALUES // (len(records) * dim)))
+    detailed = _evenly(len(shown), max(1, min(MAX_DETAILED, LATTICE_VALUES // (len(records) * dim))))
     groups = groups_of(found)
     directions, labels = _directions(found, shown, axes)
     tensors = _frames(found, records, shown, detailed, groups, directions)
@@ -232,25 +233,21 @@ def _quantised(values: Tensor) -> tuple[Tensor, Tensor]:
 
 def _neighbours(vectors: Tensor, cells: lattice.Cells, detailed: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``neighbours`` and ``distances`` of :class:`PlayerData` in one record."""
-    points = vectors[cells.first]
+    points = vectors[cells.first].double()
+    origin = points[0].nan_to_num(0, 0, 0)  # not far from the others: fewer digits cancel
+    points, own = points - origin, vectors[detailed].double() - origin
+    apart = (points.square().sum(1) - 2 * own @ points.T).nan_to_num(math.inf, math.inf, math.inf)  # for each, up to |own|²
+    apart[torch.arange(len(own)), cells.cell[detailed]] = math.inf
     count = min(NEIGHBOURS, len(points))
-    near = torch.full((len(detailed), NEIGHBOURS), NONE)
-    distances = torch.full((len(detailed), NEIGHBOURS), math.inf)
-    squares = _by_rows(points, lambda part: part.double().square().sum(1))
-    rows = max(1, VALUES // max(len(points), vectors.shape[1]))
-    for begin in range(0, len(detailed), rows):
-        tokens = detailed[begin : begin + rows]
-        own = vectors[tokens].double()
-        products = torch.cat([own @ part.double().T for part in points.split(max(1, VALUES // vectors.shape[1]))], 1)
-        apart = (squares - 2 * products).nan_to_num(math.inf, math.inf, math.inf)
-        apart[torch.arange(len(tokens)), cells.cell[tokens]] = math.inf
-        found = apart.topk(count, largest=False)
-        exact = torch.linalg.vector_norm(points[found.indices].double() - own[:, None], dim=-1)
-        exact = exact.where(found.values.isfinite(), math.inf)
-        order = exact.argsort(stable=True)
-        near[begin : begin + rows, :count] = cells.first[found.indices.gather(1, order)]
-        distances[begin : begin + rows, :count] = exact.gather(1, order).float()
-    return near.where(distances.isfinite(), NONE).int().to(torch.uint16), distances
+    nearest = apart.topk(count, largest=False)
+    exact = torch.linalg.vector_norm(points[nearest.indices] - own[:, None], dim=-1)
+    exact = exact.where(nearest.values.isfinite(), math.inf)
+    order = exact.argsort(stable=True)
+    near = torch.full((len(own), NEIGHBOURS), NONE)
+    distances = torch.full((len(own), NEIGHBOURS), math.inf)
+    near[:, :count] = cells.first[nearest.indices.gather(1, order)].where(exact.gather(1, order).isfinite(), NONE)
+    distances[:, :count] = exact.gather(1, order)
+    return near.int().to(torch.uint16), distances
 
 
 def _losses(found: Vectors) -> dict[str, Tensor]:
