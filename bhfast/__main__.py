@@ -13,6 +13,7 @@ PROGRAMS = {
     "corpus": "make a corpus to train on",
     "info": "say what is in a trace, and of which run",
     "verify": "prove a trace by replaying it",
+    "export": "write a trace for Rerun, TensorBoard, or tables",
     "diff": "say where two traces differ",
     "import": "make a trace of another program's recording",
     "compact": "make a full trace compact, and prove that nothing is lost",
