@@ -33,7 +33,7 @@ class Player {
     this.hovered = -1;
     this.moment = before && isAtEnd ? data.frames - 1 : data.frameAt(step);
     for (const option of this.coloring.options) option.disabled = !COLORINGS[option.value].fits(data);
-    if (this.coloring.selectedOptions[0].disabled) this.coloring.value = "distance from the centroid";
+    if (this.coloring.selectedOptions[0].disabled) this.coloring.value = "radius";
     for (const plot of this.plots) plot.figure.hidden = !plot.fits(data);
     this.notes.replaceChildren(...data.info.notes.map((note) => element("p", {}, note)));
     this.axes.textContent = data.info.axes

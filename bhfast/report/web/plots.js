@@ -175,7 +175,7 @@ class DistinctPlot extends Plot {
 
 class RadiusPlot extends Plot {
   constructor() {
-    super("Distance from the centroid", "Space-time diagram: a line for each token.");
+    super("Radius: distance from the centroid", "Space-time diagram: a line for each token.");
   }
 
   radii(data, token) {

@@ -13,7 +13,7 @@ const COLORINGS = {
     legend: (data) => data.info.groups,
     number: (data, frame, token) => data.group[token],
   },
-  "distance from the centroid": {
+  radius: {
     fits: () => true,
     range: (data) => [
       0,
