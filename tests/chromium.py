@@ -1,7 +1,7 @@
 """A headless Chromium, driven over the DevTools protocol through a pipe.
 
-See https://chromedevtools.github.io/devtools-protocol/. With ``--remote-debugging-pipe`` the browser reads messages, JSON
-that a zero byte ends, from file descriptor 3, and writes its own to 4.
+See https://chromedevtools.github.io/devtools-protocol/. With ``--remote-debugging-pipe`` the browser reads messages,
+JSON that a zero byte ends, from file descriptor 3, and writes its own to 4.
 """
 
 from __future__ import annotations
@@ -50,9 +50,13 @@ class Chromium:
         self._unread = b""
         theirs_in, self._to = os.pipe()
         self._from, theirs_out = os.pipe()
-        high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10) for fd in (theirs_in, theirs_out)]  # out of the way of 3 and 4
+        high = [
+            fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10) for fd in (theirs_in, theirs_out)
+        ]  # out of the way of 3 and 4
         output = os.open(profile / "log", os.O_WRONLY | os.O_CREAT)
-        actions = [(os.POSIX_SPAWN_DUP2, fd, target) for fd, target in zip([*high, output, output], (3, 4, 1, 2), strict=True)]
+        actions = [
+            (os.POSIX_SPAWN_DUP2, fd, target) for fd, target in zip([*high, output, output], (3, 4, 1, 2), strict=True)
+        ]
         arguments = [program, *FLAGS, f"--user-data-dir={profile}", "about:blank"]
         environment = {**os.environ, "HOME": str(profile)}
         self._pid = os.posix_spawn(program, arguments, environment, file_actions=actions, setpgroup=0)
@@ -127,7 +131,11 @@ class Chromium:
     def resize(self, width: int, height: int, *, dark: bool = False, ratio: float = 1) -> None:
         """Give the page a size, in CSS pixels, and a color scheme."""
         self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=ratio, mobile=width < 600
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=ratio,
+            mobile=width < 600,
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])

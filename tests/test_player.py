@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +16,11 @@ import pytest
 import torch
 from chromium import Chromium, find_chromium
 from safetensors.torch import load, save_file
+from streaming_run import ROWS
+from streaming_run import record as stream
 from torch import nn
-from traces import record, rewrite, shard
+from traces import record as record_small
+from traces import shard
 
 from bhfast import lattice
 from bhfast.errors import BhfastError
@@ -138,7 +142,11 @@ def test_of_a_large_trace_only_the_sample_is_read(tmp_path: Path, monkeypatch: p
     assert data.tensors["rows"][[0, -1]].tolist() == [0, 299]
     assert data.tensors["distinct"][0, 0] == len(records[0].unique(dim=0))  # of all
     notes = " ".join(data.info["notes"])
-    for sampled in (f"{len(shown)} of 10,000 records", "40 of 300 tokens", f"{len(data.tensors['detailed'])} of the 40"):
+    for sampled in (
+        f"{len(shown)} of 10,000 records",
+        "40 of 300 tokens",
+        f"{len(data.tensors['detailed'])} of the 40",
+    ):
         assert sampled in notes
 
 
@@ -166,12 +174,14 @@ def test_names(run: TrainResult, tmp_path: Path) -> None:
     (tmp_path / "names").write_text("\n".join("vwxyz"))
     assert token_names(found, tmp_path / "names") == [*"vwxyz"]
     (tmp_path / "names").write_text("a\nb")
-    with pytest.raises(BhfastError, match=r"names has 2 lines for 5 vectors of the rows up to 4: write one name a line"):
+    with pytest.raises(
+        BhfastError, match=r"names has 2 lines for 5 vectors of the rows up to 4: write one name a line"
+    ):
         token_names(found, tmp_path / "names")
     (tmp_path / "names").write_bytes(b"\xff")
     with pytest.raises(BhfastError, match="names is not UTF-8 text: invalid start byte at byte 0"):
         token_names(found, tmp_path / "names")
-    with pytest.raises(BhfastError, match="cannot read the names of tokens, .*none: No such file"):
+    with pytest.raises(BhfastError, match=r"cannot read the names of tokens, .*none: No such file"):
         token_names(found, tmp_path / "none")
     save_file({"recorded_steps": torch.arange(2), "W": walk(2, 4, 3)}, tmp_path / "t", {"token_strings": "[1, 2"})
     assert token_names(find_vectors(open_trace(tmp_path / "t"))) == [f"row {i}" for i in range(4)]
@@ -194,19 +204,36 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
 @pytest.fixture
 def browser(started: Chromium) -> Iterator[Chromium]:
     """A browser whose page must not complain, nor ask for anything."""
+    pytest.importorskip("matplotlib", reason="reports need the report extra: matplotlib")
     started.resize(1000, 800)
     yield started
     started.evaluate("0")  # so that it has reported all
     assert (started.problems, started.requests) == ([], [])
 
 
-def shown(browser: Chromium, path: Path, tmp_path: Path, *options: str) -> None:
-    """Open the report of a trace, without its pictures."""
+def report(path: Path, folder: Path, *options: str) -> Path:
+    """Write the report of a trace, without its pictures; return the page."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("bhfast.report.pictures.run_pictures", lambda survey: [])
-        assert main([str(path), "--out", str(tmp_path / "report"), *options]) == 0
-    browser.open(tmp_path / "report" / "index.html")
+        assert main([str(path), "--out", str(folder / "report"), *options]) == 0
+    return folder / "report" / "index.html"
+
+
+def show(browser: Chromium, page: Path) -> None:
+    browser.open(page)
     browser.wait("player.data !== null && player.slider.hasAttribute('aria-valuetext')")
+
+
+@pytest.fixture(scope="module")
+def page_of_run(run: TrainResult, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return report(run.path, tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture
+def page(browser: Chromium, page_of_run: Path) -> Chromium:
+    """A browser that shows the short run."""
+    show(browser, page_of_run)
+    return browser
 
 
 def place_of(browser: Chromium, selector: str, x: float = 0.5, y: float = 0.5) -> tuple[float, float]:
@@ -234,13 +261,14 @@ def settled(browser: Chromium, expression: str) -> Any:
     return browser.evaluate(f"new Promise(done => requestAnimationFrame(() => setTimeout(() => done({expression}))))")
 
 
-def test_positions_on_the_screen(browser: Chromium, run: TrainResult, tmp_path: Path) -> None:
+def test_positions_on_the_screen(page: Chromium, run: TrainResult) -> None:
     """Where tokens are, at a step and under a camera, is where numpy says; the pointer finds them there."""
-    shown(browser, run.path, tmp_path)
-    place_of(browser, ".stage canvas")
-    browser.evaluate("player.seekStep(97); player.cloud.yaw = 0.7; player.cloud.pitch = -0.4; player.redraw()")
+    place_of(page, ".stage canvas")
+    page.evaluate("player.seekStep(97); player.cloud.yaw = 0.7; player.cloud.pitch = -0.4; player.redraw()")
     width, height, found = settled(
-        browser, "[player.canvas.clientWidth, player.canvas.clientHeight, [...player.cloud.x].map((x, i) => [x, player.cloud.y[i]])]"
+        page,
+        "[player.canvas.clientWidth, player.canvas.clientHeight, "
+        "[...player.cloud.x].map((x, i) => [x, player.cloud.y[i]])]",
     )
     w = open_trace(run.path)["embeddings"].double().numpy()
     axes = np.linalg.svd(w[-1] - w[-1].mean(0), full_matrices=False)[2][:3]
@@ -254,45 +282,43 @@ def test_positions_on_the_screen(browser: Chromium, run: TrainResult, tmp_path: 
     pixels = 0.46 * min(width, height) / reach * 4 / (4 - near / reach)
     wanted = np.stack([width / 2 + right * pixels, height / 2 - up * pixels], 1)
     np.testing.assert_allclose(found, wanted, atol=0.05)
-    left, top = place_of(browser, ".stage canvas", 0, 0)
+    left, top = place_of(page, ".stage canvas", 0, 0)
     alone = max(range(128), key=lambda i: np.sort(np.linalg.norm(wanted - wanted[i], axis=1))[1])
-    browser.mouse("Moved", left + wanted[alone, 0] + 3, top + wanted[alone, 1])
-    tip = settled(browser, "document.querySelector('.tip').innerText")
+    page.mouse("Moved", left + wanted[alone, 0] + 3, top + wanted[alone, 1])
+    tip = settled(page, "document.querySelector('.tip').innerText")
     assert tip.splitlines()[0] == token_names(find_vectors(open_trace(run.path)))[alone]
 
 
-def test_plays_and_scrubs(browser: Chromium, run: TrainResult, tmp_path: Path) -> None:
-    shown(browser, run.path, tmp_path)
-    assert settled(browser, READOUT) == "step 0"
-    browser.evaluate("player.scale.value = 'step'; player.changed(); player.speed.value = 4")
-    click(browser, ".bar button")
-    browser.wait("player.moment > 3")
-    browser.evaluate("player.canvas.focus()")
-    browser.press(" ")
-    assert settled(browser, "[player.isPlaying, player.moment % 1]") == [False, 0]
-    click(browser, ".bar input", 0.5)
-    assert abs(int(settled(browser, READOUT).removeprefix("step ")) - 65) <= 1
-    browser.press("Home")
+def test_plays_and_scrubs(page: Chromium) -> None:
+    assert settled(page, READOUT) == "step 0"
+    page.evaluate("player.scale.value = 'step'; player.changed(); player.speed.value = 4")
+    click(page, ".bar button")
+    page.wait("player.moment > 3")
+    page.evaluate("player.canvas.focus()")
+    page.press(" ")
+    assert settled(page, "[player.isPlaying, player.moment % 1]") == [False, 0]
+    click(page, ".bar input", 0.5)
+    assert abs(int(settled(page, READOUT).removeprefix("step ")) - 65) <= 1
+    page.press("Home")
     for key in ("ArrowRight", "ArrowRight", "ArrowRight", "ArrowLeft"):
-        browser.press(key)
-    assert settled(browser, READOUT) == "step 2"
-    browser.press("End")
-    assert settled(browser, READOUT) == "step 130"
-    click(browser, ".diagrams figure:nth-child(2) canvas", 0.5)  # radii
-    assert 50 < int(settled(browser, READOUT).removeprefix("step ")) < 75
-    before = settled(browser, "player.cloud.yaw")
-    browser.evaluate("player.canvas.focus()")
-    browser.press("ArrowRight", shift=True)
-    assert settled(browser, "player.cloud.yaw") > before
+        page.press(key)
+    assert settled(page, READOUT) == "step 2"
+    page.press("End")
+    assert settled(page, READOUT) == "step 130"
+    click(page, ".diagrams figure:nth-child(2) canvas", 0.5)  # radii
+    assert 50 < int(settled(page, READOUT).removeprefix("step ")) < 75
+    before = settled(page, "player.cloud.yaw")
+    page.evaluate("player.canvas.focus()")
+    page.press("ArrowRight", shift=True)
+    assert settled(page, "player.cloud.yaw") > before
 
 
-def test_finds_a_token(browser: Chromium, run: TrainResult, tmp_path: Path) -> None:
-    shown(browser, run.path, tmp_path)
+def test_finds_a_token(page: Chromium, run: TrainResult) -> None:
     trace = open_trace(run.path)
     dead = (trace["token_counts"] == 0).nonzero()[:, 0].tolist()
-    browser.evaluate("player.seekStep(120); player.search.focus()")
-    browser.press("e")
-    details = settled(browser, DETAILS)
+    page.evaluate("player.seekStep(120); player.search.focus()")
+    page.press("e")
+    details = settled(page, DETAILS)
     life = lattice.life(trace["embeddings"], trace.steps)
     moved = lattice.norms(lattice.displacement(trace["embeddings"][119], trace["embeddings"][120])).l2[101]
     norm = trace["embeddings"][120][101].double().norm()
@@ -300,42 +326,40 @@ def test_finds_a_token(browser: Chromium, run: TrainResult, tmp_path: Path) -> N
     assert "row 101, trained" in details
     assert f"norm {norm:.3g}," in details
     assert (f"moved {moved.bfloat16().item():.3g} ulp" if moved else "did not move") in details
-    assert life.last_late_step[101] == 130
-    assert "still moved in the last step" in details
-    browser.evaluate(f"player.search.value = '{dead[1]}'")
-    browser.press("Enter")
-    browser.evaluate(f"player.select({dead[1]})")
-    assert f"one vector with {len(dead) - 1} others" in settled(browser, DETAILS)
-    assert settled(browser, f"[player.cloud.counts[{dead[0]}], player.cloud.counts[{dead[1]}]]") == [len(dead), 0]
-    browser.evaluate("player.search.value = 'no such token'; player.searchFor(0)")
-    assert settled(browser, "document.querySelector('.found').textContent") == "not found"
+    last = int(life.last_late_step[101])
+    assert (f"frozen after step {last}" if last < 130 else "still moved in the last step") in details
+    page.evaluate(f"player.search.value = '{dead[1]}'")
+    page.press("Enter")
+    page.evaluate(f"player.select({dead[1]})")
+    assert f"one vector with {len(dead) - 1} others" in settled(page, DETAILS)
+    assert settled(page, f"[player.cloud.counts[{dead[0]}], player.cloud.counts[{dead[1]}]]") == [len(dead), 0]
+    page.evaluate("player.search.value = 'no such token'; player.searchFor(0)")
+    assert settled(page, "document.querySelector('.found').textContent") == "not found"
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_fits_a_phone(browser: Chromium, run: TrainResult, tmp_path: Path, dark: bool) -> None:
-    shown(browser, run.path, tmp_path)
-    browser.resize(390, 844, dark=dark)
-    assert settled(browser, "document.documentElement.scrollWidth") == 390
-    background = settled(browser, "getComputedStyle(player.stage).backgroundColor")
+def test_fits_a_phone(page: Chromium, dark: bool) -> None:
+    page.resize(390, 844, dark=dark)
+    assert settled(page, "document.documentElement.scrollWidth") == 390
+    background = settled(page, "getComputedStyle(player.stage).backgroundColor")
     assert (background == "rgb(13, 13, 20)") == dark
-    sizes = settled(browser, "[...document.querySelectorAll('.player canvas')].map(c => [c.clientWidth, c.width])")
+    sizes = settled(page, "[...document.querySelectorAll('.player canvas')].map(c => [c.clientWidth, c.width])")
     assert len(sizes) == 5
     assert all(250 < width <= 390 and pixels >= width for width, pixels in sizes)
 
 
-def test_newer_data_keeps_the_view(browser: Chromium, run: TrainResult, tmp_path: Path) -> None:
-    shown(browser, run.path, tmp_path)
+def test_newer_data_keeps_the_view(page: Chromium, run: TrainResult) -> None:
     found = find_vectors(open_trace(run.path))
-    shorter = replace(found, steps=found.steps[:100], vectors=found.vectors[:100], losses=None)
+    shorter = replace(found, steps=found.steps[:20], vectors=found.vectors[:20, :, :4], losses=None)
     packed = player_data(shorter, token_names(found)).pack().hex()
-    browser.evaluate("player.seekStep(40); player.select(7); player.cloud.turn(1, 0)")
+    page.evaluate("player.seekStep(10); player.select(7); player.cloud.turn(1, 0)")
     load_it = f"player.load(Uint8Array.from('{packed}'.match(/../g), x => parseInt(x, 16)))"
-    browser.evaluate(f"{load_it}.then(() => 0)")
+    page.evaluate(f"{load_it}.then(() => 0)")
     state = "[player.frame, player.selected, player.cloud.yaw, player.data.frames, player.plots[0].figure.hidden]"
-    assert settled(browser, state) == [40, 7, 1.5, 100, True]
-    browser.evaluate("player.seek(99)")
-    browser.evaluate("player.load(Uint8Array.from(atob(embedded.textContent), c => c.charCodeAt(0))).then(() => 0)")
-    assert settled(browser, state) == [130, 7, 1.5, 131, False]  # it was at the end, and follows it
+    assert settled(page, state) == [10, 7, 1.5, 20, True]
+    page.evaluate("player.seek(19)")
+    page.evaluate("player.load(Uint8Array.from(atob(embedded.textContent), c => c.charCodeAt(0))).then(() => 0)")
+    assert settled(page, state) == [130, 7, 1.5, 131, False]  # it was at the end, and follows it
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -347,12 +371,12 @@ def test_a_hostile_trace(browser: Chromium, tmp_path: Path, capsys: pytest.Captu
     evil = "</script><script>hacked = 1</script><img src=x onerror='hacked = 1'>\u2028\ud800"
     metadata = {"token_strings": json.dumps([evil] * 5), "engine": evil.replace("\ud800", ""), "corpus": "<b>"}
     keys = {"param": evil[:-1], "grad": f"{evil[:-1]}.grad"}
-    metadata |= {"optimizer": json.dumps({"params": {evil: {"keys": keys}}}), "config": json.dumps({"sigma": 1})}
+    metadata |= {"optimizer": json.dumps({"params": {evil: {"keys": keys}}}), "config": json.dumps({"lr": evil})}
     tensors = {"recorded_steps": torch.arange(4), evil[:-1]: walk(4, 5, 3), f"{evil[:-1]}.grad": walk(4, 5, 3)}
     save_file(tensors, tmp_path / "a&<b>", metadata)
     (tmp_path / "names").write_text("\n".join([evil[:-2]] * 5))
     for options in ([], ["--tokens", str(tmp_path / "names")]):
-        shown(browser, tmp_path / "a&<b>", tmp_path, *options)
+        show(browser, report(tmp_path / "a&<b>", tmp_path, *options))
         browser.evaluate("player.select(1); player.hover(...[player.cloud.x[0], player.cloud.y[0]])")
         assert evil[:20] in settled(browser, DETAILS)
         assert settled(browser, "[typeof hacked, document.images.length, document.title]") == [
@@ -381,7 +405,7 @@ def recorded_rows(path: Path) -> None:
 )
 def test_any_parameter(browser: Chromium, tmp_path: Path, param: str, tokens: int, dim: int, first: str) -> None:
     recorded_rows(tmp_path / "t")
-    shown(browser, tmp_path / "t", tmp_path, "--params", param)
+    show(browser, report(tmp_path / "t", tmp_path, "--params", param))
     found = settled(browser, "[player.data.tokens, player.data.dim, player.data.info.names[0], player.data.info.dtype]")
     assert found == [tokens, dim, first, "float32"]
 
@@ -396,15 +420,15 @@ def test_several_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_of_several_files(browser: Chromium, tmp_path: Path) -> None:
-    record(tmp_path / "t.safetensors")
-    shown(browser, shard(tmp_path / "t.safetensors"), tmp_path)
+    record_small(tmp_path / "t.safetensors")
+    show(browser, report(shard(tmp_path / "t.safetensors"), tmp_path))
     assert settled(browser, "[player.data.tokens, player.data.frames]") == [5, 7]
 
 
 def test_compact(browser: Chromium, tmp_path: Path) -> None:
-    record(tmp_path / "t.safetensors", keyframes=4)
+    record_small(tmp_path / "t.safetensors", keyframes=4)
     assert "w" in open_trace(tmp_path / "t.safetensors").rebuilt
-    shown(browser, tmp_path / "t.safetensors", tmp_path)
+    show(browser, report(tmp_path / "t.safetensors", tmp_path))
     assert settled(browser, "[player.data.tokens, player.data.frames]") == [5, 7]
 
 
@@ -412,23 +436,22 @@ def test_the_notebooks_file(browser: Chromium, run: TrainResult, tmp_path: Path)
     trace = open_trace(run.path)
     names = ("recorded_steps", "embeddings", "grads", "momentum", "variance", "logits", "losses", "bh_center", "sigma")
     save_file({name: trace[name].as_subclass(torch.Tensor).clone() for name in names}, tmp_path / "t")
-    shown(browser, tmp_path / "t", tmp_path)
+    show(browser, report(tmp_path / "t", tmp_path))
     browser.evaluate("player.select(101)")
     assert settled(browser, DETAILS).startswith("e")
     assert "trained and dead tokens apart" in settled(browser, "player.notes.textContent")
 
 
 def test_a_run_that_goes_on(browser: Chromium, tmp_path: Path) -> None:
-    weight = nn.Parameter(torch.randn(6, 4))
-    optimizer = torch.optim.SGD([weight], lr=0.1)
-    with Recorder(optimizer, {"w": weight}, path=tmp_path / "t", storage="stream") as recorder:
-        for _ in range(5):
-            weight.grad = torch.randn_like(weight)
-            optimizer.step()
-            recorder.log()
-        partial = tmp_path / "t.partial"
-        seen = open_trace(partial)
-        while seen.refresh() < 3:
-            pass
-        shown(browser, partial, tmp_path)
-        assert settled(browser, "[player.data.info.is_live, player.data.tokens]") == [True, 6]
+    def look(step: int, recorder: Recorder) -> None:
+        if step == 60:
+            while recorder.stats().committed < 30:
+                time.sleep(0.001)
+            show(browser, report(tmp_path / "t.partial", tmp_path, "--params", "second"))
+            live, tokens, frames = settled(
+                browser, "[player.data.info.is_live, player.data.tokens, player.data.frames]"
+            )
+            assert (live, tokens) == (True, len(ROWS))
+            assert 30 <= frames <= 61
+
+    stream(tmp_path / "t", 60, commit_seconds=0.0, after_step=look)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from importlib.resources import files
 
-SCRIPTS = ("data.js", "cloud.js", "plots.js", "player.js", "page.js")
+SCRIPTS = ("data.js", "cloud.js", "plots.js", "tokens.js", "player.js", "page.js")
 
 
 def player_html(packed: bytes | None) -> str:
@@ -17,9 +17,15 @@ def player_html(packed: bytes | None) -> str:
         packed: what it shows: :meth:`bhfast.report.player.PlayerData.pack`. None: it stays hidden until ``player.load``
             is called.
     """
-    data = "" if packed is None else f'<script type="text/plain" id="player-data">{base64.b64encode(packed).decode()}</script>'
+    data = (
+        ""
+        if packed is None
+        else f'<script type="text/plain" id="player-data">{base64.b64encode(packed).decode()}</script>'
+    )
     scripts = [f"<script>\n{_web(name)}</script>" for name in SCRIPTS]
-    return "\n".join([f"<style>\n{_web('player.css')}</style>", '<section id="player" hidden></section>', data, *scripts])
+    return "\n".join(
+        [f"<style>\n{_web('player.css')}</style>", '<section id="player" hidden></section>', data, *scripts]
+    )
 
 
 def _web(name: str) -> str:

@@ -17,7 +17,8 @@ from bhfast.version import __version__
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.5rem; line-height: 1.3; overflow-wrap: anywhere; } h1 + p { margin-top: -0.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
+h1 { font-size: 1.5rem; line-height: 1.3; overflow-wrap: anywhere; }
+h1 + p { margin-top: -0.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
 img { width: 100%; min-width: 36rem; height: auto; background: white; border-radius: 4px; }
 figure { margin: 0; } figcaption, footer { opacity: 0.75; font-size: 0.9rem; }
 .wide { overflow-x: auto; } pre { font-size: 0.85rem; }

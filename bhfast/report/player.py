@@ -1,7 +1,7 @@
 """The data of the player: a sample of a trace, projected to three dimensions, in one small safetensors file.
 
-Only the sampled records, and the one before each, are read, so that memory does not grow with the trace. The file is what
-``Player.load`` in ``web/player.js`` takes: within a page, or over HTTP while a run goes on.
+Only the sampled records, and the one before each, are read, so that memory does not grow with the trace. The file is
+what ``Player.load`` in ``web/player.js`` takes: within a page, or over HTTP while a run goes on.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class PlayerData:
 
             - ``steps``, ``records``: int32 ``[S]``.
             - ``rows``: of the parameter, int32 ``[N]``. ``group``: an index into ``groups``, uint8 ``[N]``.
-            - ``cloud``: uint16 ``[S, 5, N]``: the coordinates on the three axes, relative to the centroid of all tokens;
-              the distances from the centroid and from the origin. A value is ``ranges[s, c, 0]`` plus that many
+            - ``cloud``: uint16 ``[S, 5, N]``: the coordinates on the three axes, relative to the centroid of all
+              tokens; the distances from the centroid and from the origin. A value is ``ranges[s, c, 0]`` plus that many
               65,534ths of ``ranges[s, c, 1]``; 65,535 stands for a value that is not finite.
             - ``ranges``: float32 ``[S, 5, 2]``.
             - ``displacement``: from the record before, L2, in ulp: bfloat16 ``[S, N]``; NaN for the first record.
@@ -61,8 +61,8 @@ class PlayerData:
             - ``neighbours``, ``distances``: the nearest shown tokens that are not at the same point, one of each point:
               uint16 and float32 ``[S, T, 3]``; 65,535 for none.
             - ``life``: the last early, midlife and late step: int32 ``[3, N]``; only if it is known.
-            - ``loss_steps``, ``losses``: int32 ``[L]``; float32 ``[2, L]``, the loss of the step and the mean of the last
-              100 records; only if they were recorded.
+            - ``loss_steps``, ``losses``: int32 ``[L]``; float32 ``[2, L]``, the loss of the step and the mean of the
+              last 100 records; only if they were recorded.
     """
 
     info: dict[str, Any]
@@ -71,7 +71,7 @@ class PlayerData:
     def pack(self) -> bytes:
         """Return all of it as a safetensors file, compressed by gzip, the same bytes every time."""
         content = save(self.tensors, {"player": json.dumps(self.info)})
-        return gzip.compress(content, 9, mtime=0)
+        return gzip.compress(content, 6, mtime=0)
 
 
 def player_data(
@@ -124,7 +124,10 @@ def player_data(
 
 
 def sampled_records(count: int, most: int) -> Tensor:
-    """Return indices of at most ``most`` of ``count`` records, both ends included: half evenly spaced, half dense at the start."""
+    """Return indices of at most ``most`` of ``count`` records, the first and the last among them.
+
+    Half of them are evenly spaced, half in the logarithm of their number: densely at the start.
+    """
     if count <= most:
         return torch.arange(count)
     return torch.cat([log_spaced(count, most // 2), _evenly(count, most - most // 2)]).unique()
@@ -142,8 +145,8 @@ def _notes(found: Vectors, records: int, shown: int, detailed: int, *, has_life:
         notes.append(f"{records:,} of {count:,} records are shown: half evenly spaced, half denser at the start.")
     if shown < tokens:
         notes.append(
-            f"{shown:,} of {tokens:,} tokens are shown, evenly spaced. Black holes and neighbours are of those; the number "
-            "of distinct vectors is of all."
+            f"{shown:,} of {tokens:,} tokens are shown, evenly spaced. Black holes and neighbours are of those; the "
+            "number of distinct vectors is of all."
         )
     if detailed < shown:
         notes.append(f"{detailed:,} of the {shown:,} tokens have neighbours and a lattice view, evenly spaced.")
@@ -236,7 +239,9 @@ def _neighbours(vectors: Tensor, cells: lattice.Cells, detailed: Tensor) -> tupl
     points = vectors[cells.first].double()
     origin = points[0].nan_to_num(0, 0, 0)  # not far from the others: fewer digits cancel
     points, own = points - origin, vectors[detailed].double() - origin
-    apart = (points.square().sum(1) - 2 * own @ points.T).nan_to_num(math.inf, math.inf, math.inf)  # for each, up to |own|²
+    apart = (points.square().sum(1) - 2 * own @ points.T).nan_to_num(
+        math.inf, math.inf, math.inf
+    )  # for each, up to |own|²
     apart[torch.arange(len(own)), cells.cell[detailed]] = math.inf
     count = min(NEIGHBOURS, len(points))
     nearest = apart.topk(count, largest=False)
@@ -270,7 +275,9 @@ def _directions(found: Vectors, shown: Tensor, axes: Sequence[int] | None) -> tu
     directions = torch.zeros(3, dim, dtype=torch.float64)
     if axes is not None:
         if len(axes) != 3 or len(set(axes)) != 3 or not all(0 <= axis < dim for axis in axes):
-            raise BhfastError(f"axes must be three different dimensions from 0 to {dim - 1}, got {', '.join(map(str, axes))}")
+            raise BhfastError(
+                f"axes must be three different dimensions from 0 to {dim - 1}, got {', '.join(map(str, axes))}"
+            )
         directions[torch.arange(3), torch.tensor(axes)] = 1
         return directions, [f"dimension {axis}" for axis in axes]
     last = _record(found, -1)

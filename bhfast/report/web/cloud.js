@@ -181,7 +181,12 @@ class Cloud {
       context.stroke();
       context.font = "600 13px system-ui, sans-serif";
       const name = this.data.info.names[token];
-      this.label(name.length > 24 ? `${name.slice(0, 23)}…` : name, this.x[token] + radius - 4, this.y[token] - radius - 4, theme);
+      this.label(
+        name.length > 24 ? `${name.slice(0, 23)}…` : name,
+        this.x[token] + radius - 4,
+        this.y[token] - radius - 4,
+        theme,
+      );
     }
   }
 
@@ -207,7 +212,11 @@ class Cloud {
     context.strokeStyle = color;
     context.beginPath();
     for (let frame = begin; frame <= end; frame++) {
-      const [x, y] = this.project(data.channel(frame, 0, token), data.channel(frame, 1, token), data.channel(frame, 2, token));
+      const [x, y] = this.project(
+        data.channel(frame, 0, token),
+        data.channel(frame, 1, token),
+        data.channel(frame, 2, token),
+      );
       context.lineTo(x, y);
     }
     context.lineTo(this.x[token], this.y[token]);

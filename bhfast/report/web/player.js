@@ -2,36 +2,6 @@
 
 const DURATION = 24; // seconds of a whole run at speed 1
 const SPEEDS = [0.25, 0.5, 1, 2, 4];
-const COLORS = 24; // of a continuous scale
-const INFERNO = [
-  [252, 255, 164], [249, 176, 40], [229, 92, 48], [175, 45, 90], [106, 23, 110], [40, 11, 84],
-]; // prettier-ignore
-const PHASES = ["early", "midlife", "late", "frozen"];
-
-/** What tokens can be colored by: `fits` says whether the data has it, `number` gives a token's color number. */
-const COLORINGS = {
-  class: {
-    fits: (data) => data.info.groups.length > 1,
-    legend: (data) => data.info.groups,
-    number: (data, frame, token) => data.group[token],
-  },
-  "distance from the centroid": {
-    fits: () => true,
-    range: (data) => [0, Math.max(...Array.from({ length: data.frames }, (_, frame) => data.ranges[2 * (frame * 5 + RADIUS)] + data.ranges[2 * (frame * 5 + RADIUS) + 1]))],
-    number: (data, frame, token, [, high]) => (COLORS - 1) * (data.channel(frame, RADIUS, token) / (high || 1)),
-  },
-  "displacement (ulp)": {
-    fits: (data) => data.frames > 1,
-    range: (data) => [0, Float32Array.from(data.displacement, bfloat16).reduce((most, x) => (Number.isFinite(x) && x > most ? x : most), 0)],
-    number: (data, frame, token, [, high]) => (COLORS - 1) * (Math.log1p(data.moved(frame, token) || 0) / Math.log1p(high || 1)),
-    isLog: true,
-  },
-  "phase of life": {
-    fits: (data) => Boolean(data.life),
-    legend: () => PHASES,
-    number: (data, frame, token) => data.phase(frame, token),
-  },
-};
 
 /** The player of a trace. `load` gives it data, and may be called again when there is more. */
 class Player {
@@ -63,10 +33,13 @@ class Player {
     this.hovered = -1;
     this.moment = before && isAtEnd ? data.frames - 1 : data.frameAt(step);
     for (const option of this.coloring.options) option.disabled = !COLORINGS[option.value].fits(data);
-    if (this.coloring.selectedOptions[0].disabled) this.coloring.value = "distance from the centroid";
+    if (this.coloring.selectedOptions[0].disabled) this.coloring.value = "radius";
     for (const plot of this.plots) plot.figure.hidden = !plot.fits(data);
     this.notes.replaceChildren(...data.info.notes.map((note) => element("p", {}, note)));
-    this.axes.textContent = data.info.axes.filter(Boolean).map((name) => name.replace(/^axis (\d)/, "$1")).join(" · ");
+    this.axes.textContent = data.info.axes
+      .filter(Boolean)
+      .map((name) => name.replace(/^axis (\d)/, "$1"))
+      .join(" · ");
     this.root.hidden = false;
     this.changed();
   }
@@ -76,9 +49,17 @@ class Player {
 
   build() {
     const button = (text, label) => element("button", { type: "button", "aria-label": label, title: label }, text);
-    const options = (names, chosen) => names.map((name) => element("option", { value: name, ...(name === chosen ? { selected: "" } : {}) }, String(name)));
+    const options = (names, chosen) =>
+      names.map((name) =>
+        element("option", { value: name, ...(name === chosen ? { selected: "" } : {}) }, String(name)),
+      );
     const labeled = (text, control) => element("label", {}, element("span", {}, text), control);
-    this.canvas = element("canvas", { tabindex: "0", role: "application", "aria-label": "The cloud of vectors. Arrow keys change the step, with Shift they turn the cloud; plus and minus zoom; space plays." });
+    this.canvas = element("canvas", {
+      tabindex: "0",
+      role: "application",
+      "aria-label":
+        "The cloud of vectors. Arrow keys change the step, with Shift they turn the cloud; plus and minus zoom; space plays.",
+    });
     this.tip = element("div", { class: "tip", hidden: "" });
     this.readout = element("output", { class: "readout", "aria-live": "off" });
     this.legend = element("div", { class: "legend" });
@@ -89,18 +70,36 @@ class Player {
     this.backButton = button("‹", "one shown record back");
     this.forwardButton = button("›", "one shown record forward");
     const bar = element("div", { class: "bar" }, this.playButton, this.backButton, this.slider, this.forwardButton);
-    this.speed = element("select", {}, ...SPEEDS.map((speed) => element("option", { value: speed, ...(speed === 1 ? { selected: "" } : {}) }, `${speed}×`)));
+    this.speed = element(
+      "select",
+      {},
+      ...SPEEDS.map((speed) =>
+        element("option", { value: speed, ...(speed === 1 ? { selected: "" } : {}) }, `${speed}×`),
+      ),
+    );
     this.scale = element("select", {}, ...options(["log of step", "step"], "log of step"));
     this.coloring = element("select", {}, ...options(Object.keys(COLORINGS), "class"));
     this.trails = element("input", { type: "checkbox" });
     this.fits = element("input", { type: "checkbox" });
-    this.search = element("input", { type: "search", placeholder: "token or row", "aria-label": "search for a token", spellcheck: "false", autocapitalize: "off", autocomplete: "off" });
+    this.search = element("input", {
+      type: "search",
+      placeholder: "token or row",
+      "aria-label": "search for a token",
+      spellcheck: "false",
+      autocapitalize: "off",
+      autocomplete: "off",
+    });
     this.found = element("span", { class: "found", role: "status" });
     this.homeButton = button("reset view", "reset view");
     const controls = element(
-      "div", { class: "controls" },
-      labeled("speed", this.speed), labeled("time", this.scale), labeled("color", this.coloring),
-      labeled("trails", this.trails), labeled("scale to fit", this.fits), this.homeButton,
+      "div",
+      { class: "controls" },
+      labeled("speed", this.speed),
+      labeled("time", this.scale),
+      labeled("color", this.coloring),
+      labeled("trails", this.trails),
+      labeled("scale to fit", this.fits),
+      this.homeButton,
       element("div", { class: "search" }, this.search, this.found),
     );
     this.details = element("div", { class: "details" });
@@ -112,7 +111,8 @@ class Player {
 
   listen() {
     const redraw = () => this.changed();
-    for (const control of [this.scale, this.coloring, this.trails, this.fits]) control.addEventListener("change", redraw);
+    for (const control of [this.scale, this.coloring, this.trails, this.fits])
+      control.addEventListener("change", redraw);
     this.slider.addEventListener("input", () => this.seekStep(this.time.step(Number(this.slider.value))));
     this.playButton.addEventListener("click", () => this.play(!this.isPlaying));
     this.backButton.addEventListener("click", () => this.advance(-1));
@@ -173,12 +173,16 @@ class Player {
     this.canvas.addEventListener("pointercancel", up);
     this.canvas.addEventListener("pointerleave", () => this.hover(-1e6, 0));
     this.canvas.addEventListener("contextmenu", (event) => event.preventDefault());
-    this.canvas.addEventListener("wheel", (event) => {
-      if (document.activeElement !== this.canvas && !event.ctrlKey) return; // the page scrolls
-      event.preventDefault();
-      this.cloud.scaleBy(Math.exp(-0.0015 * event.deltaY));
-      this.redraw();
-    }, { passive: false });
+    this.canvas.addEventListener(
+      "wheel",
+      (event) => {
+        if (document.activeElement !== this.canvas && !event.ctrlKey) return; // the page scrolls
+        event.preventDefault();
+        this.cloud.scaleBy(Math.exp(-0.0015 * event.deltaY));
+        this.redraw();
+      },
+      { passive: false },
+    );
   }
 
   key(event) {
@@ -249,7 +253,13 @@ class Player {
     const text = this.search.value.trim();
     const tokens = this.data.find(text);
     if (tokens.length) this.select(tokens[skipped % tokens.length]);
-    this.found.textContent = !text ? "" : tokens.length > 1 ? `${(skipped % tokens.length) + 1} of ${count(tokens.length)}; Enter: next` : tokens.length ? "" : "not found";
+    this.found.textContent = !text
+      ? ""
+      : tokens.length > 1
+        ? `${(skipped % tokens.length) + 1} of ${count(tokens.length)}; Enter: next`
+        : tokens.length
+          ? ""
+          : "not found";
     this.skipped = skipped;
   }
 
@@ -283,7 +293,10 @@ class Player {
     }
     const step = time.step(place);
     const frame = Math.max(this.frame, Math.min(frames - 2, this.data.frameAt(step)));
-    this.moment = Math.max(this.moment, frame + Math.min(0.999, (step - steps[frame]) / (steps[frame + 1] - steps[frame])));
+    this.moment = Math.max(
+      this.moment,
+      frame + Math.min(0.999, (step - steps[frame]) / (steps[frame + 1] - steps[frame])),
+    );
     return this.redraw();
   }
 
@@ -326,7 +339,12 @@ class Player {
   draw() {
     const { data, frame, theme, moment, selected, hovered } = this;
     const view = {
-      data, frame, theme, moment, selected, hovered,
+      data,
+      frame,
+      theme,
+      moment,
+      selected,
+      hovered,
       step: this.stepOf(moment),
       time: this.time,
       version: this.version,
@@ -348,11 +366,16 @@ class Player {
     const lines = this.selected < 0 ? [] : describe(data, frame, this.selected);
     const heading = this.selected < 0 ? "" : data.info.names[this.selected];
     this.details.replaceChildren(
-      ...(heading ? [element("strong", {}, heading), ...lines.map((text) => element("span", {}, text))] : [element("span", {}, "Click on a token, or search for one.")]),
+      ...(heading
+        ? [element("strong", {}, heading), ...lines.map((text) => element("span", {}, text))]
+        : [element("span", {}, "Click on a token, or search for one.")]),
     );
     this.tip.hidden = this.hovered < 0 || this.isPlaying;
     if (this.tip.hidden) return;
-    this.tip.replaceChildren(element("strong", {}, data.info.names[this.hovered]), ...describe(data, frame, this.hovered).map((text) => element("div", {}, text)));
+    this.tip.replaceChildren(
+      element("strong", {}, data.info.names[this.hovered]),
+      ...describe(data, frame, this.hovered).map((text) => element("div", {}, text)),
+    );
     const [x, y] = this.pointer;
     this.tip.style.left = `${Math.max(4, Math.min(x + 16, this.stage.clientWidth - this.tip.offsetWidth - 4))}px`;
     this.tip.style.top = `${Math.max(4, Math.min(y + 16, this.stage.clientHeight - this.tip.offsetHeight - 4))}px`;
@@ -366,69 +389,14 @@ class Player {
       dot.style.background = css(color);
       return dot;
     };
-    if (names) return this.legend.replaceChildren(...names.map((name, i) => element("span", {}, swatch(palette[i]), name)));
+    if (names)
+      return this.legend.replaceChildren(...names.map((name, i) => element("span", {}, swatch(palette[i]), name)));
     const bar = element("i", { class: "ramp" });
     bar.style.background = `linear-gradient(to right, ${palette.map(css).join()})`;
-    return this.legend.replaceChildren(element("span", {}, short(range[0])), bar, element("span", {}, short(range[1]) + (this.paint.isLog ? " ulp, log scale" : "")));
+    return this.legend.replaceChildren(
+      element("span", {}, short(range[0])),
+      bar,
+      element("span", {}, short(range[1]) + (this.paint.isLog ? " ulp, log scale" : "")),
+    );
   }
-}
-
-/** A coloring of some data: a palette, and the color number of each token. */
-function painting(coloring, data, theme) {
-  const names = coloring.legend?.(data);
-  const range = coloring.range?.(data);
-  const palette = !names ? theme.ramp : names === PHASES ? theme.phases : theme.groupColors;
-  const out = new Uint8Array(data.tokens);
-  const numbers = (frame) => {
-    for (let token = 0; token < out.length; token++) {
-      out[token] = Math.max(0, Math.min(palette.length - 1, Math.round(coloring.number(data, frame, token, range) || 0)));
-    }
-    return out;
-  };
-  return { names, range, palette, numbers, isLog: coloring.isLog };
-}
-
-/** What there is to say about a token in a frame, line by line. */
-function describe(data, frame, token) {
-  const { info } = data;
-  const group = info.groups.length > 1 ? `, ${info.groups[data.group[token]]}` : "";
-  const lines = [`row ${data.rows[token]}${group}`];
-  lines.push(`norm ${short(data.channel(frame, NORM, token))}, ${short(data.channel(frame, RADIUS, token))} from the centroid`);
-  const moved = data.moved(frame, token);
-  if (!Number.isNaN(moved)) lines.push(moved ? `moved ${short(moved)} ulp in this record` : "did not move in this record");
-  const last = data.lastMove(token);
-  if (last !== null) {
-    const end = last >= info.last_step ? "still moved in the last step" : last ? `frozen after step ${count(last)}` : "never moved";
-    lines.push(`${PHASES[data.phase(frame, token)]}; ${end}`);
-  }
-  const others = data.multiplicities(frame)[data.cellOf(frame, token)] - 1;
-  if (others) lines.push(`one vector with ${count(others)} other${others > 1 ? "s" : ""}`);
-  const near = data.neighboursOf(frame, token);
-  if (near?.length) lines.push(`nearest: ${near.map(([other, apart]) => `${info.names[other]} (${short(apart)})`).join(", ")}`);
-  return lines;
-}
-
-/** Colors from the style sheet. */
-function readTheme(root, data) {
-  const style = getComputedStyle(root);
-  const color = (name) => style.getPropertyValue(`--${name}`).trim();
-  const isDark = matchMedia("(prefers-color-scheme: dark)").matches;
-  const stops = isDark ? INFERNO.slice(0, 5).reverse() : INFERNO.slice(1);
-  const ramp = Array.from({ length: COLORS }, (_, i) => {
-    const at = (i / (COLORS - 1)) * (stops.length - 1);
-    const [a, b] = [stops[Math.floor(at)], stops[Math.min(Math.floor(at) + 1, stops.length - 1)]];
-    return a.map((x, k) => Math.round(x + (at % 1) * (b[k] - x)));
-  });
-  const groupColor = (name) => color(name) || color("all");
-  const groups = data.info.groups.map(groupColor);
-  return {
-    ...Object.fromEntries(["background", "text", "faint", "line", "accent", "plus", "minus"].map((name) => [name, color(name)])),
-    groups, groupColor, ramp,
-    groupColors: groups.map(rgb),
-    phases: PHASES.map((name) => rgb(color(name))),
-  };
-}
-
-function rgb(hex) {
-  return hex.match(/[0-9a-f]{2}/gi).map((x) => parseInt(x, 16));
 }

@@ -175,7 +175,7 @@ class DistinctPlot extends Plot {
 
 class RadiusPlot extends Plot {
   constructor() {
-    super("Distance from the centroid", "Space-time diagram: a line for each token.");
+    super("Radius: distance from the centroid", "Space-time diagram: a line for each token.");
   }
 
   radii(data, token) {
@@ -288,7 +288,12 @@ class LatticePlot extends Plot {
       context.fillStyle = move > 0 ? theme.plus : theme.minus;
       const y = this.row(dimension, data.dim);
       const length = this.strength(move) * half;
-      context.fillRect(center + Math.min(0, length), y, Math.abs(length), Math.max(1, this.row(dimension + 1, data.dim) - y - 0.5));
+      context.fillRect(
+        center + Math.min(0, length),
+        y,
+        Math.abs(length),
+        Math.max(1, this.row(dimension + 1, data.dim) - y - 0.5),
+      );
     });
     context.fillStyle = theme.faint;
     context.textBaseline = "top";
