@@ -20,6 +20,7 @@ PROGRAMS = {
     "expand": "make a compact trace full",
     "recover": "make a trace from a run that was killed",
     "report": "show what happened in a run or a sweep",
+    "watch": "serve a page that follows a run while it goes on",
     "doctor": "report the hardware, and what bhfast will use of it",
 }
 

@@ -70,6 +70,7 @@ ROOMS: dict[str, set[str]] = {
         *("summary", "trace", "train"),
     },
     "report": {"cli", "errors", "lattice", "summary", "sweep", "trace", "version"},
+    "watch": {"cli", "errors", "lattice", "report", "summary", "trace"},
     "export": {"cli", "errors", "lattice", "report", "summary", "trace"},
     "diff": {"cli", "errors", "replay", "report", "trace"},
     "doctor": {"cli", "engines", "machine", "ops", "optim", "trace", "version"},
