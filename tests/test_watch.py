@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from children import Program, fork, status_of
+from chromium import Chromium, find_chromium
 from safetensors.torch import load
 from streaming_run import record
 from traces import rewrite
@@ -296,3 +297,34 @@ def test_the_program_serves_until_ctrl_c(run: TrainResult) -> None:
     program.send_signal(signal.SIGINT)
     assert program.communicate() == ("", "")
     assert program.returncode == 0
+
+
+def test_the_page_follows_a_run(tmp_path: Path) -> None:
+    """In a browser: it takes in new records, keeps the place, and says when the run has ended, and the server."""
+    program = find_chromium()
+    if program is None:
+        pytest.skip("this machine has no Chromium")
+    (tmp_path / "profile").mkdir()
+    browser, path = Chromium(program, tmp_path / "profile"), tmp_path / "t"
+
+    def look(step: int, recorder: Recorder) -> None:
+        if step in (30, 60):
+            while recorder.stats().committed < step - 10:
+                time.sleep(0.001)
+            browser.wait("document.getElementById('state').textContent.startsWith('going on, step ')")
+            browser.wait(f"!player.root.hidden && player.data.frames > {step - 10}")
+        if step == 30:
+            browser.evaluate("player.moment = 7")
+
+    with watching(path) as client:
+        url = f"http://127.0.0.1:{client.port}/"
+        browser.call("Page.navigate", url=url)
+        browser.wait("document.title === 'waiting · bhfast: t'")
+        record(path, 80, commit_seconds=0.0, after_step=look)
+        browser.wait("document.getElementById('state').textContent === 'ended, step 80'")
+        browser.wait("player.data.frames === 81")
+        assert browser.evaluate("player.moment") == 7
+        assert browser.problems == []
+        assert {request.removeprefix(url).partition("?")[0] for request in browser.requests} == {"", "state", "data"}
+    browser.wait("document.getElementById('state').textContent === 'bhfast watch has ended'")
+    browser.close()
