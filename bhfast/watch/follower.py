@@ -17,7 +17,7 @@ from bhfast.trace import Trace, open_trace
 from bhfast.trace.journal import journal_path
 from bhfast.trace.live import has_writer
 
-MAX_SHARE = 0.05  # of the time, spent on computing data while the run goes on
+MAX_SHARE = 0.05  # of a core, spent on computing data while the run goes on
 
 WAITING = "waiting"
 GOING_ON = "going on"
@@ -94,10 +94,9 @@ class Follower:
             state = self._look()
             is_new = self._data is None or self._data.version != state.version
             if self._trace is not None and state.records and is_new and self._is_due(state):
-                begin = time.monotonic()
+                begin = time.thread_time()
                 self._data = Data(state.version, self._compute(self._trace))
-                now = time.monotonic()
-                self._due = now + (now - begin) * (1 / MAX_SHARE - 1)
+                self._due = time.monotonic() + (time.thread_time() - begin) * (1 / MAX_SHARE - 1)
             return self._data if self._data and self._data.version != have else None
 
     def _is_due(self, state: State) -> bool:
