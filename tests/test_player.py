@@ -27,6 +27,7 @@ from bhfast.errors import BhfastError
 from bhfast.recording.recorder import Recorder
 from bhfast.report import main
 from bhfast.report import player as module
+from bhfast.report.embed import SCRIPTS, player_html
 from bhfast.report.names import token_names
 from bhfast.report.player import PlayerData, player_data, sampled_records
 from bhfast.summary import Vectors, find_vectors
@@ -189,6 +190,12 @@ def test_names(run: TrainResult, tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # In a browser
+
+
+def test_scripts_are_strict() -> None:
+    scripts = player_html(None).split("<script>\n")[1:]
+    assert len(scripts) == len(SCRIPTS) == len([*Path(module.__file__).with_name("web").glob("*.js")])
+    assert all(script.startswith('"use strict";') and script.count("</script") == 1 for script in scripts)
 
 
 @pytest.fixture(scope="module")

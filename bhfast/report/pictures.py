@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -63,11 +63,12 @@ def new_axes(title: str, x: str, y: str, *, log: str = "x") -> tuple[Figure, Axe
     return figure, ax
 
 
-def legend_below(figure: Figure, ax: Axes, side: str = "center", columns: int = 3) -> None:
+Place = Literal["outside lower left", "outside lower center", "outside lower right"]
+
+
+def legend_below(figure: Figure, ax: Axes, place: Place = "outside lower center") -> None:
     """Put the legend of a diagram below it, where it hides nothing."""
-    figure.legend(
-        *ax.get_legend_handles_labels(), loc=f"outside lower {side}", ncols=columns, frameon=False, fontsize=8
-    )
+    figure.legend(*ax.get_legend_handles_labels(), loc=place, ncols=3, frameon=False, fontsize=8)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -341,9 +342,9 @@ def motion(survey: Survey) -> Picture:
     for ax in (warm, keep):
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
-    legend_below(figure, warm, "left")
+    legend_below(figure, warm, "outside lower left")
     if survey.correlation:
-        legend_below(figure, keep, "right")
+        legend_below(figure, keep, "outside lower right")
     text = (
         "A velocity is a displacement from record to record. Bulk: the square of the mean velocity of all tokens. "
         "Thermal: the mean square of what is left. They add up to the total. τ is the integrated autocorrelation time, "
