@@ -226,7 +226,7 @@ def test_page_of_a_run(run: TrainResult, tmp_path: Path, capsys: pytest.CaptureF
     assert len(list((tmp_path / "new" / "folder").glob("*.png"))) == 12
     assert "130 steps on" in html
     dead = int((open_trace(run.path)["token_counts"] == 0).sum())
-    assert html.count(f"All {dead} dead tokens are one vector in every record") == 4
+    assert html.count(f"All {dead} dead tokens are one vector in every record") == 8  # text and alternative text
     assert "largest pairwise distance" in html
 
 
