@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -380,10 +381,11 @@ def test_a_hostile_trace(browser: Chromium, tmp_path: Path) -> None:
     keys = {"param": evil[:-1], "grad": f"{evil[:-1]}.grad"}
     metadata |= {"optimizer": json.dumps({"params": {evil: {"keys": keys}}}), "config": json.dumps({"lr": evil})}
     tensors = {"recorded_steps": torch.arange(4), evil[:-1]: walk(4, 5, 3), f"{evil[:-1]}.grad": walk(4, 5, 3)}
-    save_file(tensors, tmp_path / "a&<b>", metadata)
+    save_file(tensors, tmp_path / "t", metadata)
+    trace = (tmp_path / "t").rename(tmp_path / os.fsdecode(b"a&<b>\xff"))  # not UTF-8
     (tmp_path / "names").write_text("\n".join([evil[:-2]] * 5))
-    for options in ([], ["--tokens", str(tmp_path / "names")], ["--params", evil]):
-        show(browser, report(tmp_path / "a&<b>", tmp_path, *options))
+    for options in ([], ["--tokens", str(tmp_path / "names")], ["--params", evil[:-1]]):
+        show(browser, report(trace, tmp_path, *options))
         browser.evaluate("player.select(1); player.hover(player.cloud.x[0], player.cloud.y[0])")
         assert evil[:20] in settled(browser, DETAILS)
         assert settled(browser, "[typeof hacked, document.images.length]") == ["undefined", 0]
