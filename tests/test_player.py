@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -27,6 +28,7 @@ from bhfast.errors import BhfastError
 from bhfast.recording.recorder import Recorder
 from bhfast.report import main
 from bhfast.report import player as module
+from bhfast.report.embed import SCRIPTS, player_html
 from bhfast.report.names import token_names
 from bhfast.report.player import PlayerData, player_data, sampled_records
 from bhfast.summary import Vectors, find_vectors
@@ -191,6 +193,12 @@ def test_names(run: TrainResult, tmp_path: Path) -> None:
 # In a browser
 
 
+def test_scripts_are_strict() -> None:
+    scripts = player_html(None).split("<script>\n")[1:]
+    assert len(scripts) == len(SCRIPTS) == len([*Path(module.__file__).with_name("web").glob("*.js")])
+    assert all(script.startswith('"use strict";') and script.count("</script") == 1 for script in scripts)
+
+
 @pytest.fixture(scope="module")
 def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
     program = find_chromium()
@@ -326,8 +334,11 @@ def test_finds_a_token(page: Chromium, run: TrainResult) -> None:
     assert "row 101, trained" in details
     assert f"norm {norm:.3g}," in details
     assert (f"moved {moved.bfloat16().item():.3g} ulp" if moved else "did not move") in details
-    last = int(life.last_late_step[101])
-    assert (f"frozen after step {last}" if last < 130 else "still moved in the last step") in details
+    for token in (int(life.last_late_step.argmin()), int(life.last_late_step.argmax())):
+        last = int(life.last_late_step[token])
+        page.evaluate(f"player.select({token})")
+        wanted = f"frozen after step {last}" if last < 130 else "still moved in the last step"
+        assert wanted in settled(page, DETAILS)
     page.evaluate(f"player.search.value = '{dead[1]}'")
     page.press("Enter")
     page.evaluate(f"player.select({dead[1]})")
@@ -366,24 +377,22 @@ def test_newer_data_keeps_the_view(page: Chromium, run: TrainResult) -> None:
 # Reports of any trace
 
 
-def test_a_hostile_trace(browser: Chromium, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_hostile_trace(browser: Chromium, tmp_path: Path) -> None:
     """Whatever names and metadata hold is text."""
     evil = "</script><script>hacked = 1</script><img src=x onerror='hacked = 1'>\u2028\ud800"
     metadata = {"token_strings": json.dumps([evil] * 5), "engine": evil.replace("\ud800", ""), "corpus": "<b>"}
     keys = {"param": evil[:-1], "grad": f"{evil[:-1]}.grad"}
     metadata |= {"optimizer": json.dumps({"params": {evil: {"keys": keys}}}), "config": json.dumps({"lr": evil})}
     tensors = {"recorded_steps": torch.arange(4), evil[:-1]: walk(4, 5, 3), f"{evil[:-1]}.grad": walk(4, 5, 3)}
-    save_file(tensors, tmp_path / "a&<b>", metadata)
+    save_file(tensors, tmp_path / "t", metadata)
+    trace = (tmp_path / "t").rename(tmp_path / os.fsdecode(b"a&<b>\xff"))  # not UTF-8
     (tmp_path / "names").write_text("\n".join([evil[:-2]] * 5))
-    for options in ([], ["--tokens", str(tmp_path / "names")]):
-        show(browser, report(tmp_path / "a&<b>", tmp_path, *options))
-        browser.evaluate("player.select(1); player.hover(...[player.cloud.x[0], player.cloud.y[0]])")
+    for options in ([], ["--tokens", str(tmp_path / "names")], ["--params", evil[:-1]]):
+        show(browser, report(trace, tmp_path, *options))
+        browser.evaluate("player.select(1); player.hover(player.cloud.x[0], player.cloud.y[0])")
         assert evil[:20] in settled(browser, DETAILS)
-        assert settled(browser, "[typeof hacked, document.images.length, document.title]") == [
-            "undefined",
-            0,
-            "bhfast: a&<b>",
-        ]
+        assert settled(browser, "[typeof hacked, document.images.length]") == ["undefined", 0]
+        assert browser.evaluate("document.title").startswith("bhfast: a&<b>")
 
 
 def recorded_rows(path: Path) -> None:

@@ -225,6 +225,8 @@ def test_page_of_a_run(run: TrainResult, tmp_path: Path, capsys: pytest.CaptureF
     html = check_page(tmp_path / "new" / "folder")
     assert len(list((tmp_path / "new" / "folder").glob("*.png"))) == 12
     assert "130 steps on" in html
+    dead = int((open_trace(run.path)["token_counts"] == 0).sum())
+    assert html.count(f"All {dead} dead tokens are one vector in every record") == 8  # text and alternative text
     assert "largest pairwise distance" in html
 
 
@@ -234,6 +236,16 @@ def test_page_of_a_short_run(steps: int, tmp_path: Path, settings: TrainConfig) 
     config = replace(settings, steps=steps, out=str(tmp_path / "<b>.safetensors"))
     assert main([str(train(config).path), "--out", str(tmp_path)]) == 0
     assert "<p>bhfast: &lt;b&gt;.safetensors</p>" in check_page(tmp_path)
+
+
+@pytest.mark.usefixtures("matplotlib")
+def test_ticks_of_a_scale_in_steps() -> None:
+    from bhfast.report.pictures import escape_ticks
+
+    assert escape_ticks(0, 2473) == [0, 1, 10, 100, 1000, 2473]
+    assert escape_ticks(3, 40) == [3, 5, 10, 20, 40]
+    assert escape_ticks(0, 1) == [0, 1]
+    assert escape_ticks(7, 7) == [7]
 
 
 @pytest.fixture(scope="module")

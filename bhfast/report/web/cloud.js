@@ -3,6 +3,7 @@
 const SHADES = 5; // of each color, from near to far
 const BINS = 256; // of depth
 const PICK = 14; // pixels within which the pointer finds a token
+const LABELS = 30; // of black holes, at most
 const TRAIL_POINTS = 12000; // of all trails together
 
 /** The cloud of vectors in three dimensions, on a canvas. */
@@ -138,16 +139,18 @@ class Cloud {
       if (counts[token] > 1) holes.push(token);
     }
     context.font = "600 12px system-ui, sans-serif";
-    context.textBaseline = "middle";
     context.lineWidth = 1.5;
-    holes.sort((a, b) => counts[b] - counts[a]);
-    holes.forEach((token, i) => {
-      context.strokeStyle = context.fillStyle = theme.text;
+    const labeled = []; // only where no larger hole is labeled
+    for (const token of holes.sort((a, b) => counts[b] - counts[a])) {
+      if (labeled.length === LABELS) break;
+      if (labeled.some((other) => Math.abs(x[other] - x[token]) < 48 && Math.abs(y[other] - y[token]) < 18)) continue;
+      labeled.push(token);
+      context.strokeStyle = theme.text;
       context.beginPath();
       context.arc(x[token], y[token], this.dotRadius(token) + 2.5, 0, 2 * Math.PI);
       context.stroke();
-      if (i < 30) this.label(`${count(counts[token])}`, x[token] + this.dotRadius(token) + 7, y[token], theme);
-    });
+      this.label(count(counts[token]), x[token] + this.dotRadius(token) + 7, y[token], theme);
+    }
   }
 
   label(text, x, y, theme) {

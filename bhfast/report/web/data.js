@@ -164,7 +164,10 @@ class TimeScale {
   ticks() {
     if (!this.isLog) return niceTicks(this.first, this.first + this.length, 5);
     const ticks = [this.first];
-    for (let passed = 1; passed <= this.length; passed *= 10) ticks.push(this.first + passed);
+    for (let passed = 1; passed <= this.length; passed *= 10) {
+      for (const n of this.length < 200 ? [1, 2, 5] : [1])
+        if (n * passed <= this.length) ticks.push(this.first + n * passed);
+    }
     return ticks;
   }
 }
@@ -183,7 +186,7 @@ function short(number) {
   if (number === 0) return "0";
   const size = Math.abs(number);
   if (size >= 1e6 || size < 1e-3) return number.toExponential(1).replace("e+", "e");
-  return String(Number(number.toPrecision(3)));
+  return Number(number.toPrecision(3)).toLocaleString("en", { maximumFractionDigits: 6 });
 }
 
 function count(number) {

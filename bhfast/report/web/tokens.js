@@ -67,8 +67,10 @@ function painting(coloring, data, theme) {
 /** What there is to say about a token in a frame, line by line. */
 function describe(data, frame, token) {
   const { info } = data;
-  const group = info.groups.length > 1 ? `, ${info.groups[data.group[token]]}` : "";
-  const lines = [`row ${data.rows[token]}${group}`];
+  const row = `row ${data.rows[token]}`;
+  const group = info.groups.length > 1 ? info.groups[data.group[token]] : "";
+  const who = [info.names[token] === row ? "" : row, group].filter(Boolean).join(", ");
+  const lines = who ? [who] : [];
   lines.push(
     `norm ${short(data.channel(frame, NORM, token))}, ${short(data.channel(frame, RADIUS, token))} from the centroid`,
   );
