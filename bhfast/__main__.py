@@ -11,13 +11,16 @@ PROGRAMS = {
     "train": "run the experiment and record it",
     "sweep": "run a grid of experiments",
     "corpus": "make a corpus to train on",
+    "info": "say what is in a trace, and of which run",
     "verify": "prove a trace by replaying it",
+    "export": "write a trace for Rerun, TensorBoard, or tables",
     "diff": "say where two traces differ",
     "import": "make a trace of another program's recording",
     "compact": "make a full trace compact, and prove that nothing is lost",
     "expand": "make a compact trace full",
     "recover": "make a trace from a run that was killed",
     "report": "show what happened in a run or a sweep",
+    "watch": "serve a page that follows a run while it goes on",
     "doctor": "report the hardware, and what bhfast will use of it",
 }
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-from bhfast.errors import BhfastError
+from bhfast.errors import BhfastError, printable
 
 
 def run_program(
@@ -29,7 +29,7 @@ def run_program(
         try:
             return program(parser.parse_args(argv))
         except BhfastError as error:
-            print(f"{parser.prog}: error: {error}", file=sys.stderr)
+            print(f"{parser.prog}: error: {printable(error)}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             return 128 + signal.SIGINT

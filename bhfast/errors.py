@@ -1,4 +1,4 @@
-"""Errors that a user can fix. The programs print them without a traceback."""
+"""Errors that a user can fix. The programs print them without a traceback, in one line."""
 
 MALFORMED = (
     ArithmeticError,
@@ -36,3 +36,11 @@ class StorageError(BhfastError):
 
 class DamageError(TraceError):
     """A trace file is not as it was written: it is truncated, or bytes were changed."""
+
+
+def printable(text: object) -> str:
+    """Return text with all that could control a terminal, or break a line, as escapes such as ``\\x1b``.
+
+    Names and metadata of a file are of whoever wrote it.
+    """
+    return "".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in str(text))

@@ -41,6 +41,23 @@ def open_locked(path: Path, flags: int = 0, *, wait: bool) -> int:
     return fd
 
 
+def is_locked(path: Path) -> bool:
+    """Return whether a process holds the lock of a file; if none does, this takes it, and gives it back at once."""
+    if fcntl is None:
+        return False
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
 def release(fd: int) -> None:
     """Unlock an open file, in forked children too.
 

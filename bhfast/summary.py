@@ -29,8 +29,9 @@ class Vectors:
         param: the name of the parameter.
         steps: int64 ``[R]``, increasing.
         vectors: bfloat16, float16 or float32 ``[R, V, D]``, V and D at least 1.
+        rows: which row of the parameter each vector is: int64 ``[V]``.
         fields: its gradients (``grad``) and the tensors of the optimizer's state, by field, if they are of this shape.
-        names: the name of each field in the file.
+        names: the name in the file of the vectors (``param``) and of each field.
         losses: ``[R]``; None if there are none.
         counts: how often each token occurs in the corpus: int64 ``[V]``; None if that is not known.
         missing: why losses, gradients (``grad``), token counts or some of the state are missing, by name.
@@ -40,6 +41,7 @@ class Vectors:
     param: str
     steps: Tensor
     vectors: Any
+    rows: Tensor
     fields: dict[str, Any]
     names: dict[str, str]
     losses: Tensor | None
@@ -52,8 +54,9 @@ def find_vectors(trace: Trace, param: str | None = None) -> Vectors:
 
     Args:
         trace: of the reference run, of a Recorder, or any other with ``recorded_steps`` and a tensor ``[R, V, D]``.
-        param: the name of the parameter, or of its tensor. None for ``embeddings``, or else for the only parameter
-            recorded as ``[R, V, D]``.
+        param: the name of the parameter, or of its tensor. The vectors of a parameter with more axes are its rows
+            ``[R, V, ...]``, those of a parameter with fewer its values. None for ``embeddings``, or else for the only
+            parameter recorded as ``[R, V, D]``, or the only one.
 
     Raises:
         TraceError: there are no such vectors, or several; or they are not of one of ``DTYPES``.
@@ -63,25 +66,27 @@ def find_vectors(trace: Trace, param: str | None = None) -> Vectors:
         params = _params(trace)
         chosen = _choose(trace, params, param)
         keys = params[chosen]
-        vectors = trace[keys["param"]]
+        recorded = trace[keys["param"]]
+        vectors = _matrices(recorded)
         if reason := _misfit(vectors, DTYPES, (len(steps), None, None)):
             raise TraceError(f"{trace.path} cannot be reported: {keys['param']} {reason}")
         missing: dict[str, str] = {}
-        fields, names = {}, {}
+        fields, names = {}, {"param": keys["param"]}
         for field, key in keys.items():
             if field == "param":
                 continue
-            if reason := _misfit(trace.get(key), None, tuple(vectors.shape)):
+            if reason := _misfit(trace.get(key), None, tuple(recorded.shape)):
                 missing[field] = f"{key} {reason}"
             else:
-                fields[field], names[field] = trace[key], key
+                fields[field], names[field] = _matrices(trace[key]), key
         if "grad" not in keys:
             missing["grad"] = "gradients were not recorded"
         losses = next((trace[name] for name in LOSSES if name in trace), None)
         if reason := _misfit(losses, None, (len(steps),)):
             missing["losses"], losses = f"{' or '.join(LOSSES)} {reason}", None
-        counts = _counts(trace, chosen, vectors.shape[1], missing)
-        return Vectors(trace, chosen, steps, vectors, fields, names, losses, counts, missing)
+        rows = _rows(trace, chosen, keys["param"], vectors.shape[1])
+        counts = _counts(trace, rows, missing)
+        return Vectors(trace, chosen, steps, vectors, rows, fields, names, losses, counts, missing)
     except TraceError:
         raise
     except MALFORMED as error:
@@ -122,12 +127,20 @@ def _choose(trace: Trace, params: Mapping[str, Mapping[str, str]], wanted: str |
     else:
         found = [name for name, keys in params.items() if keys["param"] == REFERENCE_NAMES["param"]]
         found = found or [name for name, keys in params.items() if len(trace[keys["param"]].shape) == 3]
+        found = found or list(params)
     if len(found) == 1:
         return found[0]
     if found:
-        raise TraceError(f"{trace.path} has vectors of {', '.join(found)}: choose one with --param")
+        raise TraceError(f"{trace.path} has vectors of {', '.join(found)}: choose with --params")
     what = "no vectors: no tensor of records x vectors x dimensions" if wanted is None else f"no parameter {wanted}"
     raise TraceError(f"{trace.path} cannot be reported: it has {what}; it has {', '.join(params) or 'no parameters'}")
+
+
+def _matrices(x: Any) -> Any:
+    """Return records as matrices: rows with more than one axis flattened, values as rows of one."""
+    if len(x.shape) in (1, 3) or 0 in x.shape:
+        return x
+    return x.reshape(*x.shape[:2], -1) if isinstance(x, Tensor) else x.matrices()
 
 
 def _misfit(x: Any, dtypes: tuple[torch.dtype, ...] | None, shape: tuple[int | None, ...]) -> str | None:
@@ -149,19 +162,26 @@ def _misfit(x: Any, dtypes: tuple[torch.dtype, ...] | None, shape: tuple[int | N
     return f"must be {' or '.join(names) or 'of floating-point numbers'} [{sizes}], got {x.dtype} {list(x.shape)}"
 
 
-def _counts(trace: Trace, param: str, tokens: int, missing: dict[str, str]) -> Tensor | None:
+def _rows(trace: Trace, param: str, key: str, vectors: int) -> Tensor:
+    """Return which rows of the parameter were recorded: all, unless the trace says otherwise."""
+    rows: Any = trace.get(f"{param}.rows", trace.get(f"{key}.rows"))
+    if _misfit(rows, (torch.int64,), (vectors,)) is None and int(rows.min()) >= 0:
+        return rows.as_subclass(Tensor)
+    return torch.arange(vectors)
+
+
+def _counts(trace: Trace, rows: Tensor, missing: dict[str, str]) -> Tensor | None:
     """Return how often each recorded token occurs in the corpus; None, and why, if that is not known."""
     counts: Any = trace.get("token_counts")
     if reason := _misfit(counts, (torch.int64,), (None,)):
         missing["token_counts"] = f"token_counts {reason}"
         return None
     counts = counts.as_subclass(Tensor)
-    rows = trace.get(f"{param}.rows")
-    if rows is not None and len(rows) == tokens and int(rows.max()) < len(counts):
-        return counts[rows.as_subclass(Tensor)]
-    if len(counts) == tokens:
+    if len(counts) == len(rows):
         return counts
-    missing["token_counts"] = f"token_counts has {len(counts)} values for {tokens} vectors"
+    if int(rows.max()) < len(counts) and not torch.equal(rows, torch.arange(len(rows))):
+        return counts[rows]
+    missing["token_counts"] = f"token_counts has {len(counts)} values for {len(rows)} vectors"
     return None
 
 

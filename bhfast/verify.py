@@ -34,7 +34,7 @@ from pathlib import Path
 from torch import Tensor
 
 from bhfast.cli import run_program
-from bhfast.errors import MALFORMED, BhfastError, ConfigError, DamageError, TraceError
+from bhfast.errors import MALFORMED, BhfastError, ConfigError, DamageError, TraceError, printable
 from bhfast.foreign.given import OPTIMIZERS, ROUNDINGS, SCHEDULES, GivenReplay, GivenSettings, replay_given
 from bhfast.replay import Difference, replay, why_not
 from bhfast.trace import Trace, open_trace
@@ -247,9 +247,9 @@ def _report(file: str, given: GivenSettings | None) -> int:
     try:
         found = verify(file, given)
     except BhfastError as error:
-        print(f"bhfast verify: error: {error}", file=sys.stderr)
+        print(f"bhfast verify: error: {printable(error)}", file=sys.stderr)
         return 1 if isinstance(error, DamageError) else 2
-    print(f"{file}: {found}")
+    print(printable(f"{file}: {found}"))
     return found.status
 
 

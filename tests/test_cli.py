@@ -54,7 +54,7 @@ def run_disturbed(condition: str, calls: dict[str, list[str]], folder: Path) -> 
             (folder / f"{program}.status").write_text(f"{console.main()}")
         end_as_a_program()
 
-    import bhfast.corpus, bhfast.diff, bhfast.doctor, bhfast.recover, bhfast.report, bhfast.sweep  # noqa: E401, F401, I001 - before the fork
+    import bhfast.corpus, bhfast.diff, bhfast.doctor, bhfast.info, bhfast.recover, bhfast.report, bhfast.sweep  # noqa: E401, F401, I001 - before the fork
     import torch._dynamo  # noqa: F401 - which optimizers import
 
     assert status_of(fork(work, folder / "errors")) == 0
@@ -98,6 +98,7 @@ def programs(folder: Path, run: TrainResult, text: str) -> dict[str, list[str]]:
     (folder / "book").write_text(BOOK)
     return {
         "train": ["--steps", "20", "--corpus", text, "--device", "cpu", "--out", str(folder / "trained")],
+        "info": [str(run.path)],
         "verify": [str(run.path)],
         "diff": [str(run.path), str(run.path)],
         "recover": [str(folder / "t.safetensors.partial")],

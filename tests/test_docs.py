@@ -106,6 +106,7 @@ def of_other_recordings(run: TrainResult) -> None:
 
 BEFORE: dict[str, Callable[[TrainResult], dict[str, Any] | None]] = {  # makes files; returns what else a page names
     "README": of_readme,
+    "docs/export": with_a_run,
     "docs/lattice": with_a_run,
     "docs/how-to/experiments": of_experiments,
     "docs/how-to/other-recordings": of_other_recordings,

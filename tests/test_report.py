@@ -166,6 +166,23 @@ def test_frozen_tokens_have_a_step(found: Survey) -> None:
     assert (stopped.freeze_step("dead"), stopped.freeze_step("trained")) == (77, None)
 
 
+def test_headline(found: Survey) -> None:
+    dead = found.groups["dead"]
+    count = int(dead.sum())
+
+    def headline(*last_moves: int) -> str:
+        """The headline if the dead tokens moved last in these steps, the trained ones in step 130."""
+        last_late = torch.full_like(found.life.last_late_step, 130)
+        last_late[dead] = torch.tensor(last_moves * count)[:count]
+        first, _, second = replace(found, life=found.life._replace(last_late_step=last_late)).headline().partition("; ")
+        assert second == f"{128 - count} trained tokens still moved in the last step, 130"
+        return first
+
+    assert headline(7, 77) == f"{count} dead tokens froze by step 77"
+    assert headline(0) == f"{count} dead tokens never moved"
+    assert headline(0, 130) == f"{(count + 1) // 2} of {count} dead tokens froze before the last step, 130"
+
+
 def test_many_records_are_thinned_towards_the_end() -> None:
     from bhfast.report.survey import log_spaced
 
@@ -208,6 +225,8 @@ def test_page_of_a_run(run: TrainResult, tmp_path: Path, capsys: pytest.CaptureF
     html = check_page(tmp_path / "new" / "folder")
     assert len(list((tmp_path / "new" / "folder").glob("*.png"))) == 12
     assert "130 steps on" in html
+    dead = int((open_trace(run.path)["token_counts"] == 0).sum())
+    assert html.count(f"All {dead} dead tokens are one vector in every record") == 8  # text and alternative text
     assert "largest pairwise distance" in html
 
 
@@ -216,7 +235,17 @@ def test_page_of_a_run(run: TrainResult, tmp_path: Path, capsys: pytest.CaptureF
 def test_page_of_a_short_run(steps: int, tmp_path: Path, settings: TrainConfig) -> None:
     config = replace(settings, steps=steps, out=str(tmp_path / "<b>.safetensors"))
     assert main([str(train(config).path), "--out", str(tmp_path)]) == 0
-    assert "<h1>bhfast: &lt;b&gt;.safetensors</h1>" in check_page(tmp_path)
+    assert "<p>bhfast: &lt;b&gt;.safetensors</p>" in check_page(tmp_path)
+
+
+@pytest.mark.usefixtures("matplotlib")
+def test_ticks_of_a_scale_in_steps() -> None:
+    from bhfast.report.pictures import escape_ticks
+
+    assert escape_ticks(0, 2473) == [0, 1, 10, 100, 1000, 2473]
+    assert escape_ticks(3, 40) == [3, 5, 10, 20, 40]
+    assert escape_ticks(0, 1) == [0, 1]
+    assert escape_ticks(7, 7) == [7]
 
 
 @pytest.fixture(scope="module")
@@ -370,9 +399,9 @@ def test_one_of_several_parameters(tmp_path: Path, capsys: pytest.CaptureFixture
         "b.m": walk()[:, :, :2].contiguous(),
     }
     save_file({**two, "losses": torch.ones(6)}, tmp_path / "t")
-    assert error() == " has vectors of a, b: choose one with --param\n"
-    assert error("--param", "c") == " cannot be reported: it has no parameter c; it has a, b\n"
-    assert main([str(tmp_path / "t"), "--param", "b"]) == 0
+    assert error() == " has vectors of a, b: choose with --params\n"
+    assert error("--params", "c") == " cannot be reported: it has no parameter c; it has a, b\n"
+    assert main([str(tmp_path / "t"), "--params", "b"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "left out: norm of m: b.m must be of floating-point numbers [7, 5, 4], got torch.bfloat16 [7, 5, 2]" in lines
     assert any(

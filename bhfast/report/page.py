@@ -10,13 +10,15 @@ from html import escape
 from pathlib import Path
 
 from bhfast.errors import BhfastError
+from bhfast.report.embed import player_html
 from bhfast.report.pictures import DPI, Picture
 from bhfast.version import __version__
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.5rem; line-height: 1.3; overflow-wrap: anywhere; }
+h1 + p { margin-top: -0.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
 img { width: 100%; min-width: 36rem; height: auto; background: white; border-radius: 4px; }
 figure { margin: 0; } figcaption, footer { opacity: 0.75; font-size: 0.9rem; }
 .wide { overflow-x: auto; } pre { font-size: 0.85rem; }
@@ -32,11 +34,14 @@ class Page:
     """The content of a report, from top to bottom.
 
     Attributes:
-        title: the heading.
+        title: the heading, or what stands below the headline.
         summary: a sentence or two.
         text: preformatted lines; None for none.
         table: rows of cells. The first row has the headings, the first column the names of the rows.
         pictures: saved one at a time, so an iterator need not hold them all.
+        headline: the answer, in a sentence; None for none.
+        player: what the player shows, see :meth:`bhfast.report.player.PlayerData.pack`; None for no player.
+        notes: what was left out, a line each.
     """
 
     title: str
@@ -44,6 +49,9 @@ class Page:
     text: str | None
     table: Sequence[Sequence[str]]
     pictures: Iterable[Picture]
+    headline: str | None = None
+    player: bytes | None = None
+    notes: Sequence[str] = ()
 
     def write(self, folder: Path) -> None:
         """Write ``index.html``, with all pictures inside, and each picture as a PNG; replace older ones.
@@ -60,7 +68,7 @@ class Page:
                 (folder / f"{picture.name}.png").write_bytes(buffer.getvalue())
                 parts.append(_section(picture, buffer.getvalue()))
             parts.append(f"<footer>bhfast {__version__}</footer>\n</body></html>\n")
-            (folder / "index.html").write_text("\n".join(parts), encoding="utf-8")
+            (folder / "index.html").write_bytes("\n".join(parts).encode(errors="backslashreplace"))
         except OSError as error:
             raise BhfastError(f"cannot write the report to {folder}: {error.strerror}; choose another --out") from None
 
@@ -72,10 +80,13 @@ class Page:
             '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{title}</title><style>{STYLE}</style></head><body>",
-            f"<h1>{title}</h1>\n<p>{escape(self.summary)}</p>",
+            f"<h1>{title}</h1>" if self.headline is None else f"<h1>{escape(self.headline)}</h1>\n<p>{title}</p>",
+            *([] if self.player is None else [player_html(self.player)]),
+            f"<p>{escape(self.summary)}</p>",
             '<div class="wide"><table>',
             *rows,
             "</table></div>",
+            *(f"<p>{escape(note)}</p>" for note in self.notes),
         ]
         if self.text is not None:
             lines.append(f'<h2>Verification figures</h2>\n<div class="wide"><pre>{escape(self.text)}</pre></div>')

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -63,6 +63,14 @@ def new_axes(title: str, x: str, y: str, *, log: str = "x") -> tuple[Figure, Axe
     return figure, ax
 
 
+Place = Literal["outside lower left", "outside lower center", "outside lower right"]
+
+
+def legend_below(figure: Figure, ax: Axes, place: Place = "outside lower center") -> None:
+    """Put the legend of a diagram below it, where it hides nothing."""
+    figure.legend(*ax.get_legend_handles_labels(), loc=place, ncols=3, frameon=False, fontsize=8)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures of a run
 
@@ -85,12 +93,12 @@ def loss(survey: Survey) -> Picture:
     figure, ax = new_axes("Loss", "step", "cross-entropy (nats per token)", log="")
     assert survey.losses is not None
     steps, values = survey.steps[1:], survey.losses[1:]
-    ax.plot(steps, values, color=BLUE, alpha=0.3, lw=0.5, label="each step")
+    ax.plot(steps, values, color=BLUE, alpha=0.4, lw=0.7, label="each step")
     width = min(SMOOTHING, len(values))
     if width:
         smooth = values.double().unfold(0, width, 1).mean(1)
         ax.plot(steps[width - 1 :], smooth, color=BLUE, lw=1.5, label=f"mean of the last {width} records")
-        ax.legend()
+        legend_below(figure, ax)
     return Picture("loss", "Loss", "Training loss of each step, on that step's windows.", figure)
 
 
@@ -102,7 +110,7 @@ def distinct(survey: Survey) -> Picture:
         label = f"{name}: of {total} tokens"
         ax.plot(survey.steps, counts, color=GROUP_COLORS[name], lw=1.5, drawstyle="steps-post", label=label)
     ax.set_ylim(bottom=0)
-    ax.legend()
+    legend_below(figure, ax)
     text = "Tokens with identical vectors count once: if all tokens are in the black hole, there is one vector."
     return Picture("distinct", "Distinct vectors", text, figure)
 
@@ -114,7 +122,7 @@ def distance(survey: Survey) -> Picture:
     ax.plot(steps, survey.largest_distances, color=ORANGE, lw=1.5, label="largest")
     ax.plot(steps, survey.mean_distances, color=BLUE, lw=1.5, label="mean")
     ax.set_ylim(bottom=0)
-    ax.legend()
+    legend_below(figure, ax)
     return Picture("distance", "Pairwise distance", "Over all pairs of tokens.", figure)
 
 
@@ -132,11 +140,11 @@ def displacement(survey: Survey) -> Picture:
         ax.axhline(level, color="0.6", lw=0.8)
         ax.annotate(text, (0.005, level), xycoords=("axes fraction", "data"), fontsize=7, va="bottom", color="0.4")
     ax.set_ylim(bottom=0)
-    ax.legend(fontsize=7, ncols=len(survey.median_displacements), loc="lower left")
+    legend_below(figure, ax)
     text = (
         "Displacements from record to record, in ulp at the starting position. A token is early until its last "
         "displacement with L2 above √D ulp, in midlife until its last with L∞ above 1 ulp, late until its last of all, "
-        "and then frozen. At a vertical line the median token leaves the phase."
+        "and then frozen. At a vertical line the median token leaves the phase." + _one_vector(survey)
     )
     return Picture("displacement", "Displacement", text, figure)
 
@@ -179,7 +187,7 @@ def phases(survey: Survey) -> Picture:
     )
     text = (
         "Superluminal: a displacement with L2 above 1,000 ulp, from one record to the next. L1 ≤ 1: at most one ulp in "
-        "all. Frozen: no coordinate moves. A frozen token may move again."
+        "all. Frozen: no coordinate moves. A frozen token may move again." + _one_vector(survey)
     )
     return Picture("phases", "Momentary phases", text, figure)
 
@@ -195,8 +203,9 @@ def freezing(survey: Survey) -> Picture:
     ]
     colors: list[Any] = [GROUP_COLORS[name] for name in survey.groups]
     ax.hist(values, bins, stacked=True, color=colors, label=labels)
-    ax.legend()
+    legend_below(figure, ax)
     text = f"A token that moved in the last step, {survey.last_step:,}, is not counted as frozen: it may move later."
+    text += _one_vector(survey)
     return Picture("freezing", "Freezing", text, figure)
 
 
@@ -206,25 +215,56 @@ def spacetime(survey: Survey) -> Picture:
     tokens = torch.linspace(0, survey.radii.shape[1] - 1, min(MAX_LINES, survey.radii.shape[1])).round().long()
     steps = survey.steps[survey.radius_records].double()
     tokens = tokens[survey.radii[-1, tokens].argsort()]
-    lines = LineCollection(
-        [torch.stack([steps, survey.radii[:, token]], 1).numpy() for token in tokens], cmap=INFERNO, lw=0.8, alpha=0.8
-    )
-    lines.set_array(survey.escape_steps[tokens].clamp(min=0).double().log1p().numpy())
+    escape = survey.escape_steps[tokens]
+    curves = [torch.stack([steps, survey.radii[:, token]], 1).numpy() for token in tokens]
+    inside = [curve for curve, step in zip(curves, escape, strict=True) if step < 0]
+    outside = [curve for curve, step in zip(curves, escape, strict=True) if step >= 0]
+    if inside:
+        ax.add_collection(LineCollection(inside, colors="0.6", lw=0.9, label="in the black hole at the end"))
+    lines = LineCollection(outside, cmap=INFERNO, lw=0.9, alpha=0.85)
+    lines.set_array(escape[escape >= 0].double().log1p().numpy())
     ax.add_collection(lines)
-    ax.plot(steps, survey.centroid_norms, color=BLUE, lw=1.5, label="centroid, from the origin")
+    outline = [withStroke(linewidth=3.5, foreground="white")]
+    ax.plot(steps, survey.centroid_norms, color=BLUE, lw=1.8, path_effects=outline, label="centroid, from the origin")
     dead = survey.groups.get("dead")
     if dead is not None:
-        ax.plot(steps, survey.radii[:, dead].mean(1), color=BLUE, ls="--", lw=1.5, label="dead tokens, mean")
+        mean = survey.radii[:, dead].mean(1)
+        ax.plot(steps, mean, color="seagreen", ls="--", lw=1.8, path_effects=outline, label="dead tokens, mean")
     ax.autoscale_view()
     ax.set_ylim(bottom=0)
-    ax.legend(loc="upper left")
-    bar = figure.colorbar(lines, ax=ax, label="step of escape from the black hole")
-    ticks = [0, *(10**i for i in range(5) if 10**i <= int(survey.escape_steps.max()))]
-    bar.set_ticks([math.log1p(t) for t in ticks], labels=[f"{t:,}" for t in ticks])
-    text = "One line per token, colored by the step at which it left the black hole for good."
+    legend_below(figure, ax)
+    latest = int(escape.max())
+    if latest > 0:
+        bar = figure.colorbar(lines, ax=ax, label="step of escape from the black hole")
+        ticks = escape_ticks(max(0, int(escape[escape >= 0].min())), latest)
+        bar.set_ticks([math.log1p(t) for t in ticks], labels=[f"{t:,}" for t in ticks])
+        bar.minorticks_off()
+        text = "One line per token, colored by the step at which it left the black hole for good."
+        text += " 0: it was never inside." if (escape == survey.steps[0]).any() else ""
+    elif latest == 0:
+        text = "One line per token. None of them left a black hole."
+    else:
+        text = "One line per token. All of them are one vector, a black hole, at the end."
     if len(tokens) < survey.radii.shape[1]:
         text += f" {len(tokens)} of {survey.radii.shape[1]:,} tokens are shown."
-    return Picture("spacetime", "Space-time diagram", text, figure)
+    return Picture("spacetime", "Space-time diagram", text + _one_vector(survey), figure)
+
+
+def escape_ticks(first: int, last: int) -> list[int]:
+    """Return steps for a logarithmic scale from one step to another: both ends, and round ones between them."""
+    factors = (1,) if last >= 100 * max(1, first) else (1, 2, 5)
+    between = [n * 10**i for i in range(len(str(last))) for n in factors if first * 1.5 < n * 10**i < last / 1.5]
+    return [first, *between, last] if last > first else [last]
+
+
+def _one_vector(survey: Survey) -> str:
+    """Return a sentence for each group of several tokens that all have the same vector in every record."""
+    return "".join(
+        f" All {int(mask.sum()):,} {name + ' ' if name != 'all' else ''}tokens are one vector in every record, "
+        "so they do the same."
+        for name, mask in survey.groups.items()
+        if mask.sum() > 1 and bool((survey.distinct[name] == 1).all())
+    )
 
 
 def cloud(survey: Survey) -> Picture:
@@ -255,15 +295,15 @@ def shape(survey: Survey) -> Picture:
     """Draw how many dimensions the cloud fills, and how evenly it fills the lattice."""
     figure, ax = new_axes("The shape of the cloud", "step", f"effective dimension (of {survey.dim})")
     steps = survey.steps[survey.shape_records]
-    (dimension,) = ax.plot(steps, survey.effective_dimensions, color=BLUE, lw=1.5)
+    (dimension,) = ax.plot(steps, survey.effective_dimensions, color=BLUE, lw=1.5, label="effective dimension")
     ax.set_ylim(bottom=0)
     bits = ax.twinx()
-    (entropy,) = bits.plot(steps, survey.entropies, color=ORANGE, lw=1.5, ls="--")
+    (entropy,) = bits.plot(steps, survey.entropies, color=ORANGE, lw=1.5, ls="--", label="entropy")
     most = math.log2(survey.radii.shape[1])
     bits.set(ylabel="entropy of the occupied lattice points (bits)", ylim=(0, max(most * 1.08, 0.1)))
     bits.axhline(most, color=ORANGE, lw=0.8, alpha=0.5)
     bits.spines["top"].set_visible(False)
-    ax.legend([dimension, entropy], ["effective dimension", "entropy"], loc="lower right")
+    figure.legend(handles=[dimension, entropy], loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     text = (
         "Effective dimension: the participation ratio of the cloud's principal spectrum; there is none while all "
         f"tokens are at one point. Entropy: 0 if all tokens are in one black hole, {most:.3g} bits if all differ."
@@ -302,9 +342,9 @@ def motion(survey: Survey) -> Picture:
     for ax in (warm, keep):
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
-    warm.legend()
+    legend_below(figure, warm, "outside lower left")
     if survey.correlation:
-        keep.legend()
+        legend_below(figure, keep, "outside lower right")
     text = (
         "A velocity is a displacement from record to record. Bulk: the square of the mean velocity of all tokens. "
         "Thermal: the mean square of what is left. They add up to the total. τ is the integrated autocorrelation time, "
@@ -319,7 +359,7 @@ def norms(survey: Survey) -> Picture:
     for i, (name, values) in enumerate(survey.norms.items()):
         color = (BLUE, ORANGE, PURPLE)[i] if i < 3 else f"C{i}"
         ax.plot(survey.steps[1:], values[1:], color=color, lw=0.8, label=name)
-    ax.legend()
+    legend_below(figure, ax)
     return Picture("norms", "Norms", "The gradient, and the state of the optimizer.", figure)
 
 
@@ -329,7 +369,7 @@ def temperatures(survey: Survey) -> Picture:
     assert survey.gradient_temperature is not None
     ax.plot(survey.steps[1:], survey.gradient_temperature[1:], color=BLUE, lw=0.8, label="gradient")
     ax.plot(survey.steps[1:], survey.temperatures.thermal / survey.dim, color=ORANGE, lw=0.8, label="update")
-    ax.legend()
+    legend_below(figure, ax)
     text = "How much tokens differ in their gradients and in their displacements: the mean of (x - mean over tokens)²."
     return Picture("temperature", "Temperature", text, figure)
 

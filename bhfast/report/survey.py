@@ -133,6 +133,24 @@ class Survey:
             results[f"{name} tokens, all frozen since step"] = self.freeze_step(name)
         return results
 
+    def headline(self) -> str:
+        """Return when the tokens of each group froze, dead ones first."""
+        frozen = self.life.frozen(self.last_step)
+        last_moves = self.life.last_late_step
+        parts = []
+        for name, group in sorted(self.groups.items()):
+            count, still = int(group.sum()), int((group & frozen).sum())
+            kind = "" if name == "all" else f"{name} "
+            tokens = f"{count:,} {kind}token{'s' if count > 1 else ''}"
+            step = int(last_moves[group].max())
+            if still == count:
+                parts.append(f"{tokens} froze by step {step:,}" if step else f"{tokens} never moved")
+            elif still:
+                parts.append(f"{still:,} of {tokens} froze before the last step, {step:,}")
+            else:
+                parts.append(f"{tokens} still moved in the last step, {step:,}")
+        return "; ".join(parts)
+
     def table(self) -> list[tuple[str, str]]:
         """Return the results as rows of text, below a heading."""
         return [
@@ -177,7 +195,7 @@ def survey_trace(trace: Trace, param: str | None = None) -> Survey:
     if len(found.steps) < 2:
         raise TraceError(f"{trace.path} has only one record, the start of a run: there is nothing to draw")
     vectors, steps = found.vectors, found.steps
-    groups = _groups(found)
+    groups = groups_of(found)
     tokens, dim = vectors.shape[1:]
     radius_records = log_spaced(len(steps), MAX_SAMPLES)
     radii, centroid_norms = _radii(vectors, radius_records)
@@ -234,7 +252,8 @@ def _affordable(samples: float, most: int) -> int:
     return int(min(most, max(MIN_SAMPLES, samples)))
 
 
-def _groups(found: Vectors) -> dict[str, Tensor]:
+def groups_of(found: Vectors) -> dict[str, Tensor]:
+    """Return the masks of :attr:`Survey.groups`."""
     if found.counts is None:
         return {"all": torch.ones(found.vectors.shape[1], dtype=torch.bool)}
     occurs = found.counts > 0

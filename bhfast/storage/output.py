@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +21,9 @@ from bhfast.storage.files import copy_path, remove
 from bhfast.storage.journal import may_hold_records
 from bhfast.trace.format import format_bytes
 from bhfast.trace.journal import is_at, journal_path
+
+PATIENCE = 0.05  # seconds to wait for the lock: a reader that asks whether a run goes on has it for an instant
+POLL = 0.001  # seconds
 
 
 class OutputFile:
@@ -148,10 +152,14 @@ def lock(partial: Path, flags: int = 0) -> int:
         OSError: it cannot be opened.
         StorageError: another run is writing it.
     """
+    until = time.monotonic() + PATIENCE
     while True:
         try:
             fd = open_locked(partial, flags, wait=False)
         except BlockingIOError:
+            if time.monotonic() < until:
+                time.sleep(POLL)
+                continue
             raise StorageError(
                 f"{partial} is being written by another run; wait for it, or choose another file with --out"
             ) from None

@@ -66,6 +66,10 @@ class LazyTensor:
         """Return the rows from ``low`` to ``high`` of all records, unread; records of scalars have no rows."""
         return self if self.dim() == 1 else _Rows(self, low, high)
 
+    def matrices(self) -> LazyTensor:
+        """Return all records as matrices ``[R, rows, values of a row]``, unread; a row of a vector has one value."""
+        return _Matrices(self)
+
     # -----------------------------------------------------------------------------------------------------------------
     # What it is
 
@@ -135,6 +139,10 @@ class LazyTensor:
         """Read all of it as a numpy array; see :meth:`bhfast.trace.TraceTensor.numpy`."""
         return self[:].numpy()
 
+    def bits(self) -> np.ndarray:
+        """Read the bits of all of it; see :meth:`bhfast.trace.TraceTensor.bits`."""
+        return self[:].bits()  # type: ignore[attr-defined]
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if copy is False:
             raise ValueError(f"a {self.kind} tensor cannot become an array without a copy")
@@ -169,6 +177,18 @@ class _Rows(LazyTensor):
 
     def _read(self, steps: slice | Tensor, low: int, high: int) -> Tensor:
         return self._whole._read(steps, self._low + low, self._low + high)
+
+
+class _Matrices(LazyTensor):
+    """The records of another lazy tensor, of two axes at least, as matrices."""
+
+    def __init__(self, whole: LazyTensor) -> None:
+        super().__init__((*whole.shape[:2], math.prod(whole.shape[2:])), whole.dtype)
+        self._whole = whole
+
+    def _read(self, steps: slice | Tensor, low: int, high: int) -> Tensor:
+        found = self._whole._read(steps, low, high)
+        return found.reshape(len(found), high - low, self.shape[2])
 
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)  # uint8 is a mask

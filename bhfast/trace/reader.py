@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Iterator, Mapping
+from html import escape
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bhfast.errors import DamageError, TraceError
+from bhfast.errors import DamageError, TraceError, printable
 from bhfast.trace.checksums import checksums
 from bhfast.trace.format import (
     DTYPE_NAMES,
@@ -24,6 +26,8 @@ from bhfast.trace.format import (
     parse_json,
 )
 from bhfast.trace.lazy import LazyTensor
+
+MAX_SHOWN = 100  # tensors
 
 
 class Trace(Mapping[str, Any]):
@@ -162,12 +166,36 @@ class Trace(Mapping[str, Any]):
             for record in np.flatnonzero(checksums(tensor, each) != sums):
                 yield name, int(record) * each if tensor.dim() > 1 else None
 
-    def __repr__(self) -> str:
+    # -----------------------------------------------------------------------------------------------------------------
+    # How it is shown
+
+    def _about(self) -> str:
         size = sum(math.prod(x.shape) * x.dtype.itemsize for x in self._tensors.values())
-        about = [str(self.path), format_bytes(size)]
+        about = [printable(self.path), *(["not ended"] if self.is_live else [])]
         steps = self._tensors.get("recorded_steps")
         if steps is not None and steps.dim() == 1 and len(steps) and steps.dtype == torch.int64:
-            about.insert(1, f"{len(steps):,} records, steps {int(steps[0]):,} to {int(steps[-1]):,}")
-        rows = [f"  {name:<16} {DTYPE_NAMES[x.dtype]:<5} {list(x.shape)}" for name, x in self._tensors.items()]
-        rows += [f"  {name:<16} {DTYPE_NAMES[x.dtype]:<5} {list(x.shape)} rebuilt" for name, x in self.rebuilt.items()]
-        return "\n".join([f"Trace({', '.join(about)})", *rows])
+            about.append(f"{len(steps):,} records, steps {int(steps[0]):,} to {int(steps[-1]):,}")
+        return ", ".join([*about, format_bytes(size)])
+
+    def _rows(self) -> Iterator[tuple[str, str, str, str]]:
+        """Yield name, dtype, shape and origin of each tensor; of very many, the first ones and how many follow."""
+        for name in islice(self, MAX_SHOWN):
+            origin = "rebuilt" if name in self.rebuilt else ""
+            yield printable(name), DTYPE_NAMES[self[name].dtype], str(list(self[name].shape)), origin
+        if len(self) > MAX_SHOWN:
+            yield f"... and {len(self) - MAX_SHOWN:,} more", "", "", ""
+
+    def __repr__(self) -> str:
+        rows = [f"  {name:<16} {dtype:<5} {shape} {origin}".rstrip() for name, dtype, shape, origin in self._rows()]
+        return "\n".join([f"Trace({self._about()})", *rows])
+
+    def _repr_html_(self) -> str:
+        """Return the same as a table, for notebooks."""
+        head = "".join(f"<th>{text}</th>" for text in ("tensor", "dtype", "shape", ""))
+        rows = ["".join(f'<td style="text-align: left">{escape(text)}</td>' for text in row) for row in self._rows()]
+        body = "".join(f"<tr>{row}</tr>" for row in rows)
+        return f"<p>Trace: {escape(self._about())}</p><table><tr>{head}</tr>{body}</table>"
+
+    def _ipython_key_completions_(self) -> list[str]:
+        """Return what a notebook offers after ``trace[``."""
+        return list(self)

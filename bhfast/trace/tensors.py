@@ -11,6 +11,8 @@ from torch import Tensor
 
 from bhfast.trace.lazy import LazyTensor
 
+MAX_PRINTED = 1 << 20  # elements of a tensor whose values are printed
+
 
 class TraceTensor(Tensor):
     """A tensor of a trace, or a slice of one: a view of the file. Operations on it return plain tensors.
@@ -38,22 +40,35 @@ class TraceTensor(Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.as_subclass(Tensor).clone().__reduce_ex__(protocol)
 
-    def numpy(self, *, force: bool = False) -> np.ndarray:
-        """Return a numpy view of the same bytes.
+    def __repr__(self) -> str:  # type: ignore[override]
+        if self.numel() <= MAX_PRINTED:
+            return super().__repr__()
+        return f"TraceTensor({list(self.shape)}, {self.dtype})"  # torch would make a float32 copy of all of it
 
-        For bfloat16 and float8 it has the dtype of that name from ``ml_dtypes`` if that is installed, else uint16 or
-        uint8.
+    def numpy(self, *, force: bool = False) -> np.ndarray:
+        """Return the values: a numpy view of the same bytes, or, for bfloat16 and float8, a float32 copy.
+
+        Numpy lacks those dtypes; :meth:`bits` returns a view for any.
         """
         plain = self.as_subclass(Tensor)
-        name = str(self.dtype).removeprefix("torch.")
-        if name != "bfloat16" and not name.startswith("float8"):
-            return plain.numpy(force=force)
-        raw = plain.view(torch.uint16 if self.itemsize == 2 else torch.uint8).numpy(force=force)
-        try:
-            import ml_dtypes
-        except ImportError:
-            return raw
-        return raw.view(getattr(ml_dtypes, name))
+        return (plain.float() if _numpy_lacks(self.dtype) else plain).numpy(force=force)
+
+    def bits(self) -> np.ndarray:
+        """Return the bits: a numpy view of the same bytes as unsigned integers, uint16 for bfloat16."""
+        return self.as_subclass(Tensor).view(_UNSIGNED[self.itemsize]).numpy()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if copy is False and _numpy_lacks(self.dtype):
+            raise ValueError(f"a tensor of {self.dtype} cannot become an array without a copy; its bits() can")
+        array = self.numpy()
+        return np.array(array, dtype) if copy else np.asarray(array, dtype)
+
+
+_UNSIGNED = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}  # by bytes
+
+
+def _numpy_lacks(dtype: torch.dtype) -> bool:
+    return dtype == torch.bfloat16 or str(dtype).startswith("torch.float8")
 
 
 class ShardedTensor(LazyTensor):
