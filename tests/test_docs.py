@@ -32,7 +32,7 @@ from bhfast.train import TrainResult
 ROOT = Path(__file__).parents[1]
 FENCE = re.compile(r"^(?:<!-- not run: (?P<why>.+) -->\n)?```(?P<language>[^\n]*)\n(?P<text>.*?)^```$", re.M | re.S)
 COMMAND = re.compile(r"^(bhfast|git|make|pip|python\S*|torchrun) ", re.M)
-NOT_RUN = 4  # blocks that say why they are not
+NOT_RUN = 5  # blocks that say why they are not
 
 
 class Block(NamedTuple):

@@ -28,7 +28,11 @@ NAMES = {
         "MADV_HUGEPAGE MADV_DONTNEED MADV_WILLNEED MADV_SEQUENTIAL MADV_RANDOM"
     ),
 }
-HEAVY = ("bhfast.hf", "bhfast.lightning")  # they import only their frameworks, and the recorder
+HEAVY = (  # they import only their frameworks, and what others import as well
+    "bhfast.hf",
+    "bhfast.lightning",
+    *(f"bhfast.export.{name}_writer" for name in ("parquet", "rerun", "tensorboard")),
+)
 
 
 def take_posix_away() -> None:
