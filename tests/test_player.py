@@ -348,6 +348,17 @@ def test_finds_a_token(page: Chromium, run: TrainResult) -> None:
     assert settled(page, "document.querySelector('.found').textContent") == "not found"
 
 
+def test_a_black_hole_has_the_color_of_most(browser: Chromium, tmp_path: Path) -> None:
+    vectors = walk(3, 5, 4)
+    vectors[:, 1] = vectors[:, 2] = vectors[:, 0]
+    saved(tmp_path / "t", vectors, token_counts=torch.tensor([9, 0, 0, 4, 0]))
+    show(browser, report(tmp_path / "t", tmp_path))
+    assert settled(browser, "[[...player.paint.numbers(1)], [...player.cloud.counts]]") == [
+        [1, 1, 1, 0, 1],
+        [3, 0, 0, 1, 1],
+    ]
+
+
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_fits_a_phone(page: Chromium, dark: bool) -> None:
     page.resize(390, 844, dark=dark)
