@@ -30,7 +30,7 @@ from bhfast.trace import open_trace
 from bhfast.train import TrainResult
 
 ROOT = Path(__file__).parents[1]
-FENCE = re.compile(r"^(?:<!-- not run: (?P<why>.+) -->\n)?```(?P<language>[^\n]*)\n(?P<text>.*?)^```$", re.M | re.S)
+FENCE = re.compile(r"^(?:<!-- not run: (?P<why>[^\n]+) -->\n)?```(?P<language>[^\n]*)\n(?P<text>.*?)^```$", re.M | re.S)
 COMMAND = re.compile(r"^(bhfast|git|make|pip|python\S*|torchrun) ", re.M)
 NOT_RUN = 5  # blocks that say why they are not
 

@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from bhfast.optim import FusedAdam
 from bhfast.recording.recorder import Recorder
 from bhfast.storage.output import OutputFile
 from bhfast.storage.whole import write_trace
+from bhfast.summary import Vectors, find_vectors
 from bhfast.trace import Trace, open_trace
 from bhfast.trace.format import HEADER_CHECKSUM, bytes_of, header_checksum
 from bhfast.trace.sharded import INDEX_FORMAT
@@ -67,6 +69,17 @@ def assert_proves_itself(result: TrainResult, engine: str) -> Trace:
     assert torch.equal(trace["grads"][-1], result.model.wte.weight.grad)
     assert trace["clip_coefs"][1:].max() <= 1 <= trace["grad_norms"].max()
     return trace
+
+
+def walk(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """Records that move."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).cumsum(0).to(dtype)
+
+
+def saved(path: Path, vectors: torch.Tensor, **more: torch.Tensor) -> Vectors:
+    """Write a trace of vectors, and open it."""
+    save_file({"recorded_steps": torch.arange(len(vectors)), "W": vectors, **more}, path)
+    return find_vectors(open_trace(path))
 
 
 def rewrite(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:

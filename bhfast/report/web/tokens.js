@@ -59,9 +59,21 @@ function painting(coloring, data, theme) {
         Math.min(palette.length - 1, Math.round(coloring.number(data, frame, token, range) || 0)),
       );
     }
+    if (names) outvote(out, data, frame, names.length);
     return out;
   };
   return { names, range, palette, numbers, isLog: coloring.isLog };
+}
+
+/** Give the token that stands for a black hole the number that most of its tokens have. */
+function outvote(numbers, data, frame, choices) {
+  const votes = new Int32Array(numbers.length * choices);
+  for (let token = 0; token < numbers.length; token++) votes[data.cellOf(frame, token) * choices + numbers[token]]++;
+  for (let token = 0; token < numbers.length; token++) {
+    if (data.cellOf(frame, token) !== token) continue;
+    const own = votes.subarray(token * choices, (token + 1) * choices);
+    for (let i = 0; i < choices; i++) if (own[i] > own[numbers[token]]) numbers[token] = i;
+  }
 }
 
 /** What there is to say about a token in a frame, line by line. */
