@@ -179,7 +179,7 @@ class Build(build_ext):
         return target
 
     def _stand_in(self, name: str) -> str:
-        """Make an empty library of torch's name: the linker notes that the extension needs it, and torch has loaded it."""
+        """Make an empty library of this name, which the extension will need, and find loaded by torch."""
         target = Path(self.build_temp, name)
         command = [*compiler(), "-shared", "-nostdlib", f"-Wl,-soname,{name}", "-x", "c", os.devnull, "-o", str(target)]
         subprocess.run(command, check=True)

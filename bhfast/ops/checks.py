@@ -1,4 +1,4 @@
-"""The checks of the operations' arguments. csrc/ops.cpp makes the same checks, and leaves it to these to say what is wrong."""
+"""The checks of the operations' arguments. csrc/ops.cpp makes the same ones; these then say what is wrong."""
 
 from __future__ import annotations
 
@@ -104,9 +104,9 @@ def _check_clip(grads: Sequence[Tensor], max_norm: float) -> None:
         _check_same(f"grads[{i}]", "be on", grad.device, grads[0].device, "grads[0]")
 
 
-def _check_adam_steps(
+def _check_adam_steps(  # type: ignore[no-untyped-def]
     param, exp_avg, exp_avg_sq, grads, coefficients, clip_coefs, updated, rounding, params, exp_avgs, exp_avg_sqs, first
-):  # type: ignore[no-untyped-def]  # noqa: E501
+):
     _check_dtype("param", param)
     _check(rounding in ROUNDINGS, ValueError, f"rounding must be per-op or opmath, got {rounding}")
     for name, state in {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}.items():

@@ -201,4 +201,4 @@ def _logs(memory: _Memory, logs: Mapping[str, Tensor], vocab: int, hidden: int) 
 
 def _check_range(message: str, values: Tensor, last: int) -> None:
     """Check that all values are 0 to ``last``: any other would make the steps read or write beyond their memory."""
-    _check(values.numel() == 0 or (values.min() >= 0 and values.max() <= last), ValueError, message)
+    _check(values.numel() == 0 or bool(values.min() >= 0 and values.max() <= last), ValueError, message)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import re
+import warnings
 from collections.abc import Sequence
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -28,6 +30,14 @@ def _load() -> tuple[ModuleType | None, str]:
         return None, "the extension is not built: pip install . builds it if there is a C++ compiler"
     except ImportError as error:
         return None, f"the extension does not load: {error}; rebuild it"
+
+
+@cache
+def warn_if_missing() -> None:
+    """Warn once if the operations run in pure torch, which takes several times as long."""
+    if _extension is None:
+        message = f"FusedAdam runs in pure torch, several times slower than compiled: {_unavailable}"
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
 def backend(device: torch.device | str = "cpu") -> tuple[str, str]:

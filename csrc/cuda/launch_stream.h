@@ -11,6 +11,7 @@ inline cudaStream_t stream_of([[maybe_unused]] const Tensor& t) {
 #ifdef BHFAST_CUDA_ON_CPU
   return nullptr;
 #else
+  if (!aoti_torch_get_current_cuda_stream) throw std::runtime_error("this torch has no CUDA");
   return static_cast<cudaStream_t>(ask_torch<void*>(aoti_torch_get_current_cuda_stream, t.device_index()));
 #endif
 }
