@@ -102,9 +102,10 @@ def compiler() -> list[str]:
 
 def nvcc() -> str | None:
     """Return the CUDA compiler, if there is one."""
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    there = [shutil.which(os.path.join(home, "bin", "nvcc")) for home in homes if home]
-    return next((path for path in (*there, shutil.which("nvcc")) if path), None)
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        return shutil.which(os.path.join(home, "bin", "nvcc")) or shutil.which("nvcc")
+    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
 def cuda_toolkit() -> Path:
