@@ -105,7 +105,7 @@ tag = $(shell $(1) -c 'import sys; print("cp%d%d" % sys.version_info[:2])')
 
 # The program's own figures, with a Python $(1) in a folder $(2) that knows nothing of the checkout.
 define run_elsewhere
-mkdir -p $(2) && cd $(2) && $(1) -m bhfast.doctor && $(1) -m bhfast.train --sigma 0 --steps 300 --out run.safetensors && \
+mkdir -p $(2) && cd $(2) && $(1) -m bhfast.doctor && $(1) -m bhfast.train --sigma 0 --engine native --steps 300 --out run.safetensors && \
     $(1) -m bhfast.verify run.safetensors && rm run.safetensors
 endef
 
