@@ -96,6 +96,7 @@ sanitize-threads: setup
 # with; the libraries of torch are torch's.
 wheel: packages
 	rm -rf build/lib.* build/wheel dist/bhfast-*-$(call tag,$(PY))-*.whl
+	mkdir -p build
 	LDFLAGS='$(LDFLAGS) -Wl,-s' $(PY) -c 'from setuptools import build_meta; build_meta.build_sdist("dist"); build_meta.build_wheel("build/wheel")' >build/log 2>&1 || \
 	    { cat build/log; exit 1; }
 	PATH="$(dir $(PY_HERE)):$$PATH" $(PY) -m auditwheel repair --exclude 'libtorch*.so' -w dist build/wheel/*.whl >>build/log 2>&1 || { cat build/log; exit 1; }
