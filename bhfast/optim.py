@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bhfast.errors import BhfastError, ConfigError
-from bhfast.ops import arithmetic, checks, kernels
+from bhfast.ops import arithmetic, checks, extension, kernels
 
 DTYPES = (torch.bfloat16, torch.float32)
 ALIGNMENT = 16  # bytes; kAccessBytes in csrc/cuda/launch.h
@@ -68,6 +68,7 @@ class FusedAdam(torch.optim.Optimizer):
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ConfigError(f"max_grad_norm must be above 0, or None for no clipping, got {max_grad_norm!r}")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        extension.warn_if_missing()
         self.rounding = rounding
         self.max_grad_norm = max_grad_norm
         self.grad_norm = torch.tensor(math.nan)

@@ -1,16 +1,16 @@
 // The Python module bhfast._C: the instruction sets, and the engines as classes. Loading it registers the kernels of
 // ops.cpp.
-#include <ATen/Parallel.h>
 #include <pybind11/stl.h>
-#include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
 #include <map>
 #include <optional>
+#include <stdexcept>
 #include <string>
 
 #include "cuda/resident/plan.h"
 #include "instruction_sets/dispatch.h"
+#include "libtorch/tensor.h"
 #include "native/engine.h"
 #include "python_run.h"
 #ifdef BHFAST_CUDA
@@ -28,12 +28,14 @@ struct PyEngine {
 };
 
 PyEngine make_engine(std::shared_ptr<PyRun> run, std::optional<int> threads, const std::string& instruction_set) {
-  TORCH_CHECK_VALUE(!threads || *threads >= 1, "threads must be at least 1, got ", *threads);
-  TORCH_CHECK_VALUE(run->device.is_cpu(), "the native engine runs on the CPU, not on ", run->device);
+  if (threads && *threads < 1) {
+    throw std::invalid_argument("threads must be at least 1, got " + std::to_string(*threads));
+  }
   const Shape& shape = run->run.shape;
   const std::string reason = unsupported(shape.hidden, shape.heads, shape.mlp);
-  TORCH_CHECK_VALUE(reason.empty(), reason);
-  const auto most = static_cast<int>(std::min<int64_t>(at::get_num_threads(), row_blocks(shape)));
+  if (!reason.empty()) throw std::invalid_argument(reason);
+  const auto torch_threads = static_cast<int64_t>(ask_torch<uint32_t>(torch_get_num_threads));
+  const auto most = static_cast<int>(std::min(torch_threads, row_blocks(shape)));
   return {run, std::make_unique<Engine>(run->run, threads.value_or(most), instruction_set)};
 }
 

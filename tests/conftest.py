@@ -9,7 +9,7 @@ import inspect
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from functools import partial, wraps
+from functools import partial
 from importlib.machinery import ExtensionFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
@@ -85,21 +85,17 @@ def cuda_on_cpu(extension: ModuleType) -> SimpleNamespace:
     loader = ExtensionFileLoader("kernels", str(library))
     module_on_cpu = module_from_spec(spec_from_loader("kernels", loader))
     loader.exec_module(module_on_cpu)
-    operations = {name: _with_signature(name, getattr(torch.ops.bhfast_cuda_on_cpu, name)) for name in OPERATIONS}
+    operations = {}
+    for name in OPERATIONS:
+        own = getattr(torch_kernels, name)
+        operation = getattr(torch.ops.bhfast_cuda_on_cpu, name).default
+        operations[name] = torch_kernels.caller(operation, own.__wrapped__, own.check)
     return SimpleNamespace(
         module=module_on_cpu,
         by_value=lambda value: setattr(by_value, "value", value),
         seed=stand_in.cuda_on_cpu_seed,
         **operations,
     )
-
-
-def _with_signature(name: str, operation: Callable[..., object]) -> Callable[..., object]:
-    @wraps(getattr(torch_kernels, name))
-    def call(*args: object, **kwargs: object) -> object:
-        return operation(*args, **kwargs)
-
-    return call
 
 
 INSTRUCTION_SETS = ("amx", "avx512bf16", "avx512", "avx2", "neonbf16", "neon", "portable")

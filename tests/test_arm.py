@@ -47,7 +47,7 @@ def probe(tmp_path_factory: pytest.TempPathFactory) -> Probe:
 
     def compiled(source: str) -> Path:
         target = folder / f"{Path(source).stem}.o"
-        command = [COMPILER, *FLAGS, "-Icsrc", "-Itests/arm", "-c", source, "-o", target]
+        command = [COMPILER, *FLAGS, "-Icsrc", "-c", source, "-o", target]
         subprocess.run(command, cwd=ROOT, check=True)
         return target
 

@@ -359,7 +359,7 @@ def rows_of(row: int, width: int = 64) -> list[tuple[torch.Tensor, ...]]:
         ({"recorded_rows": rows_of(128)}, "recorded rows must be 0 to 127"),
         ({"recorded_rows": rows_of(3, width=63)}, re.escape("must have shape [2, 1, 64], got [2, 1, 63]")),
         ({"losses": torch.empty(2)}, re.escape("losses must have shape [1], got [2]")),
-        ({"grad_norms": torch.empty(1).double()}, "grad_norms must be Float, got Double"),
+        ({"grad_norms": torch.empty(1).double()}, "grad_norms must be float32, got float64"),
         ({"parameters": []}, "parameters must be those of a TiedGPT"),
         (
             {"logs": {"logits": torch.empty(3, 64).bfloat16()}},

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bhfast.ops import arithmetic
 from bhfast.ops import extension as module
+from bhfast.optim import FusedAdam
 
 
 def adam_arguments(generator: torch.Generator, device: torch.device | str = "cpu") -> dict[str, object]:
@@ -115,6 +116,37 @@ def test_an_extension_that_does_not_load_is_distinguished_from_one_that_is_not_b
     assert "not built" in module._load()[1]
     monkeypatch.setattr(module.importlib, "import_module", broken)
     assert module._load() == (None, "the extension does not load: undefined symbol: _ZN3c10; rebuild it")
+
+
+def test_a_torch_without_the_stable_abi_is_named(monkeypatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
+    assert module._load() == (None, "the extension needs torch 2.10 or newer, this is 2.9.1+cu128")
+
+
+def test_the_first_optimizer_in_pure_torch_warns(monkeypatch) -> None:
+    def make() -> FusedAdam:
+        return FusedAdam([torch.nn.Parameter(torch.zeros(3))])
+
+    module.warn_if_missing.cache_clear()
+    monkeypatch.setattr(module, "_extension", None)
+    monkeypatch.setattr(module, "_unavailable", "no such luck")
+    with pytest.warns(RuntimeWarning, match="FusedAdam runs in pure torch, .*: no such luck") as warned:
+        make()
+        make()
+    assert [warning.filename for warning in warned] == [__file__]
+    module.warn_if_missing.cache_clear()
+
+
+def test_autograd_knows_what_compiled_kernels_write_to(kernels, generator) -> None:
+    arguments = adam_arguments(generator, kernels.device)
+    before = {name: [x._version for x in arguments[name]] for name in ("params", "grads", "exp_avgs", "rings")}
+    kernels.adam_(**arguments)
+    for name, versions in before.items():
+        is_newer = [x._version > version for x, version in zip(arguments[name], versions, strict=True)]
+        assert is_newer == [name != "grads"] * 2
+    with torch.inference_mode():
+        inference = adam_arguments(generator, kernels.device)
+        kernels.adam_(**inference)
 
 
 @pytest.mark.parametrize("operation", ["clip_coefficient", "adam_", "record_"])

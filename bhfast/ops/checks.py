@@ -1,4 +1,4 @@
-"""The checks of the operations' arguments. csrc/ops.cpp makes the same checks with the same messages."""
+"""The checks of the operations' arguments. csrc/ops.cpp makes the same ones; these then say what is wrong."""
 
 from __future__ import annotations
 
@@ -57,9 +57,10 @@ def _check_adam(params, grads, exp_avgs, exp_avg_sqs, coefficients, clip_coef, r
             _check_same(f"{name}[{i}]", "be", tensors[i].dtype, param.dtype, f"params[{i}]")
             _check_same(f"{name}[{i}]", "have shape", tensors[i].shape, param.shape, f"params[{i}]")
             _check_same(f"{name}[{i}]", "be on", tensors[i].device, param.device, f"params[{i}]")
-    _check_number("coefficients", coefficients, torch.float32, len(AdamCoefficients._fields))
+    device = params[0].device
+    _check_number("coefficients", coefficients, torch.float32, len(AdamCoefficients._fields), device)
     if clip_coef is not None:
-        _check_number("clip_coef", clip_coef, torch.float32, 1)
+        _check_number("clip_coef", clip_coef, torch.float32, 1, device)
     if rings:
         _check(step is not None, ValueError, "step must be given with rings, got None")
         most = len(FIELDS) * len(params)
@@ -69,21 +70,61 @@ def _check_adam(params, grads, exp_avgs, exp_avg_sqs, coefficients, clip_coef, r
         _check_record([params[which // len(FIELDS)] for which in ring_of], rings, step, every)
 
 
-def _check_number(name: str, tensor: Tensor, dtype: torch.dtype, numel: int) -> None:
+def _check_number(name: str, tensor: Tensor, dtype: torch.dtype, numel: int, device: torch.device) -> None:
     _check(tensor.dtype == dtype, TypeError, f"{name} must be {_name(dtype)}, got {_name(tensor.dtype)}")
     _check(tensor.numel() == numel, ValueError, f"{name} must have {numel} elements, got {tensor.numel()}")
+    _check(tensor.is_contiguous(), ValueError, f"{name} must be contiguous")
+    message = f"{name} must be on the CPU or on {device}, got {tensor.device}"
+    _check(tensor.device in (torch.device("cpu"), device), ValueError, message)
 
 
 def _check_record(values: Sequence[Tensor], rings: Sequence[Tensor], step: Tensor, every: int) -> None:
     _check_length("rings", rings, "values", values)
-    _check_number("step", step, torch.int64, 1)
+    if values:
+        _check_number("step", step, torch.int64, 1, values[0].device)
     _check(every > 0, ValueError, f"every must be at least 1, got {every}")
     slots = len(rings[0]) if rings and rings[0].dim() else 0
     for i, (value, ring) in enumerate(zip(values, rings, strict=True)):
         name = f"rings[{i}]"
+        _check_same(f"values[{i}]", "be on", value.device, values[0].device, "values[0]")
         _check_same(name, "be", ring.dtype, value.dtype, "what it records")
+        _check_same(name, "be on", ring.device, value.device, "what it records")
         message = f"{name} must have shape [slots, *{list(value.shape)}], got {list(ring.shape)}"
         _check(ring.dim() > 0 and ring.shape[1:] == value.shape, ValueError, message)
         message = f"{name} must have as many slots as the first ring ({slots}), at least 1, got {len(ring)}"
         _check(len(ring) == slots > 0, ValueError, message)
         _check(ring.is_contiguous(), ValueError, f"{name} must be contiguous")
+
+
+def _check_clip(grads: Sequence[Tensor], max_norm: float) -> None:
+    _check(bool(grads), ValueError, "grads must be at least one, got none")
+    for i, grad in enumerate(grads):
+        _check_dense(f"grads[{i}]", grad)
+        _check_dtype(f"grads[{i}]", grad)
+        _check_same(f"grads[{i}]", "be on", grad.device, grads[0].device, "grads[0]")
+
+
+def _check_adam_steps(  # type: ignore[no-untyped-def]
+    param, exp_avg, exp_avg_sq, grads, coefficients, clip_coefs, updated, rounding, params, exp_avgs, exp_avg_sqs, first
+):
+    _check_dtype("param", param)
+    _check(rounding in ROUNDINGS, ValueError, f"rounding must be per-op or opmath, got {rounding}")
+    for name, state in {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}.items():
+        _check_same(name, "be", state.dtype, param.dtype, "param")
+        _check_same(name, "have shape", state.shape, param.shape, "param")
+        _check_same(name, "be on", state.device, param.device, "param")
+    _check_same("grads", "be", grads.dtype, param.dtype, "param")
+    message = f"grads must have shape [steps, *{list(param.shape)}], got {list(grads.shape)}"
+    _check(grads.dim() > 0 and grads.shape[1:] == param.shape, ValueError, message)
+    steps = len(grads)
+    _check_number("coefficients", coefficients, torch.float32, steps * len(AdamCoefficients._fields), param.device)
+    _check_number("clip_coefs", clip_coefs, torch.float32, steps, param.device)
+    _check_number("updated", updated, torch.bool, steps, param.device)
+    _check(0 <= first <= steps, ValueError, f"first must be between 0 and {steps}, got {first}")
+    for name, records in {"params": params, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}.items():
+        if records is None or first == steps:
+            continue
+        _check_same(name, "be", records.dtype, param.dtype, "param")
+        message = f"{name} must have shape {[steps - first, *param.shape]}, got {list(records.shape)}"
+        _check(list(records.shape) == [steps - first, *param.shape], ValueError, message)
+        _check(records.is_contiguous(), ValueError, f"{name} must be contiguous")

@@ -20,13 +20,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache, wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from bhfast.ops.arithmetic import AdamCoefficients, _flatten, adam, adam_coefficients, grad_norm
-from bhfast.ops.checks import FIELDS, _check, _check_adam, _check_dense, _check_dtype, _check_record, _check_same
+from bhfast.ops.checks import FIELDS, _check_adam, _check_adam_steps, _check_clip, _check_record
 
 CHUNK = 1 << 15  # elements updated at once: they fit in the cache, and are too few for torch to split among threads
 
@@ -38,32 +38,58 @@ _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
 
-def _operation(schema: str) -> Callable[[Callable[_Arguments, _Result]], Callable[_Arguments, _Result]]:
+def _operation(
+    schema: str, check: Callable[..., None]
+) -> Callable[[Callable[_Arguments, _Result]], Callable[_Arguments, _Result]]:
     """Declare a torch operation with its default kernel; return a function that calls the fastest kernel available.
 
-    The default kernel itself is the function's ``__wrapped__``.
+    The default kernel itself is the function's ``__wrapped__``; ``check`` raises what the operation refuses.
     """
 
     def declare(default: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
         name = f"bhfast::{default.__name__}"
         torch.library.define(name, schema)
         torch.library.impl(name, "CompositeExplicitAutograd")(default)
-        operation = getattr(torch.ops.bhfast, default.__name__)
-
-        @wraps(default)
-        def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
-            return operation(*args, **kwargs)
-
-        return call
+        return caller(getattr(torch.ops.bhfast, default.__name__).default, default, check)
 
     return declare
+
+
+def caller(
+    operation: Callable[..., Any], default: Callable[_Arguments, _Result], check: Callable[..., None]
+) -> Callable[_Arguments, _Result]:
+    """Return a function that calls an operation, and does what its compiled kernels cannot.
+
+    They refuse the same arguments as ``check``, which then says why; and autograd is told what they have written to.
+    """
+    names = [argument.name for argument in operation._schema.arguments]  # type: ignore[attr-defined]
+    written = [x.name for x in operation._schema.arguments if x.alias_info and x.alias_info.is_write]  # type: ignore[attr-defined]
+
+    @wraps(default)
+    def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        try:
+            result = operation(*args, **kwargs)
+        except RuntimeError:
+            check(*args, **kwargs)
+            raise
+        if written:
+            given: dict[str, Any] = {**dict(zip(names, args, strict=False)), **kwargs}
+            tensors: list[Tensor] = []
+            for name in written:
+                value = given[name]
+                tensors += [value] if isinstance(value, Tensor) else value or ()
+            torch.autograd.graph.increment_version(tensors)
+        return result
+
+    call.check = check  # type: ignore[attr-defined]
+    return call
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Clipping
 
 
-@_operation("(Tensor[] grads, float max_norm) -> (Tensor, Tensor)")
+@_operation("(Tensor[] grads, float max_norm) -> (Tensor, Tensor)", _check_clip)
 def clip_coefficient(grads: Sequence[Tensor], max_norm: float) -> tuple[Tensor, Tensor]:
     """Return the global norm of ``grads``, as :func:`grad_norm` sums it, and the factor that clips it to ``max_norm``.
 
@@ -80,11 +106,7 @@ def clip_coefficient(grads: Sequence[Tensor], max_norm: float) -> tuple[Tensor, 
     Raises:
         TypeError, ValueError: an argument is not as described.
     """
-    _check(bool(grads), ValueError, "grads must be at least one, got none")
-    for i, grad in enumerate(grads):
-        _check_dense(f"grads[{i}]", grad)
-        _check_dtype(f"grads[{i}]", grad)
-        _check_same(f"grads[{i}]", "be on", grad.device, grads[0].device, "grads[0]")
+    _check_clip(grads, max_norm)
     norm = grad_norm(grads)
     coefficient = torch.clamp(torch.full_like(norm, max_norm) / (norm + 1e-6), max=1.0)
     if any(grad.dtype == torch.bfloat16 for grad in grads):
@@ -98,7 +120,8 @@ def clip_coefficient(grads: Sequence[Tensor], max_norm: float) -> tuple[Tensor, 
 
 @_operation(
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor coefficients,"
-    " Tensor? clip_coef, str rounding, Tensor(d!)[] rings, int[] ring_of, Tensor? step, int every) -> ()"
+    " Tensor? clip_coef, str rounding, Tensor(d!)[] rings, int[] ring_of, Tensor? step, int every) -> ()",
+    _check_adam,
 )
 def adam_(
     params: Sequence[Tensor],
@@ -165,7 +188,8 @@ def adam_(
 @_operation(
     "(Tensor(a!) param, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor grads, Tensor coefficients,"
     " Tensor clip_coefs, Tensor updated, str rounding, Tensor(d!)? params, Tensor(e!)? exp_avgs,"
-    " Tensor(f!)? exp_avg_sqs, int first) -> ()"
+    " Tensor(f!)? exp_avg_sqs, int first) -> ()",
+    _check_adam_steps,
 )
 def adam_steps_(
     param: Tensor,
@@ -197,6 +221,20 @@ def adam_steps_(
     Raises:
         TypeError, ValueError: an argument is not as described.
     """
+    _check_adam_steps(
+        param,
+        exp_avg,
+        exp_avg_sq,
+        grads,
+        coefficients,
+        clip_coefs,
+        updated,
+        rounding,
+        params,
+        exp_avgs,
+        exp_avg_sqs,
+        first,
+    )
     state = (param, exp_avg, exp_avg_sq)
     for i in range(len(grads)):
         if updated[i]:
@@ -249,7 +287,7 @@ def torch_has_one_lerp(beta1: float) -> bool:
 # Recording
 
 
-@_operation("(Tensor[] values, Tensor(a!)[] rings, Tensor step, int every) -> ()")
+@_operation("(Tensor[] values, Tensor(a!)[] rings, Tensor step, int every) -> ()", _check_record)
 def record_(values: Sequence[Tensor], rings: Sequence[Tensor], step: Tensor, every: int) -> None:
     """Copy each value to its ring's slot for ``step``, if that step is recorded; see :func:`adam_`.
 

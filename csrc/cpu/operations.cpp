@@ -1,13 +1,12 @@
 #include "operations.h"
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 
 #include "../instruction_sets/dispatch.h"
 #include "../ring.h"
+#include "parallel.h"
 
 namespace bhfast::cpu {
 namespace {
@@ -29,7 +28,7 @@ void adam(std::vector<AdamTensors> tensors, Dtype dtype, Rounding rounding, cons
   const float clip_coef = plain_nan(s.clip_coef);
   const int64_t slot = s.slots ? slot_of(s.step, s.every, s.slots) : -1;
   const FlatTensors<AdamTensors> all(std::move(tensors));
-  at::parallel_for(0, all.numel(), kGrain, [&](int64_t begin, int64_t end) {
+  parallel_for(all.numel(), kGrain, [&](int64_t begin, int64_t end) {
     all.visit(begin, end, [&](const AdamTensors& t, int64_t first, int64_t last) {
       for (int64_t chunk = first; chunk < last; chunk += kChunk) {
         const int64_t chunk_end = std::min(chunk + kChunk, last);
@@ -57,7 +56,7 @@ void adam_steps(const AdamSteps& s, Dtype dtype, Rounding rounding) {
   std::transform(s.coefficients, s.coefficients + s.steps, coefficients.begin(), with_plain_nans);
   const void* const state[3] = {s.param, s.exp_avg, s.exp_avg_sq};
   const int64_t grain = std::max(kChunk / 2, kGrain / std::max(s.steps, int64_t{1}));
-  at::parallel_for(0, s.numel, grain, [&](int64_t from, int64_t to) {
+  parallel_for(s.numel, grain, [&](int64_t from, int64_t to) {
     for (int64_t begin = from; begin < to; begin += kChunk / 2) {  // half: the gradients of all steps pass by
       const int64_t end = std::min(begin + kChunk / 2, to);
       for (int64_t i = 0; i < s.steps; ++i) {
@@ -105,7 +104,7 @@ float norm_from_sums(std::vector<float> sums) {
 float grad_norm(std::vector<GradTensor> grads) {
   const FlatTensors<GradTensor> all(std::move(grads));
   std::vector<float> sums(norm_blocks(all));
-  at::parallel_for(0, sums.size(), kGrain / kNormBlock, [&](int64_t begin, int64_t end) {
+  parallel_for(sums.size(), kGrain / kNormBlock, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) sums[block] = sum_squares(all, block);
   });
   return norm_from_sums(std::move(sums));

@@ -1,19 +1,18 @@
 // The stream to launch on, for the kernels' callers that know torch.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <c10/core/DeviceGuard.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
 #include <cuda_runtime_api.h>
+
+#include "../libtorch/tensor.h"
 
 namespace bhfast::cuda {
 
-inline cudaStream_t stream_of([[maybe_unused]] const at::Tensor& t) {
+inline cudaStream_t stream_of([[maybe_unused]] const Tensor& t) {
 #ifdef BHFAST_CUDA_ON_CPU
   return nullptr;
 #else
-  const c10::impl::VirtualGuardImpl guard(t.device().type());
-  return static_cast<cudaStream_t>(guard.getStream(t.device()).native_handle());
+  if (!aoti_torch_get_current_cuda_stream) throw std::runtime_error("this torch has no CUDA");
+  return static_cast<cudaStream_t>(ask_torch<void*>(aoti_torch_get_current_cuda_stream, t.device_index()));
 #endif
 }
 

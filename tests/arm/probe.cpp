@@ -14,7 +14,14 @@
 
 #include "cpu/operations.h"
 #include "instruction_sets/dispatch.h"
+#include "libtorch/abi.h"
 #include "native/engine.h"
+
+// Stands in for torch's: the whole range, on one thread.
+AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t, ParallelFunc work, void* context) {
+  if (begin < end) work(begin, end, context);
+  return 0;
+}
 
 namespace bhfast {
 namespace {

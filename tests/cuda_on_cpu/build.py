@@ -18,6 +18,7 @@ FLAGS = [
     "-std=c++20",
     "-g1",
     "-fPIC",
+    "-fvisibility=hidden",  # as pybind11 is
     "-ffp-contract=off",
     "-Wall",
     "-Wextra",
@@ -55,12 +56,11 @@ def library() -> Path:
     CXXFLAGS adds compiler flags, such as sanitizers that this process has already loaded.
     """
     import torch
-    from torch.utils.cpp_extension import include_paths, library_paths
 
-    system = [*include_paths(), sysconfig.get_paths()["include"]]
+    folder = Path(torch.__file__).parent
+    system = [folder / "include", sysconfig.get_paths()["include"]]  # the first for pybind11
     flags = [*shlex.split(os.environ.get("CXXFLAGS", "")), *(f"-isystem{path}" for path in system)]
-    flags.append(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
-    libraries = ["-shared", *(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10", "-ltorch_python"]
+    libraries = ["-shared", f"-L{folder / 'lib'}", "-ltorch_cpu"]
     names = ("ops", "python_run", "python_resident", "cuda/resident/plan")
     own = [*(ROOT / f"csrc/{name}.cpp" for name in names), HERE / "module.cpp", HERE / "machine.cpp"]
     return _build("kernels.so", own, ROOT / "csrc", ["-O1", *flags], libraries)

@@ -37,10 +37,10 @@ enum class Group { warp, block, cluster };
 extern cudaError_t last_error;
 
 // Whether kernels get the scalars of a step by value, rather than by address.
-extern "C" bool scalars_by_value;
+extern "C" [[gnu::visibility("default")]] bool scalars_by_value;
 
 // Seed the order in which threads and blocks run.
-extern "C" void cuda_on_cpu_seed(uint64_t seed);
+extern "C" [[gnu::visibility("default")]] void cuda_on_cpu_seed(uint64_t seed);
 
 // The block's number in its cluster.
 unsigned rank_in_cluster();
