@@ -93,7 +93,7 @@ arm: setup
 # $(4) loaded first; the tests $(5).
 define sanitize
 $(call copy,$(1))
-cd build/$(1) && CFLAGS='-fsanitize=$(2) -fno-omit-frame-pointer -O1 -g1 -Werror' LDFLAGS='-fsanitize=$(2)' BHFAST_BUILD=cpu \
+cd build/$(1) && CFLAGS='-fsanitize=$(2) -fno-omit-frame-pointer -Og -g1 -Werror' LDFLAGS='-fsanitize=$(2)' BHFAST_BUILD=cpu \
     $(PY_HERE) setup.py -q build_ext --inplace
 nm -D build/$(1)/bhfast/_C*.so | grep -q $(3)
 cd build/$(1) && BHFAST_REQUIRE_EXTENSION=1 ASAN_OPTIONS=detect_leaks=0 TSAN_OPTIONS=halt_on_error=1 OMP_NUM_THREADS=1 \

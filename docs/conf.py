@@ -41,7 +41,10 @@ myst_heading_anchors = 3
 nitpicky = True
 OTHERS = "argparse|collections|np|numpy|nn|os|pathlib|re|signal|torch|transformers|lightning|L"
 nitpick_ignore_regex = [("py:.*", rf"({OTHERS})\..+|Tensor|Optimizer")]
-nitpick_ignore = [("py:class", "bhfast.lattice.motion.Result")]  # a type variable
+nitpick_ignore = [
+    ("py:class", "bhfast.lattice.motion.Result"),  # a type variable
+    *(("py:class", name) for name in ("SharedLaunches", "bhfast.engines.launches.SharedLaunches")),  # of a sweep alone
+]
 napoleon_use_ivar = True
 napoleon_use_rtype = False  # what a function returns begins with dtype and shape rather than a class
 
