@@ -141,7 +141,7 @@ def test_positions_on_the_screen(page: Chromium, run: TrainResult) -> None:
 
 
 def test_plays_and_scrubs(page: Chromium) -> None:
-    assert settled(page, READOUT) == "step 0"
+    assert settled(page, READOUT) == "step 130"
     page.evaluate("player.scale.value = 'step'; player.changed(); player.speed.value = 4")
     click(page, ".bar button")
     page.wait("player.moment > 3")

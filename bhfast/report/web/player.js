@@ -20,18 +20,20 @@ class Player {
     this.listen();
   }
 
-  /** Show data, as PlayerData.pack() makes it: bytes. The view, the step, the selection and the settings stay. */
+  /**
+   * Show data, as PlayerData.pack() makes it: bytes. It begins at the last record. With newer data the view, the
+   * selection and the settings stay, and so does the step, unless it was the last one.
+   */
   async load(packed) {
     const data = await PlayerData.decode(packed);
     const before = this.data;
     const isAtEnd = !before || this.moment >= before.frames - 1;
-    const step = before ? before.steps[Math.floor(this.moment)] : 0;
     const row = before && this.selected >= 0 ? before.rows[this.selected] : -1;
     this.data = data;
     this.cloud.load(data);
     this.selected = data.rows.indexOf(row);
     this.hovered = -1;
-    this.moment = before && isAtEnd ? data.frames - 1 : data.frameAt(step);
+    this.moment = isAtEnd ? data.frames - 1 : data.frameAt(before.steps[Math.floor(this.moment)]);
     for (const option of this.coloring.options) option.disabled = !COLORINGS[option.value].fits(data);
     if (this.coloring.selectedOptions[0].disabled) this.coloring.value = "radius";
     for (const plot of this.plots) plot.figure.hidden = !plot.fits(data);
