@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -225,6 +226,17 @@ def test_doctor_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert "bit for bit" in printed
 
 
+def test_doctor_says_the_same_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main(["--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == json.loads(json.dumps(doctor.examine())) | {"free_memory": found["free_memory"]}
+    assert (found["schema"], found["bhfast"], found["fault"]) == (1, bhfast.__version__, None)
+    assert found["device"].keys() == found["engine"].keys() == found["operations"].keys() == {"name", "reason"}
+    documented = (ROOT / "docs" / "setup.md").read_text().partition("## What a machine has")[2]
+    rows = "".join(line.split("|")[1] for line in documented.splitlines() if line.startswith("|"))
+    assert found.keys() == set(re.findall("`(.+?)`", rows))
+
+
 def test_doctor_fails_if_the_self_test_does(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     from bhfast.ops import arithmetic
 
@@ -232,3 +244,5 @@ def test_doctor_fails_if_the_self_test_does(monkeypatch: pytest.MonkeyPatch, cap
     monkeypatch.setattr(arithmetic, "adam_coefficients", lambda steps, *a, **k: real([s + 1 for s in steps], *a, **k))
     assert doctor.main([]) == 1
     assert "values at step 1" in capsys.readouterr().out
+    assert doctor.main(["--json"]) == 1
+    assert "values at step 1" in json.loads(capsys.readouterr().out)["fault"]
