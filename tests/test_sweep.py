@@ -166,8 +166,8 @@ def test_runs_have_the_settings_of_the_grid() -> None:
     [
         ({"sgima": 0}, r"f\.toml: there is no setting 'sgima'; there are sigma, steps, seed,"),
         ({"out": "x"}, "there is no setting 'out'"),
-        ({"sigma": "x"}, r"f\.toml: sigma must be a number or a list of numbers, got 'x'"),
-        ({"seed": [1, 2.5]}, r"seed must be an integer or a list of integers, got \[1, 2\.5\]"),
+        ({"sigma": "x"}, r"f\.toml: sigma must be a number, or a list of such values, got 'x'"),
+        ({"seed": [1, 2.5]}, r"seed must be an integer, or a list of such values, got \[1, 2\.5\]"),
         ({"seed": True}, "seed must be an integer"),
         ({"seed": []}, "seed must be an integer"),
         ({"sigma": {"from": 1}}, "sigma must be a number"),
@@ -529,9 +529,9 @@ def test_a_grid_may_have_switches() -> None:
         "norm": ["rmsnorm"],
     }
     for grid, message in (
-        ({"untied": 1}, "untied must be true, false or a list of them, got 1"),
+        ({"untied": 1}, "untied must be true or false, or a list of such values, got 1"),
         ({"steps": True}, "steps must be an integer or a list of integers, got True"),
-        ({"init_seed": "x"}, "init_seed must be an integer or a list of integers, got 'x'"),
+        ({"init_seed": "x"}, "init_seed must be an integer, or a list of such values, got 'x'"),
     ):
         with pytest.raises(ConfigError, match=message):
             parse_grid(grid, "grid")
