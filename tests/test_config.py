@@ -1,4 +1,4 @@
-"""Settings from a file: bhfast train --config."""
+"""Settings that are not flags: those of a file, and the number of threads."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from bhfast.config import TrainConfig, read_settings
 from bhfast.errors import ConfigError
+from bhfast.trace import open_trace
 from bhfast.train import main
 
 
@@ -74,3 +76,21 @@ def test_a_run_goes_on_with_the_settings_of_a_file(tmp_path: Path, monkeypatch: 
     (tmp_path / "f.toml").write_text("steps = 7\nlr = 1e-2\n")
     assert main(["--resume", "t", "--config", str(tmp_path / "f.toml"), "--steps", "9"]) == 0
     assert given == {"steps": 9, "lr": 1e-2}
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_the_number_of_threads_is_not_of_the_experiment(text: str, tmp_path: Path) -> None:
+    """A run with another number replaces the first without being told to; the trace says so where bits depend on it."""
+    arguments = ["--steps", "3", "--corpus", text, "--device", "cpu", "--engine", "torch", "--out", str(tmp_path / "t")]
+    for threads in ("1", "3"):
+        assert main([*arguments, "--threads", threads, "--quiet"]) == 0
+        assert torch.get_num_threads() == int(threads)
+        trace = open_trace(tmp_path / "t")
+        assert trace.metadata["threads"] == threads
+        assert "threads" not in trace.metadata["config"]
+
+
+@pytest.mark.parametrize("threads", ["0", "-1", "1025", str(2**70)])
+def test_a_bad_number_of_threads_has_a_line(threads: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--threads", threads]) == 2
+    assert capsys.readouterr() == ("", f"bhfast train: error: threads must be 1 to 1024, got {threads}\n")
