@@ -242,7 +242,7 @@ def setting_type(name: str) -> type:
 
 
 def has_setting_type(name: str, value: Any) -> bool:
-    """Return whether a value from a file has the type of a setting. A number may be an integer that is not too large."""
+    """Return whether a value from a file has the type of a setting. A number may be an integer, within limits."""
     wanted = setting_type(name)
     if isinstance(value, bool) or wanted is not float:
         return isinstance(value, wanted) and isinstance(value, bool) == (wanted is bool)
