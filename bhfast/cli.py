@@ -13,6 +13,16 @@ from typing import Any, TextIO
 from bhfast.errors import BhfastError, printable
 
 
+class ParserWanted(list[str]):
+    """In place of a program's arguments: makes its ``main`` leave its parser here, and do nothing else.
+
+    Attributes:
+        parser: of the program.
+    """
+
+    parser: argparse.ArgumentParser
+
+
 def run_program(
     parser: argparse.ArgumentParser, program: Callable[[argparse.Namespace], int], argv: Sequence[str] | None
 ) -> int:
@@ -25,6 +35,9 @@ def run_program(
         program: takes the parsed arguments; returns the exit status.
         argv: the arguments; None for ``sys.argv[1:]``.
     """
+    if isinstance(argv, ParserWanted):
+        argv.parser = parser
+        return 0
     with lasting_streams():
         try:
             return program(parser.parse_args(argv))
