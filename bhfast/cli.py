@@ -28,7 +28,7 @@ def run_program(
 ) -> int:
     """Parse the arguments, run the program, and return its exit status.
 
-    A :class:`BhfastError` ends it with one line on stderr and status 2, Ctrl-C with status 130.
+    A :class:`BhfastError` ends it with one line on stderr, which names flags, and status 2; Ctrl-C with status 130.
 
     Args:
         parser: its ``prog`` is the name of the program in error messages.
@@ -42,7 +42,7 @@ def run_program(
         try:
             return program(parser.parse_args(argv))
         except BhfastError as error:
-            print(f"{parser.prog}: error: {printable(error)}", file=sys.stderr)
+            print(f"{parser.prog}: error: {printable(error.with_flags)}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             return 128 + signal.SIGINT

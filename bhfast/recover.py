@@ -83,16 +83,16 @@ def recover(
 def _require_usable(out: Path, partial: Path, device: int) -> None:
     """Check that the records, which are on ``device``, can get the name ``out``."""
     if out.suffix == ".partial" or out.name.startswith(partial.name):
-        raise StorageError(f"{out} is a name for what a run leaves, not for a trace; choose another file with --out")
+        raise StorageError(f"{out} is a name for what a run leaves, not for a trace", "choose another file with out=")
     if out.exists():
-        raise StorageError(f"{out} exists; choose another file with --out")
+        raise StorageError(f"{out} exists", "choose another file with out=")
     try:
         is_same = os.stat(out.parent).st_dev == device
     except OSError as error:
-        raise StorageError(f"cannot make {out}: {error.strerror}; choose another place with --out") from None
+        raise StorageError(f"cannot make {out}: {error.strerror}", "choose another place with out=") from None
     if not is_same:
         raise StorageError(
-            f"cannot make {out} without copying the records: choose a place on their file system with --out"
+            f"cannot make {out} without copying the records", "choose a place on their file system with out="
         )
 
 

@@ -266,9 +266,9 @@ def _report(file: str, given: GivenSettings | None, wants_json: bool) -> int:
     except BhfastError as error:
         status = 1 if isinstance(error, DamageError) else 2
         if wants_json:
-            print(_json_line(file, status, None, printable(error)))
+            print(_json_line(file, status, None, printable(error.with_flags)))
         else:
-            print(f"bhfast verify: error: {printable(error)}", file=sys.stderr)
+            print(f"bhfast verify: error: {printable(error.with_flags)}", file=sys.stderr)
         return status
     print(_json_line(file, found.status, found, None) if wants_json else printable(f"{file}: {found}"))
     return found.status

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import pickle
 import re
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import bhfast
 from bhfast import __main__ as console
 from bhfast import doctor
 from bhfast.cli import run_program
-from bhfast.errors import BhfastError
+from bhfast.errors import BhfastError, StorageError
 
 PACKAGE = Path(bhfast.__file__).parent
 ROOT = Path(__file__).parents[1]
@@ -172,6 +173,23 @@ def test_an_error_of_the_user_is_one_line_and_status_2(capsys: pytest.CaptureFix
     assert capsys.readouterr() == ("", "")
     assert run_program(parser, program, ["bad"]) == 2
     assert capsys.readouterr() == ("", "bhfast fly: error: bad is not a file; name another\n")
+
+
+def test_programs_name_flags_where_calls_name_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    """Not in what the user has given, such as a file called lr=True."""
+    error = StorageError(
+        "lr=True exists", 'pass overwrite=True, choose path=, steps= or record_every=, or use storage="stream"'
+    )
+    text = 'lr=True exists; pass overwrite=True, choose path=, steps= or record_every=, or use storage="stream"'
+    assert f"{error}" == f"{pickle.loads(pickle.dumps(error))}" == text
+
+    def fail(args: argparse.Namespace) -> int:
+        raise error
+
+    assert run_program(argparse.ArgumentParser(prog="bhfast fly"), fail, []) == 2
+    flags = "pass --overwrite, choose --out, --steps or --record-every, or use --storage stream"
+    assert capsys.readouterr().err == f"bhfast fly: error: lr=True exists; {flags}\n"
+    assert pickle.loads(pickle.dumps(error)).with_flags == f"lr=True exists; {flags}"
 
 
 def test_every_public_name_is_there() -> None:

@@ -230,7 +230,9 @@ def test_refuses_a_name_that_a_trace_cannot_have(killed: Path, capsys: pytest.Ca
         assert error.startswith("bhfast recover: error: ")
         assert message in error
         assert error.count("\n") == 1
-    with pytest.raises(StorageError, match="without copying the records: choose a place on their file system with"):
+    with pytest.raises(
+        StorageError, match="without copying the records; choose a place on their file system with out="
+    ):
         recover.recover(killed, out="/proc/t")
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
