@@ -42,6 +42,8 @@ def _main() -> int:
     if program == "--version":
         print(f"bhfast {import_module('bhfast').__version__}")
         return 0
+    if program == "--print-completion":
+        return import_module("bhfast.completion").main(rest, PROGRAMS)
     print(f"bhfast: error: there is no program {program!r}; choose from\n{usage}", file=sys.stderr)
     return 2
 

@@ -13,23 +13,36 @@ from typing import Any, TextIO
 from bhfast.errors import BhfastError, printable
 
 
+class ParserWanted(list[str]):
+    """In place of a program's arguments: makes its ``main`` leave its parser here, and do nothing else.
+
+    Attributes:
+        parser: of the program.
+    """
+
+    parser: argparse.ArgumentParser
+
+
 def run_program(
     parser: argparse.ArgumentParser, program: Callable[[argparse.Namespace], int], argv: Sequence[str] | None
 ) -> int:
     """Parse the arguments, run the program, and return its exit status.
 
-    A :class:`BhfastError` ends it with one line on stderr and status 2, Ctrl-C with status 130.
+    A :class:`BhfastError` ends it with one line on stderr, which names flags, and status 2; Ctrl-C with status 130.
 
     Args:
         parser: its ``prog`` is the name of the program in error messages.
         program: takes the parsed arguments; returns the exit status.
         argv: the arguments; None for ``sys.argv[1:]``.
     """
+    if isinstance(argv, ParserWanted):
+        argv.parser = parser
+        return 0
     with lasting_streams():
         try:
             return program(parser.parse_args(argv))
         except BhfastError as error:
-            print(f"{parser.prog}: error: {printable(error)}", file=sys.stderr)
+            print(f"{parser.prog}: error: {printable(error.with_flags)}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             return 128 + signal.SIGINT

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import tomllib
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -21,6 +24,8 @@ SCHEDULES = ("linear", "constant")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 OPTIMIZERS = ("adamw", "adam", "sgd")
 DTYPES = ("bfloat16", "float32")
+TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
+LARGEST = 2**1023  # an integer below it has a float
 FIELDS = {name: field for field, name in REFERENCE_NAMES.items()}
 
 
@@ -234,6 +239,69 @@ def setting_type(name: str) -> type:
     annotated = get_type_hints(TrainConfig)[name]
     kinds = [kind for kind in get_args(annotated) or (annotated,) if kind is not type(None)]
     return kinds[0]
+
+
+def has_setting_type(name: str, value: Any) -> bool:
+    """Return whether a value from a file has the type of a setting. A number may be an integer, within limits."""
+    wanted = setting_type(name)
+    if isinstance(value, bool) or wanted is not float:
+        return isinstance(value, wanted) and isinstance(value, bool) == (wanted is bool)
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < LARGEST)
+
+
+def by_setting(given: Mapping[str, Any], settings: Collection[str], source: str) -> dict[str, Any]:
+    """Return values by the names of their settings.
+
+    Args:
+        given: the names may have ``-`` in place of ``_``.
+        settings: the names that there are.
+        source: where the values come from, for error messages.
+
+    Raises:
+        ConfigError: there is no such setting, or it is given twice.
+    """
+    found: dict[str, Any] = {}
+    for key, value in given.items():
+        name = key.replace("-", "_")
+        if name not in settings:
+            raise ConfigError(f"{source}: there is no setting {key!r}; there are {', '.join(settings)}")
+        if name in found:
+            raise ConfigError(f"{source}: {name} is given twice")
+        found[name] = value
+    return found
+
+
+def read_toml(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Args:
+        path: the file.
+        what: it has, for error messages.
+
+    Raises:
+        ConfigError: the file is missing, or is not TOML.
+    """
+    try:
+        with open(path, "rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"cannot read the {what} {path}: {error.strerror}") from None
+    except ValueError as error:  # UnicodeDecodeError included
+        raise ConfigError(f"the {what} {path} is not TOML: {error}") from None
+
+
+def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read settings of :class:`TrainConfig` from a TOML file; the names may have ``-`` in place of ``_``.
+
+    Raises:
+        ConfigError: the file is missing or is not TOML, a setting is unknown, or a value has the wrong type.
+    """
+    names = [entry.name for entry in fields(TrainConfig)]
+    found = by_setting(read_toml(path, "config"), names, str(path))
+    for name, value in found.items():
+        if not has_setting_type(name, value):
+            raise ConfigError(f"{path}: {name} must be {TYPE_NAMES[setting_type(name)]}, got {value!r}")
+    return {name: setting_type(name)(value) for name, value in found.items()}
 
 
 def _parts(text: str | None) -> list[str]:

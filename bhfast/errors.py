@@ -1,5 +1,7 @@
 """Errors that a user can fix. The programs print them without a traceback, in one line."""
 
+import re
+
 MALFORMED = (
     ArithmeticError,
     AttributeError,
@@ -10,8 +12,31 @@ MALFORMED = (
 )  # what wrong data raises
 
 
+ARGUMENT = re.compile(r'\b(\w+)=(?:True|"(\w+)")?')  # name=, name=True or name="value"
+FLAGS = {"path": "out", "every": "record-every"}  # the arguments that programs call something else
+
+
 class BhfastError(Exception):
-    """Base of all errors. The message says what is wrong, in which argument, what was expected, and what to do."""
+    """Base of all errors. The message says what is wrong, in which argument, what was expected, and what to do.
+
+    Args:
+        text: what is wrong.
+        way_out: what to do, if that names arguments of a Python call, such as ``overwrite=True``. No names of files
+            belong here: programs print the arguments as flags.
+
+    Attributes:
+        with_flags: the message as programs print it.
+    """
+
+    def __init__(self, text: object = "", way_out: str = "") -> None:
+        super().__init__(f"{text}; {way_out}" if way_out else text)
+        self.with_flags = f"{text}; {re.sub(ARGUMENT, _flag, way_out)}" if way_out else f"{text}"
+
+
+def _flag(argument: re.Match[str]) -> str:
+    name, value = argument.groups()
+    flag = f"--{FLAGS.get(name, name.replace('_', '-'))}"
+    return f"{flag} {value}" if value else flag
 
 
 class ConfigError(BhfastError, ValueError):

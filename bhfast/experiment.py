@@ -74,13 +74,13 @@ def require_same_experiment(path: Path, metadata: dict[str, str]) -> None:
     Raises:
         StorageError: it is of another experiment, or was not written by :func:`bhfast.train.train`.
     """
-    way_out = "pass --overwrite to replace it, or choose another file with --out"
+    way_out = "pass overwrite=True to replace it, or choose another file with out="
     try:
         changed = changed_settings(open_trace(path).metadata, metadata)
     except (TraceError, KeyError, ValueError):
-        raise StorageError(f"{path} exists and is not a trace of bhfast; {way_out}") from None
+        raise StorageError(f"{path} exists and is not a trace of bhfast", way_out) from None
     if changed:
-        raise StorageError(f"{path} holds a run with other settings ({'; '.join(changed)}); {way_out}")
+        raise StorageError(f"{path} holds a run with other settings ({'; '.join(changed)})", way_out)
 
 
 def changed_settings(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

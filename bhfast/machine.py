@@ -10,6 +10,8 @@ import torch
 
 from bhfast.errors import ConfigError
 
+MOST_THREADS = 1024  # torch ends the process if the system cannot start them
+
 
 def select_device(name: str) -> tuple[torch.device, str]:
     """Return the device to train on, and why.
@@ -29,6 +31,16 @@ def select_device(name: str) -> tuple[torch.device, str]:
             f"device {name} is not available here; use --device {' or '.join(d for d in available if available[d])}"
         )
     return torch.device(name), "as asked"
+
+
+def require_threads(count: int) -> None:
+    """Check how many threads torch and the native engine are to have; more than there are cores are allowed.
+
+    Raises:
+        ConfigError: it is not a possible number.
+    """
+    if not 1 <= count <= MOST_THREADS:
+        raise ConfigError(f"threads must be 1 to {MOST_THREADS}, got {count}")
 
 
 def available_memory() -> int:

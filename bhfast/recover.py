@@ -1,6 +1,6 @@
 """Makes a valid trace of a run that was killed while it streamed.
 
-    python -m bhfast.recover FILE.partial
+    python -m bhfast.recover FILE.partial [--out TRACE]
 
 Checks every committed record against its checksum, makes a trace of the records before the first damaged one, and says
 how many there are. A run that kept its records in memory can be recovered only if it had written them all when it was
@@ -43,20 +43,23 @@ class Recovery:
     damaged: int
 
 
-def recover(partial: str | os.PathLike[str], *, replace: bool = False) -> Recovery:
+def recover(
+    partial: str | os.PathLike[str], *, out: str | os.PathLike[str] | None = None, replace: bool = False
+) -> Recovery:
     """Turn ``NAME.partial`` and its journal into ``NAME``, or into ``STEM.cut-at-STEP`` beside it if ``NAME`` exists.
 
     If it is interrupted, it can be run again.
 
     Args:
         partial: the file that a run left.
+        out: another name for the trace, on the same file system, as the records stay where they are; it must be free.
         replace: whether to replace ``NAME`` if it has fewer records: for runs that go on with it.
 
     Raises:
         TraceError: there is nothing to recover.
-        StorageError: a run is still writing it, or the disk failed.
+        StorageError: a run is still writing it, ``out`` cannot be its name, or the disk failed.
     """
-    partial = Path(partial)
+    partial, out = Path(partial), None if out is None else Path(out)
     if partial.suffix != ".partial":
         raise TraceError(f"{partial} is not a .partial file: a run that was killed leaves NAME.partial and its journal")
     try:
@@ -64,18 +67,36 @@ def recover(partial: str | os.PathLike[str], *, replace: bool = False) -> Recove
     except OSError as error:
         raise TraceError(f"cannot open {partial}: {error.strerror}") from None
     try:
-        if os.fstat(fd).st_size == 0 and partial.with_suffix("").exists():
+        if out is not None:
+            _require_usable(out, partial, os.fstat(fd).st_dev)
+        elif os.fstat(fd).st_size == 0 and partial.with_suffix("").exists():
             return _finish_removal(fd, partial)
         if journal_path(partial).exists():
-            return _recover_from_journal(partial, replace)
-        return _recover_whole(partial, replace)
+            return _recover_from_journal(partial, out, replace)
+        return _recover_whole(partial, out, replace)
     except OSError as error:
         raise StorageError(f"recovering {partial} failed: {error.strerror}; nothing is lost, try again") from error
     finally:
         unlock(fd)
 
 
-def _recover_from_journal(partial: Path, replace: bool) -> Recovery:
+def _require_usable(out: Path, partial: Path, device: int) -> None:
+    """Check that the records, which are on ``device``, can get the name ``out``."""
+    if out.suffix == ".partial" or out.name.startswith(partial.name):
+        raise StorageError(f"{out} is a name for what a run leaves, not for a trace", "choose another file with out=")
+    if out.exists():
+        raise StorageError(f"{out} exists", "choose another file with out=")
+    try:
+        is_same = os.stat(out.parent).st_dev == device
+    except OSError as error:
+        raise StorageError(f"cannot make {out}: {error.strerror}", "choose another place with out=") from None
+    if not is_same:
+        raise StorageError(
+            f"cannot make {out} without copying the records", "choose a place on their file system with out="
+        )
+
+
+def _recover_from_journal(partial: Path, out: Path | None, replace: bool) -> Recovery:
     state = read_journal(partial)
     had_last = state.has_last
     records = check_records(partial, state)
@@ -86,7 +107,7 @@ def _recover_from_journal(partial: Path, replace: bool) -> Recovery:
         with closing(Journal(journal_path(partial), state.end)) as journal:
             journal.append({"keep": records})
     last_step = int(state.steps["recorded_steps"][records - 1])
-    path = _name(partial, last_step, records if replace else 0)
+    path = out or _name(partial, last_step, records if replace else 0)
     finish(partial, path)
     return Recovery(path, records, last_step, damaged)
 
@@ -98,7 +119,7 @@ def _finish_removal(fd: int, partial: Path) -> Recovery:
     return Recovery(trace.path, len(trace.steps), int(trace.steps[-1]), 0)
 
 
-def _recover_whole(partial: Path, replace: bool) -> Recovery:
+def _recover_whole(partial: Path, out: Path | None, replace: bool) -> Recovery:
     """Rename a trace that was complete, and whose journal, if it had one, was already removed."""
     try:
         trace = open_file(partial)
@@ -110,7 +131,7 @@ def _recover_whole(partial: Path, replace: bool) -> Recovery:
             f"{partial} has no journal: its run kept the records in memory (--storage memory), and was "
             "killed before it had written them all"
         )
-    path = _name(partial, int(trace.steps[-1]), len(trace.steps) if replace else 0)
+    path = out or _name(partial, int(trace.steps[-1]), len(trace.steps) if replace else 0)
     os.replace(partial, path)
     sync_folder(path.parent)
     return Recovery(path, len(trace.steps), int(trace.steps[-1]), 0)
@@ -136,11 +157,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "file", metavar="FILE.partial", help="the file that the run left; its journal must be beside it"
     )
+    parser.add_argument("--out", metavar="TRACE", help="the trace to make, on the same file system (default: FILE)")
     return run_program(parser, _recover_and_say, argv)
 
 
 def _recover_and_say(args: argparse.Namespace) -> int:
-    result = recover(args.file)
+    result = recover(args.file, out=args.out)
     if result.damaged:
         print(f"left out {result.damaged:,} records after step {result.last_step:,}: a checksum does not match")
     print(f"{result.path}: {result.records:,} records, steps 0 to {result.last_step:,}; all checksums match")

@@ -1,6 +1,7 @@
 """The reference run: a small GPT trained from a black hole, recorded at every step.
 
     python -m bhfast.train --sigma 0
+    python -m bhfast.train --config FILE.toml
     python -m bhfast.train --resume TRACE
 
 :func:`train` reads from top to bottom: choose, build, record the start, run, report. From Python,
@@ -28,12 +29,12 @@ from tqdm import tqdm
 
 from bhfast.assemble import make_optimizer, make_recorder, make_run, record_start, run_metadata
 from bhfast.cli import run_program
-from bhfast.config import TrainConfig, setting_type
+from bhfast.config import TrainConfig, read_settings, setting_type
 from bhfast.engines.base import Engine
 from bhfast.engines.choose import make_engine, select_engine
 from bhfast.engines.launches import Place
 from bhfast.experiment import corpus_of
-from bhfast.machine import select_device
+from bhfast.machine import require_threads, select_device
 from bhfast.model import TiedGPT, build_model
 from bhfast.ops import extension
 from bhfast.progress import PROGRESS_EVERY, ProgressMonitor, status_printer
@@ -262,6 +263,15 @@ def main(argv: list[str] | None = None) -> int:
         help="go on with the run that recorded this trace with --checkpoint-every, and was interrupted or killed; its "
         "settings stay as they were, and need not be given",
     )
+    parser.add_argument(
+        "--config", metavar="FILE.toml", help="settings by name, such as hidden-dim = 32; flags override them"
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="of torch and the native engine; not part of the experiment (default: OMP_NUM_THREADS, or one per core)",
+    )
     for entry in fields(TrainConfig):
         flag, text, value_type = f"--{entry.name.replace('_', '-')}", entry.metadata["help"], setting_type(entry.name)
         if value_type is bool:
@@ -274,7 +284,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def _train_with_flags(args: argparse.Namespace) -> int:
     given = vars(args)
-    trace = given.pop("resume", None)
+    trace, file = given.pop("resume", None), given.pop("config", None)
+    if (threads := given.pop("threads", None)) is not None:
+        require_threads(threads)
+        torch.set_num_threads(threads)
+    given = {**(read_settings(file) if file is not None else {}), **given}
     result = train(TrainConfig(**given)) if trace is None else resume(trace, **given)
     return 128 + result.signal if result.signal else 0
 

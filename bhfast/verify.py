@@ -3,7 +3,7 @@
     python -m bhfast.verify FILE...
     python -m bhfast.verify FILE --optimizer adamw --lr 1e-3 [--betas 0.9 0.999 ...]
 
-Prints one line for each file. The exit status is that of the worst file, in this order:
+Prints one line for each file; with ``--json``, an object. The exit status is that of the worst file, in this order:
 
     0   every step was replayed, and all bits agree
     2   not replayed, for example because the optimizer's arithmetic is not known to the bit, so only checksums were
@@ -25,11 +25,13 @@ metadata. So the CRC-32 of each record and of the header are checked, too.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -44,6 +46,7 @@ from bhfast.trace.series import open_parts, seam_difference
 from bhfast.trace.sharded import INDEX_SUFFIX, Index, disagreements, read_index
 
 SEVERITY = (0, 2, 1)  # exit statuses, the worst last
+SCHEMA = 1  # of the objects that --json prints; docs/recorder.md describes them
 DAMAGED_HEADER = "the header: its CRC-32 does not match; names, dtypes, shapes or metadata were changed"
 
 
@@ -71,13 +74,24 @@ class Verification:
         """The exit status of ``bhfast verify`` for this file: 0, 1 or 2."""
         return 1 if self.difference else 2 if self.reason else 0
 
+    @property
+    def checksums(self) -> str | None:
+        """Which checksums there are, all of which match: ``all``, ``data`` (none of the header) or ``none``.
+
+        None if the trace is different: then not all of them match, or not all were compared.
+        """
+        if self.difference:
+            return None
+        return "all" if self.has_header_checksum else "none" if self.given else "data"
+
     def __str__(self) -> str:
         if self.difference:
             return f"DIFFERENT: {self.difference.text}"
-        note = "" if self.has_header_checksum else " (but its header has none: format version 1)"
-        checked = f"all checksums match{note}"
-        if self.given and not self.has_header_checksum:
-            checked = "the file has no checksums"
+        checked = {
+            "all": "all checksums match",
+            "data": "all checksums match (but its header has none: format version 1)",
+            "none": "the file has no checksums",
+        }[self.checksums or "all"]
         if self.reason:
             return f"not replayed, because {self.reason}; {checked}"
         if self.given:
@@ -212,6 +226,9 @@ def main(argv: list[str] | None = None) -> int:
         "agree, 1 damaged, 2 not replayed or not readable.",
     )
     parser.add_argument("files", metavar="FILE", nargs="+", help=f"a trace, or the {INDEX_SUFFIX} of several files")
+    parser.add_argument(
+        "--json", action="store_true", help="print an object of JSON for each file, in a line of its own"
+    )
     group = parser.add_argument_group("traces of other programs, which do not describe their optimizer")
     group.add_argument("--optimizer", choices=OPTIMIZERS)
     group.add_argument("--lr", type=float, help="learning rate, if the trace has no learning_rates")
@@ -229,7 +246,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _report_all(args: argparse.Namespace) -> int:
     given = _given_settings(args)
-    return max((_report(file, given) for file in args.files), key=SEVERITY.index)
+    return max((_report(file, given, args.json) for file in args.files), key=SEVERITY.index)
 
 
 def _given_settings(args: argparse.Namespace) -> GivenSettings | None:
@@ -242,15 +259,39 @@ def _given_settings(args: argparse.Namespace) -> GivenSettings | None:
     return GivenSettings(**own) if own else None
 
 
-def _report(file: str, given: GivenSettings | None) -> int:
+def _report(file: str, given: GivenSettings | None, wants_json: bool) -> int:
     """Verify one file, print a line, and return its exit status."""
     try:
         found = verify(file, given)
     except BhfastError as error:
-        print(f"bhfast verify: error: {printable(error)}", file=sys.stderr)
-        return 1 if isinstance(error, DamageError) else 2
-    print(printable(f"{file}: {found}"))
+        status = 1 if isinstance(error, DamageError) else 2
+        if wants_json:
+            print(_json_line(file, status, None, printable(error.with_flags)))
+        else:
+            print(f"bhfast verify: error: {printable(error.with_flags)}", file=sys.stderr)
+        return status
+    print(_json_line(file, found.status, found, None) if wants_json else printable(f"{file}: {found}"))
     return found.status
+
+
+def _json_line(file: str, status: int, found: Verification | None, error: str | None) -> str:
+    """Return what was found as JSON, in ASCII and without control characters; ``found`` is None after an error."""
+    difference = found.difference if found else None
+    agreed = found if found and not difference else None
+    given = agreed.given if agreed else None
+    line: dict[str, Any] = {
+        "schema": SCHEMA,
+        "file": file,
+        "status": status,
+        "error": error,
+        "replayed": agreed.replayed if agreed else None,
+        "reason": found.reason if found else None,
+        "difference": asdict(difference) if difference else None,
+        "checksums": agreed.checksums if agreed else None,
+        "compared": given.tensors if given else [],
+        "remarks": given.remarks if given else [],
+    }
+    return json.dumps(line, allow_nan=False)
 
 
 if __name__ == "__main__":

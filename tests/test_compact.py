@@ -118,7 +118,7 @@ def test_errors(both: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureF
         (
             lambda: compact.compact(full, tmp_path / "there", keyframes=9),
             StorageError,
-            "there exists; pass --overwrite",
+            "there exists; pass overwrite=True",
         ),
         (
             lambda: compact.compact(full, tmp_path / "c.index.json", keyframes=9),
@@ -126,7 +126,7 @@ def test_errors(both: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureF
             "full is no index of several files: --out must not end with .index.json, got ",
         ),
         (lambda: expand.expand(full, tmp_path / "c"), TraceError, "it is not a recording with key frames"),
-        (lambda: expand.expand(small, tmp_path / "there"), StorageError, "there exists; pass --overwrite"),
+        (lambda: expand.expand(small, tmp_path / "there"), StorageError, "there exists; pass overwrite=True"),
         (lambda: expand.expand(tmp_path / "none", tmp_path / "c"), BhfastError, "cannot open the trace"),
     ):
         with pytest.raises(kind, match=text):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
+import pickle
 import re
 import subprocess
 import sys
@@ -16,7 +18,7 @@ import bhfast
 from bhfast import __main__ as console
 from bhfast import doctor
 from bhfast.cli import run_program
-from bhfast.errors import BhfastError
+from bhfast.errors import BhfastError, StorageError
 
 PACKAGE = Path(bhfast.__file__).parent
 ROOT = Path(__file__).parents[1]
@@ -87,6 +89,7 @@ ROOMS: dict[str, set[str]] = {
     "export": {"cli", "errors", "lattice", "report", "summary", "trace"},
     "diff": {"cli", "errors", "replay", "report", "trace"},
     "doctor": {"cli", "engines", "machine", "ops", "optim", "trace", "version"},
+    "completion": {"cli", "errors"},
     "__main__": {"cli"},
 }
 
@@ -172,6 +175,23 @@ def test_an_error_of_the_user_is_one_line_and_status_2(capsys: pytest.CaptureFix
     assert capsys.readouterr() == ("", "bhfast fly: error: bad is not a file; name another\n")
 
 
+def test_programs_name_flags_where_calls_name_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    """Not in what the user has given, such as a file called lr=True."""
+    error = StorageError(
+        "lr=True exists", 'pass overwrite=True, choose path=, steps= or record_every=, or use storage="stream"'
+    )
+    text = 'lr=True exists; pass overwrite=True, choose path=, steps= or record_every=, or use storage="stream"'
+    assert f"{error}" == f"{pickle.loads(pickle.dumps(error))}" == text
+
+    def fail(args: argparse.Namespace) -> int:
+        raise error
+
+    assert run_program(argparse.ArgumentParser(prog="bhfast fly"), fail, []) == 2
+    flags = "pass --overwrite, choose --out, --steps or --record-every, or use --storage stream"
+    assert capsys.readouterr().err == f"bhfast fly: error: lr=True exists; {flags}\n"
+    assert pickle.loads(pickle.dumps(error)).with_flags == f"lr=True exists; {flags}"
+
+
 def test_every_public_name_is_there() -> None:
     for name in bhfast.__all__:
         assert getattr(bhfast, name)
@@ -225,6 +245,21 @@ def test_doctor_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert "bit for bit" in printed
 
 
+def test_doctor_says_the_same_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main(["--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == json.loads(json.dumps(doctor.examine())) | {"free_memory": found["free_memory"]}
+    assert (found["schema"], found["bhfast"], found["fault"]) == (1, bhfast.__version__, None)
+    assert found["device"].keys() == found["engine"].keys() == found["operations"].keys() == {"name", "reason"}
+
+
+@needs_documents
+def test_the_keys_of_json_are_documented() -> None:
+    text = (ROOT / "docs" / "setup.md").read_text().partition("## What a machine has")[2]
+    cells = "".join(line.split("|")[1] for line in text.splitlines() if line.startswith("|"))
+    assert doctor.examine().keys() == set(re.findall("`(.+?)`", cells))
+
+
 def test_doctor_fails_if_the_self_test_does(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     from bhfast.ops import arithmetic
 
@@ -232,3 +267,5 @@ def test_doctor_fails_if_the_self_test_does(monkeypatch: pytest.MonkeyPatch, cap
     monkeypatch.setattr(arithmetic, "adam_coefficients", lambda steps, *a, **k: real([s + 1 for s in steps], *a, **k))
     assert doctor.main([]) == 1
     assert "values at step 1" in capsys.readouterr().out
+    assert doctor.main(["--json"]) == 1
+    assert "values at step 1" in json.loads(capsys.readouterr().out)["fault"]

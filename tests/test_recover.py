@@ -192,6 +192,51 @@ def test_a_file_that_is_there_stays(killed: Path) -> None:
     assert path.read_text() == "precious"
 
 
+@pytest.mark.parametrize("collapses", [True, False], ids=["collapse", "copy"])
+def test_a_trace_gets_the_name_that_is_asked_for(collapses: bool, killed: Path, monkeypatch, capsys) -> None:
+    if not collapses:
+        monkeypatch.setattr("bhfast.storage.finish._collapse_range", lambda *_: False)
+        monkeypatch.setattr("bhfast.storage.finish.WORTH_COPYING", 0)
+    killed.with_suffix("").write_text("precious")
+    out = killed.parent / "there" / "u.safetensors"
+    out.parent.mkdir()
+    assert main([str(killed), "--out", str(out)]) == 0
+    assert capsys.readouterr().out == f"{out}: 61 records, steps 0 to 60; all checksums match\n"
+    assert_begins_like(out, reference(killed.parent, 60))
+    assert killed.with_suffix("").read_text() == "precious"
+    assert sorted(x.name for x in killed.parent.iterdir()) == ["reference.safetensors", "t.safetensors", "there"]
+
+
+def test_a_whole_trace_gets_the_name_that_is_asked_for(killed: Path) -> None:
+    path = recover.recover(killed).path
+    path.rename(killed)
+    assert recover.recover(killed, out=killed.parent / "u").path == killed.parent / "u"
+    assert not killed.exists()
+    assert not path.exists()
+
+
+def test_refuses_a_name_that_a_trace_cannot_have(killed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = killed.parent
+    (folder / "taken").touch()
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    for name, message in [
+        ("taken", "taken exists; choose another file with --out"),
+        ("gone/t", "gone/t: No such file or directory; choose another place with --out"),
+        ("u.partial", "u.partial is a name for what a run leaves, not for a trace; choose another file with --out"),
+        (f"{killed.name}.copy", ".copy is a name for what a run leaves, not for a trace"),
+    ]:
+        assert main([str(killed), "--out", str(folder / name)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("bhfast recover: error: ")
+        assert message in error
+        assert error.count("\n") == 1
+    with pytest.raises(
+        StorageError, match="without copying the records; choose a place on their file system with out="
+    ):
+        recover.recover(killed, out="/proc/t")
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
 def test_damaged_records_are_left_out(killed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     state = read_journal(killed)
     own = state.tensors["second.grad"]

@@ -168,7 +168,7 @@ def test_parts_are_made_compact_and_expanded(tmp_path: Path) -> None:
     for one, other in (("small", "compact"), ("expanded", "full")):
         for path in (paths[one], paths[one].with_name("t.part-00002.safetensors")):
             assert path.read_bytes() == (paths[other].parent / path.name).read_bytes()
-    with pytest.raises(TraceError, match="has several files, which cannot replace themselves: choose another --out"):
+    with pytest.raises(TraceError, match="has several files, which cannot replace themselves; choose another out="):
         compact.compact(paths["full"], paths["full"], keyframes=4, overwrite=True)
 
 

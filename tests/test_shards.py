@@ -196,7 +196,7 @@ def test_what_of_an_index_is_not_made_compact(recorded: Path, tmp_path: Path) ->
         with pytest.raises(TraceError, match=said):
             work()
     out.write_text("precious")
-    with pytest.raises(StorageError, match="exists; pass --overwrite to replace it"):
+    with pytest.raises(StorageError, match="exists; pass overwrite=True to replace it"):
         compact.compact(full, out, keyframes=6)
     out.unlink()
     flip(folder / "run-00002-of-00002.safetensors", "wte.weight", 9, 0, 3, bit=3)
@@ -249,7 +249,7 @@ def test_what_fails_in_one_process_is_raised_in_all(recorded: Path) -> None:
     printed = said(recorded, "fsdp-precious")
     assert len(printed) == 2
     assert printed[0].startswith("error rank 1: the trace")
-    assert all("run-00002-of-00002.safetensors exists; pass --overwrite" in line for line in printed)
+    assert all("run-00002-of-00002.safetensors exists; pass overwrite=True" in line for line in printed)
     assert files(recorded / "fsdp-precious") == ["run-00002-of-00002.safetensors"]
 
 

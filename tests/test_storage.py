@@ -60,7 +60,7 @@ def test_no_other_run_gets_in_while_the_files_of_one_are_removed(
 def test_refuses_to_replace(tmp_path: Path) -> None:
     path = tmp_path / "t.safetensors"
     path.write_text("precious")
-    with pytest.raises(StorageError, match=r"t\.safetensors exists; pass --overwrite"):
+    with pytest.raises(StorageError, match=r"t\.safetensors exists; pass overwrite=True"):
         write(path)
     assert path.read_text() == "precious"
     write(path, overwrite=True)
@@ -71,7 +71,7 @@ def test_refuses_the_partial_of_another_run(tmp_path: Path) -> None:
     path = tmp_path / "t.safetensors"
     partial = tmp_path / "t.safetensors.partial"
     partial.write_text("unfinished")
-    with pytest.raises(StorageError, match=r"partial was left by a run that did not finish; delete it or pass --overw"):
+    with pytest.raises(StorageError, match=r"partial was left by a run that did not finish; delete it, pass overw"):
         write(path)
     assert partial.read_text() == "unfinished"
     write(path, overwrite=True)
@@ -92,9 +92,9 @@ def test_refuses_a_disk_that_is_too_small(tmp_path: Path) -> None:
 
 def test_refuses_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match=r"cannot write the trace .*: .*; choose another place with --out"):
+    with pytest.raises(StorageError, match=r"cannot write the trace .*: .*; choose another place with path="):
         write(tmp_path / "file" / "t.safetensors")
-    with pytest.raises(StorageError, match="it is a folder; name a file with --out"):
+    with pytest.raises(StorageError, match="it is a folder; name a file with path="):
         write(tmp_path)
 
 

@@ -166,8 +166,8 @@ def test_runs_have_the_settings_of_the_grid() -> None:
     [
         ({"sgima": 0}, r"f\.toml: there is no setting 'sgima'; there are sigma, steps, seed,"),
         ({"out": "x"}, "there is no setting 'out'"),
-        ({"sigma": "x"}, r"f\.toml: sigma must be a number or a list of numbers, got 'x'"),
-        ({"seed": [1, 2.5]}, r"seed must be an integer or a list of integers, got \[1, 2\.5\]"),
+        ({"sigma": "x"}, r"f\.toml: sigma must be a number, or a list of such values, got 'x'"),
+        ({"seed": [1, 2.5]}, r"seed must be an integer, or a list of such values, got \[1, 2\.5\]"),
         ({"seed": True}, "seed must be an integer"),
         ({"seed": []}, "seed must be an integer"),
         ({"sigma": {"from": 1}}, "sigma must be a number"),
@@ -211,6 +211,7 @@ def test_flags_override_the_file(flags: list[str], tmp_path: Path) -> None:
             "record_every must be at least 1 in a sweep, got 0: a sweep keeps nothing but its traces",
         ),
         (["--jobs", "0"], "jobs must be at least 1, got 0"),
+        (["--threads", "0"], "threads must be 1 to 1024, got 0"),
     ],
 )
 def test_user_errors_are_one_line(arguments: list[str], message: str, flags: list[str], tmp_path, capsys) -> None:
@@ -396,6 +397,33 @@ def test_threads_are_divided_and_runs_streamed(flags: list[str], monkeypatch: py
 
 
 @pytest.mark.parametrize(
+    ("jobs", "threads", "workers", "each"),
+    [
+        (None, None, 5, 1),
+        (2, None, 2, 4),
+        (None, 2, 4, 2),
+        (None, 3, 2, 3),
+        (None, 9, 1, 9),
+        (3, 2, 3, 2),
+        (3, 9, 3, 9),
+    ],
+)
+def test_a_number_of_threads_leaves_cores_for_fewer_runs(jobs, threads, workers: int, each: int, monkeypatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8), raising=False)
+    runs = expand_grid(parse_grid({"seed": range(5), "device": "cpu"}, "grid"), "out")
+    resources = divide_machine([Job([run]) for run in runs], [None], jobs, threads)
+    assert (len(resources.gpus), resources.threads) == (workers, each)
+
+
+@pytest.mark.usefixtures("in_process")
+def test_workers_are_told_the_number_of_threads(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    told, real = [], Here.run
+    monkeypatch.setattr(Here, "run", lambda self, **task: told.append(task["threads"]) or real(self, **task))
+    assert main([*flags, "--threads", "3", "--quiet"]) == 0
+    assert told == [3]
+
+
+@pytest.mark.parametrize(
     ("environment", "jobs", "gpus"),
     [
         ({}, None, ["0", "1", "2"]),
@@ -529,9 +557,9 @@ def test_a_grid_may_have_switches() -> None:
         "norm": ["rmsnorm"],
     }
     for grid, message in (
-        ({"untied": 1}, "untied must be true, false or a list of them, got 1"),
-        ({"steps": True}, "steps must be an integer or a list of integers, got True"),
-        ({"init_seed": "x"}, "init_seed must be an integer or a list of integers, got 'x'"),
+        ({"untied": 1}, "untied must be true or false, or a list of such values, got 1"),
+        ({"steps": True}, "steps must be an integer, or a list of such values, got True"),
+        ({"init_seed": "x"}, "init_seed must be an integer, or a list of such values, got 'x'"),
     ):
         with pytest.raises(ConfigError, match=message):
             parse_grid(grid, "grid")

@@ -311,7 +311,7 @@ def test_same_settings_may_replace_others_may_not(settings: TrainConfig) -> None
     before = rerun(settings).path.stat().st_ino
     assert rerun(settings).path.stat().st_ino != before
     kept = settings.path.read_bytes()
-    with pytest.raises(StorageError, match=r"holds a run with other settings \(seed 42, now 43\); pass --overwrite"):
+    with pytest.raises(StorageError, match=r"holds a run with other settings \(seed 42, now 43\); pass overwrite=True"):
         rerun(settings, seed=43)
     with pytest.raises(StorageError, match=r"\(steps 12, now 13; target_offset 2, now 1\)"):
         rerun(settings, steps=13, target_offset=1)
@@ -356,7 +356,7 @@ def test_knows_what_is_no_whole_run(settings: TrainConfig, monkeypatch: pytest.M
 
 def test_a_file_of_something_else_is_not_replaced(settings: TrainConfig) -> None:
     settings.path.write_text("thesis")
-    with pytest.raises(StorageError, match="exists and is not a trace of bhfast; pass --overwrite to replace it"):
+    with pytest.raises(StorageError, match="exists and is not a trace of bhfast; pass overwrite=True to replace it"):
         rerun(settings)
     assert settings.path.read_text() == "thesis"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from traces import flip, record, rewrite, shard
 from bhfast import verify as module
 from bhfast.trace import open_trace
 from bhfast.verify import main, verify
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "recorder.md"
 
 
 @pytest.mark.parametrize(
@@ -37,6 +40,53 @@ def test_the_worst_of_several_files_wins(names: list[str], status: int, tmp_path
     lines = [*output.out.splitlines(), *output.err.splitlines()]
     assert len(lines) == len(names)
     assert all(any(str(tmp_path / name) in line for line in lines) for name in names)
+
+
+def test_json_says_it_of_each_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("good", "damaged", "sums", "truncated"):
+        record(tmp_path / name)
+    record(tmp_path / "unknown", torch.optim.NAdam)
+    flip(tmp_path / "damaged", "w.exp_avg", 2, 1, 3, bit=3)
+    flip(tmp_path / "sums", "w.grad", 0, 1, 3, bit=3)  # which no replay uses
+    (tmp_path / "truncated").write_bytes((tmp_path / "good").read_bytes()[:-1])
+    names = ["good", "unknown", "damaged", "sums", "truncated", "gone\n"]
+    assert main(["--json", *(str(tmp_path / name) for name in names)]) == 1
+    output = capsys.readouterr()
+    assert output.err == ""
+    good, unknown, damaged, sums, truncated, gone = found = [json.loads(line) for line in output.out.splitlines()]
+    assert [x["file"] for x in found] == [str(tmp_path / name) for name in names]
+    assert [x["status"] for x in found] == [0, 2, 1, 1, 1, 2]
+    assert good == {
+        "schema": 1,
+        "file": str(tmp_path / "good"),
+        "status": 0,
+        "error": None,
+        "replayed": 6,
+        "reason": None,
+        "difference": None,
+        "checksums": "all",
+        "compared": [],
+        "remarks": [],
+    }
+    assert all(x.keys() == good.keys() for x in found)
+    assert (unknown["replayed"], unknown["checksums"]) == (0, "all")
+    assert "NAdam" in unknown["reason"]
+    text = damaged["difference"].pop("text")
+    assert text.startswith("step 2, w.exp_avg[1, 3]: recorded")
+    assert damaged["difference"] == {"tensor": "w.exp_avg", "record": 2, "step": 2, "index": [1, 3]}
+    assert sums["difference"]["tensor"] == "w.grad"
+    assert sums["difference"]["index"] is None
+    assert all((x["replayed"], x["checksums"]) == (None, None) for x in (damaged, sums, truncated, gone))
+    assert "is truncated" in truncated["error"]
+    assert "cannot open the trace" in gone["error"]
+
+
+@pytest.mark.skipif(not DOCUMENT.exists(), reason="this copy of the tree has no docs/")
+def test_the_keys_of_json_are_documented(recorded: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--json", str(recorded)])
+    table = DOCUMENT.read_text().partition("raises `schema`.")[2].partition("A replay needs")[0]
+    cells = "".join(line.split("|")[1] for line in table.splitlines() if line.startswith("|"))
+    assert json.loads(capsys.readouterr().out).keys() == set(re.findall("`(.+?)`", cells))
 
 
 @pytest.fixture

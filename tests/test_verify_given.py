@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,15 @@ def test_recorded_learning_rates_are_used(tmp_path: Path) -> None:
     assert verify(tmp_path / "old", GivenSettings("adamw")).status == 0
     with pytest.raises(TraceError, match="has learning_rates of its own: verify it without --lr"):
         verify(tmp_path / "old", GIVEN)
+
+
+def test_json_says_what_was_compared_and_assumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tmp_path / "old")
+    assert main([str(tmp_path / "old"), "--optimizer", "adamw", "--lr", "1e-2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["replayed"], found["checksums"]) == (STEPS, "none")
+    assert found["compared"] == ["embeddings", "momentum", "variance"]
+    assert found["remarks"] == verify(tmp_path / "old", GIVEN).given.remarks
 
 
 def test_names_of_parameters(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def open_storage(
     storage: Storage
     if kind == "memory":
         assert records is not None
-        needs, way_out = record * records, "record less with --record-every or --steps, or use --storage stream"
+        needs, way_out = record * records, 'record less with every= or steps=, or use storage="stream"'
         output.reserve(needs)
         storage = MemoryStorage(output, records=records, every=every, start_step=start_step)
     else:
@@ -70,7 +70,7 @@ def open_storage(
     if needs > memory:
         storage.close()
         raise StorageError(
-            f"memory is too small for the recording: {format_bytes(needs)} wanted, {format_bytes(memory)} available; "
-            f"{way_out}"
+            f"memory is too small for the recording: {format_bytes(needs)} wanted, {format_bytes(memory)} available",
+            way_out,
         )
     return storage, f"{kind} ({why})"

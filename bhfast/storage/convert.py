@@ -60,10 +60,10 @@ def convert(path: Path, out: Path, write: Writer, renaming: Renaming, *, overwri
         )
     files = files_of(path)
     if len(files) > 1 and out.resolve() == path.resolve():
-        raise TraceError(f"{path} has several files, which cannot replace themselves: choose another --out")
+        raise TraceError(f"{path} has several files, which cannot replace themselves", "choose another out=")
     if is_index:
         if out.exists() and not overwrite:
-            raise StorageError(f"the index {out} exists; pass --overwrite to replace it, or choose another --out")
+            raise StorageError(f"the index {out} exists", "pass overwrite=True to replace it, or choose another out=")
         _convert_index(read_index(path), out, write, renaming)
         return
     for number, trace in enumerate(files, start=1):

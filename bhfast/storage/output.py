@@ -54,10 +54,10 @@ class OutputFile:
 
     def __enter__(self) -> OutputFile:
         if self.path.is_dir():
-            raise StorageError(f"cannot write the trace {self.path}: it is a folder; name a file with --out")
+            raise StorageError(f"cannot write the trace {self.path}: it is a folder", "name a file with path=")
         if self.path.exists() and not self.overwrite:
             raise StorageError(
-                f"the trace {self.path} exists; pass --overwrite to replace it, or choose another file with --out"
+                f"the trace {self.path} exists", "pass overwrite=True to replace it, or choose another file with path="
             )
         self.fd = self._open()
         return self
@@ -75,18 +75,17 @@ class OutputFile:
                 raise
         except OSError as error:
             raise StorageError(
-                f"cannot write the trace {self.path}: {error.strerror}; choose another place with --out"
+                f"cannot write the trace {self.path}: {error.strerror}", "choose another place with path="
             ) from None
         return fd
 
     def _clear(self, fd: int) -> None:
         if not self.overwrite and may_hold_records(self.partial):
-            keep = "delete it"
-            if journal_path(self.partial).exists():
-                keep = f"keep its steps with python -m bhfast.recover {self.partial}, delete it,"
+            has_steps = journal_path(self.partial).exists()
+            keep = f"; keep its steps with python -m bhfast.recover {self.partial}" if has_steps else ""
+            way_out = "delete it, pass overwrite=True to replace it, or choose another file with path="
             raise StorageError(
-                f"{self.partial} was left by a run that did not finish; {keep} or pass --overwrite to replace it, "
-                "or choose another file with --out"
+                f"{self.partial} was left by a run that did not finish{keep}", f"or {way_out}" if has_steps else way_out
             )
         os.ftruncate(fd, 0)
         journal_path(self.partial).unlink(missing_ok=True)
@@ -117,15 +116,15 @@ class OutputFile:
             if (free := self.free()) < size:
                 raise StorageError(
                     f"the disk of {self.path.parent} is too small for the trace: {format_bytes(size)} wanted, "
-                    f"{format_bytes(free)} free; free some, choose another place with --out, or record less with "
-                    "--record-every or --steps"
+                    f"{format_bytes(free)} free",
+                    "free some, choose another place with path=, or record less with every= or steps=",
                 )
             if size and hasattr(os, "posix_fallocate"):  # it refuses 0
                 os.posix_fallocate(self.fd, 0, size)
         except OSError as error:
             raise StorageError(
-                f"cannot reserve {format_bytes(size)} for the trace {self.path}: {error.strerror}; "
-                "choose another place with --out"
+                f"cannot reserve {format_bytes(size)} for the trace {self.path}: {error.strerror}",
+                "choose another place with path=",
             ) from None
 
     def free(self) -> int:
@@ -161,7 +160,7 @@ def lock(partial: Path, flags: int = 0) -> int:
                 time.sleep(POLL)
                 continue
             raise StorageError(
-                f"{partial} is being written by another run; wait for it, or choose another file with --out"
+                f"{partial} is being written by another run", "wait for it, or choose another file with path="
             ) from None
         try:
             if is_at(fd, partial):

@@ -84,7 +84,7 @@ def _start_journal(output: OutputFile, start: Mapping[str, Any]) -> Journal:
             raise
     except OSError as error:
         raise StorageError(
-            f"cannot write the journal of the trace {output.path}: {error.strerror}; choose another place with --out"
+            f"cannot write the journal of the trace {output.path}: {error.strerror}", "choose another place with path="
         ) from None
     sync_folder(output.partial.parent)
     return journal
@@ -146,7 +146,8 @@ class StreamStorage:
         if self.capacity < LEAST_RECORDS and self._is_open_ended:
             raise StorageError(
                 f"the disk of {output.path.parent} is too small for the trace: there is room for {self.capacity} "
-                f"records of {format_bytes(size)}; free some, or choose another place with --out"
+                f"records of {format_bytes(size)}",
+                "free some, or choose another place with path=",
             )
         sums = int(min(MAX_CHECKSUMS, self.capacity * (len(names) + LOGGED_TENSORS)) * BASE64_CHECKSUM)
         text = sum(map(len, names)) + HEADER_ENTRY * len(names) + len(json.dumps(dict(metadata)))
@@ -207,8 +208,8 @@ class StreamStorage:
                 os.ftruncate(self.output.fd, self._header + self._end)
             except OSError as error:
                 raise StorageError(
-                    f"cannot make room for {tensor.name} in the trace {self.output.path}: {error.strerror}; "
-                    "pass steps=, or choose another place with --out"
+                    f"cannot make room for {tensor.name} in the trace {self.output.path}: {error.strerror}",
+                    "pass steps=, or choose another place with path=",
                 ) from None
         else:
             self.output.reserve(self._header + self._end)

@@ -6,7 +6,6 @@ import itertools
 import math
 import os
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -64,29 +63,16 @@ def parse_grid(grid: Mapping[str, Any], source: str) -> dict[str, list[Any]]:
     Raises:
         ConfigError: a setting is unknown, or a value has the wrong type.
     """
-    from bhfast.config import setting_type
+    from bhfast.config import TYPE_NAMES, by_setting, has_setting_type, setting_type
 
     names = [entry.name for entry in fields(bhfast.TrainConfig) if entry.name not in NOT_IN_GRID]
     checked: dict[str, list[Any]] = {}
-    for key, given in grid.items():
-        name = key.replace("-", "_")
-        if name not in names:
-            raise ConfigError(f"{source}: there is no setting {key!r}; there are {', '.join(names)}")
-        if name in checked:
-            raise ConfigError(f"{source}: {name} is given twice")
-        value_type = setting_type(name)
-        values = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
-        accepted = (int, float) if value_type is float else value_type
-        is_wrong_bool = value_type is not bool and any(isinstance(value, bool) for value in values)
-        if not values or is_wrong_bool or not all(isinstance(value, accepted) for value in values):
-            wanted = {
-                bool: "true, false or a list of them",
-                int: "an integer or a list of integers",
-                float: "a number or a list of numbers",
-            }
-            kind = wanted.get(value_type, "a string or a list of strings")
-            raise ConfigError(f"{source}: {name} must be {kind}, got {given!r}")
-        checked[name] = list(dict.fromkeys(map(value_type, values)))
+    for name, value in by_setting(grid, names, source).items():
+        values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+        wanted = setting_type(name)
+        if not values or not all(has_setting_type(name, value) for value in values):
+            raise ConfigError(f"{source}: {name} must be {TYPE_NAMES[wanted]}, or a list of such values, got {value!r}")
+        checked[name] = list(dict.fromkeys(map(wanted, values)))
     return checked
 
 
@@ -96,14 +82,9 @@ def read_grid_file(path: str | os.PathLike[str]) -> dict[str, list[Any]]:
     Raises:
         ConfigError: the file is missing, is not TOML, or is not a grid.
     """
-    try:
-        with open(path, "rb") as file:
-            grid = tomllib.load(file)
-    except OSError as error:
-        raise ConfigError(f"cannot read the grid {path}: {error.strerror}") from None
-    except ValueError as error:  # UnicodeDecodeError included
-        raise ConfigError(f"the grid {path} is not TOML: {error}") from None
-    return parse_grid(grid, str(path))
+    from bhfast.config import read_toml
+
+    return parse_grid(read_toml(path, "grid"), str(path))
 
 
 def expand_grid(grid: Mapping[str, list[Any]], out_dir: str | os.PathLike[str]) -> list[Run]:

@@ -53,14 +53,17 @@ def gpus_of(runs: Sequence[Run]) -> list[str | None]:
     return [*(all_gpus[local::processes] or [all_gpus[local % len(all_gpus)]])]
 
 
-def divide_machine(jobs: Sequence[Job], gpus: Sequence[str | None], workers: int | None) -> WorkerResources:
+def divide_machine(
+    jobs: Sequence[Job], gpus: Sequence[str | None], workers: int | None, threads: int | None = None
+) -> WorkerResources:
     """Divide this process's share of the machine among workers.
 
     Args:
         jobs: what they have to do.
         gpus: see :func:`gpus_of`.
-        workers: how many; None for one per GPU if any run uses one, else one per core. Where runs share the launches of
-            a GPU, there is one per GPU. There are never more workers than jobs.
+        workers: how many; None for one per GPU if any run uses one, else as many as there are cores for. Where runs
+            share the launches of a GPU, there is one per GPU. There are never more workers than jobs.
+        threads: of each worker; None to divide the cores among the workers.
     """
     from bhfast.machine import select_device
 
@@ -70,10 +73,11 @@ def divide_machine(jobs: Sequence[Job], gpus: Sequence[str | None], workers: int
     devices = {select_device(device)[0].type for device in {run.config.device for job in jobs for run in job.runs}}
     if any(job.blocks for job in jobs):
         workers = len(gpus)
-    workers = min(workers or (cores if devices <= {"cpu"} else len(gpus)), max(1, len(jobs)))
+    fitting = max(1, cores // (threads or 1)) if devices <= {"cpu"} else len(gpus)
+    workers = min(workers or fitting, max(1, len(jobs)))
     return WorkerResources(
         [gpus[worker % len(gpus)] for worker in range(workers)],
-        threads=max(1, cores // workers),
+        threads=threads or max(1, cores // workers),
     )
 
 

@@ -65,6 +65,7 @@ def sweep(
     out_dir: str | os.PathLike[str] = OUT_DIR,
     *,
     jobs: int | None = None,
+    threads: int | None = None,
     overwrite: bool = False,
     quiet: bool = False,
 ) -> SweepSummary:
@@ -77,6 +78,8 @@ def sweep(
         grid: for each field of :class:`bhfast.TrainConfig` a value or several; not ``out``, ``overwrite``, ``quiet``.
         out_dir: folder for ``sweep.json`` and, for each run, ``NAME.safetensors``.
         jobs: how many runs side by side; None for one per core or GPU; with the resident engine, as many as fit.
+        threads: of each run; None to divide the cores among the runs. Without ``jobs``, runs with several threads are
+            as many as there are cores for.
         overwrite: whether to repeat runs that are done, and to replace traces of other experiments.
         quiet: print nothing but errors.
 
@@ -84,7 +87,8 @@ def sweep(
         BhfastError: a setting is wrong, and nothing was run; or the folder cannot be written to.
     """
     with Worker() as first_worker:
-        return _sweep(first_worker, parse_grid(grid, "grid"), out_dir, jobs=jobs, overwrite=overwrite, quiet=quiet)
+        checked = parse_grid(grid, "grid")
+        return _sweep(first_worker, checked, out_dir, jobs=jobs, threads=threads, overwrite=overwrite, quiet=quiet)
 
 
 def _sweep(
@@ -93,9 +97,11 @@ def _sweep(
     out_dir: str | os.PathLike[str],
     *,
     jobs: int | None,
+    threads: int | None,
     overwrite: bool,
     quiet: bool,
 ) -> SweepSummary:
+    from bhfast.machine import require_threads
     from bhfast.progress import status_printer
 
     grid = {**{name: [getattr(bhfast.TrainConfig, name)] for name in ALWAYS_NAMED}, **grid}
@@ -104,12 +110,14 @@ def _sweep(
     share = runs[rank::world]
     if jobs is not None and jobs < 1:
         raise ConfigError(f"jobs must be at least 1, got {jobs}")
+    if threads is not None:
+        require_threads(threads)
     gpus = gpus_of(share)
     results = SweepResults(out_dir)
     results.begin(grid, runs, share, restart=overwrite)
     print_status = status_printer(quiet)
     planned = make_jobs(share, jobs, len(gpus), out_dir, print_status)
-    resources = divide_machine(planned, gpus, jobs)
+    resources = divide_machine(planned, gpus, jobs, threads)
     workers = f"{_count(len(resources.gpus), 'worker')} side by side, {_count(resources.threads, 'thread')} each"
     whole = f" of {len(runs):,}" if world > 1 else ""
     print_status(f"{_count(len(share), 'run')}{whole}, {workers} -> {out_dir}")
@@ -173,6 +181,12 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         help="runs side by side (default: one per core or GPU; with --engine resident, as many as GPUs and disk allow)",
     )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="of each run; not part of the experiment (default: the cores are divided among the runs)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="repeat all runs; replace traces with other settings")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
     for entry in fields(bhfast.TrainConfig):
@@ -205,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
 def _sweep_with_flags(first_worker: Worker, args: argparse.Namespace) -> int:
     given = vars(args)
     file = given.pop("grid")
-    options = {name: given.pop(name) for name in ("out_dir", "jobs", "overwrite", "quiet")}
+    options = {name: given.pop(name) for name in ("out_dir", "jobs", "threads", "overwrite", "quiet")}
     grid = {**(read_grid_file(file) if file else {}), **parse_grid(given, "the command line")}
     summary = _sweep(first_worker, grid, **options)
     if summary.signal:

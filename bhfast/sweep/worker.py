@@ -154,7 +154,7 @@ def _outcome(config: TrainConfig, reply: Callable[..., None], place: Place | Non
         speed = {"steps_per_second": result.steps_per_second, "seconds": seconds}
         return {"state": "done", "is_kept": False, **_losses(config.path), **speed}
     except BhfastError as error:
-        return {"state": "failed", "error": str(error)}
+        return {"state": "failed", "error": error.with_flags}
     except Exception as error:
         traceback.print_exc()
         return {"state": "failed", "error": f"{type(error).__name__}: {error}"}
