@@ -76,7 +76,7 @@ class Verification:
 
     @property
     def checksums(self) -> str | None:
-        """Which checksums there are, all of which match: ``all``, ``data`` (none of the header) or ``none``.
+        """The word ``all``, ``data`` (none of the header) or ``none`` for those that there are, all of which match.
 
         None if the trace is different: then not all of them match, or not all were compared.
         """
