@@ -17,7 +17,7 @@ from bhfast.summary import find_vectors
 from bhfast.trace import Trace, open_trace
 from bhfast.trace.journal import journal_path
 
-MAX_SHARE = 0.05  # of a core, spent on computing data while the run goes on
+MAX_SHARE = 0.01  # of a core, spent on computing data while the run goes on
 
 WAITING = "waiting"
 GOING_ON = "going on"
